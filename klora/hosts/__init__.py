@@ -1,0 +1,1 @@
+"""Where K-LoRA runs: one module per host behind the protocol in `base`."""

@@ -1,0 +1,51 @@
+"""One sampling pass: attach to a host, at each step switch the layers whose choice changes, give everything back."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import numpy as np
+
+from klora.core.plan import Plan
+from klora.core.selectors import Choice
+from klora.hosts.base import LayerSwitch
+
+
+class Session:
+    """Runs one plan on one host. A context manager: leaving it, in whatever way, detaches.
+
+    Attributes:
+        applied: what was really put on the layers, {step: uint8 row of Choice, shape (layers,)}; steps that never ran are absent.
+    """
+
+    def __init__(self, plan: Plan, switch: LayerSwitch) -> None:
+        self.plan = plan
+        self.applied: dict[int, np.ndarray] = {}
+        self._switch = switch
+        self._names = plan.layer_names
+        self._current: np.ndarray | None = None
+
+    def __enter__(self) -> Session:
+        self._switch.attach()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Detach; harmless when it was done before."""
+        self._current = None
+        self._switch.detach()
+
+    def step(self, index: int) -> None:
+        """Make the layers what the plan says for step `index` (0-based in the whole schedule; the last step beyond its end).
+
+        Several model evaluations of one step may each call it: only the first can find something to switch.
+        """
+        index = min(index, self.plan.steps - 1)
+        row = self.plan.selection[index]
+        changed = np.arange(len(row)) if self._current is None else np.flatnonzero(row != self._current)
+        if len(changed):
+            self._switch.apply({self._names[i]: Choice(int(row[i])) for i in changed})
+        self._current = row
+        self.applied[index] = row
