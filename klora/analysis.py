@@ -1,0 +1,108 @@
+"""From two LoRA files to a plan, with the warnings a person should read before pressing Generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klora.core.lora_file import LoraFile, read_lora
+from klora.core.plan import Plan, make_plan
+from klora.core.score_cache import ScoreCache
+from klora.core.scores import score_pair
+from klora.errors import PairError
+from klora.settings import Settings
+
+ACCELERATORS = ("lcm", "lightning", "hyper-sd", "hyper_sd", "hypersd", "turbo", "dmd", "tcd", "pcm", "schnell-lora")
+"""Words in the name of a LoRA that makes a model need few steps: neither a subject nor a style."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A pair of LoRA files and what K-LoRA makes of it."""
+
+    subject: LoraFile
+    style: LoraFile
+    plan: Plan
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON of `python -m klora analyze` and of the HTTP API."""
+        return self.plan.to_json(self.warnings)
+
+
+def analyze(
+    subject: Path,
+    style: Path,
+    settings: Settings,
+    *,
+    steps: int,
+    seed: int = 0,
+    cache: ScoreCache | None = None,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Analysis:
+    """Read both files, score the pair and plan a schedule of `steps` steps.
+
+    Args:
+        settings: of it the selector, schedule, α, β, K scale and γ.
+        progress: called as progress(layers done, layers in all) while scoring.
+        cancelled: asked between layers.
+
+    Raises:
+        LoraFileError, PairError: with the sentence for the user.
+        Cancelled: when `cancelled` said so.
+    """
+    files = read_lora(subject), read_lora(style)
+    check_pair(*files)
+    scores = score_pair(*files, k_scale=settings.k_scale, cache=cache, progress=progress, cancelled=cancelled)
+    plan = make_plan(
+        scores, steps=steps, schedule=settings.schedule_of_run(), selector=settings.selector, gamma=settings.gamma, seed=seed
+    )
+    return Analysis(*files, plan, pair_warnings(*files, plan))
+
+
+def check_pair(subject: LoraFile, style: LoraFile) -> None:
+    """Refuse two files of different base models, before any work is done.
+
+    Raises:
+        PairError: naming both files and their base models.
+    """
+    if subject.base != style.base:
+        raise PairError(
+            f"The subject LoRA {subject.path.name} is made for {BASE_NAMES[subject.base]} but the style LoRA {style.path.name} for "
+            f"{BASE_NAMES[style.base]}: choose two LoRAs of the same base model."
+        )
+
+
+BASE_NAMES = {"sdxl": "SDXL", "flux": "FLUX"}
+
+
+def pair_warnings(subject: LoraFile, style: LoraFile, plan: Plan) -> list[str]:
+    """What is worth knowing of a pair that can be fused, one plain sentence each."""
+    warnings = []
+    for role, lora in (("subject", subject), ("style", style)):
+        name = lora.path.name
+        if is_accelerator(name):
+            warnings.append(f"The {role} LoRA {name} looks like an accelerator (it makes a model need few steps), which is neither a subject "
+                            "nor a style: put it in the prompt and choose another LoRA here.")
+        if lora.unknown_keys:
+            few = ", ".join(lora.unknown_keys[:3]) + (", …" if len(lora.unknown_keys) > 3 else "")
+            warnings.append(f"{len(lora.unknown_keys)} tensors of the {role} LoRA {name} have names K-LoRA does not know and are left out ({few}): "
+                            "if the LoRA works without K-LoRA, please report these names.")
+    layers = plan.scores.layers
+    alone = {role: sum(layer.only == role for layer in layers) for role in ("subject", "style")}
+    for role, lora in (("subject", subject), ("style", style)):
+        if alone[role] > len(layers) / 2:
+            warnings.append(f"{alone[role]} of {len(layers)} layers are changed by the {role} LoRA {lora.path.name} only and stay with it in every "
+                            "step: the two files train different parts of the model, so little is left to choose.")
+    return warnings
+
+
+def is_accelerator(name: str) -> bool:
+    """Whether a LoRA's name says that it makes a model need few steps (LCM, Lightning, Hyper, Turbo, DMD)."""
+    low = name.lower()
+    return any(word in low for word in ACCELERATORS)

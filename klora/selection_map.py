@@ -1,0 +1,141 @@
+"""The selection map (K-LoRA fig. 6): steps down, layers across, blue where the subject is applied and green where the style is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from klora.core.blocks import block_of, forward_order
+from klora.core.plan import Plan
+from klora.core.selectors import Choice
+
+SUBJECT, STYLE, BOTH, NOT_RUN = (31, 95, 191), (124, 205, 108), (226, 164, 60), (232, 232, 232)
+"""Told apart by lightness as well as by hue, so that colour-blind people can."""
+INK, FAINT, PAPER = (40, 40, 40), (150, 150, 150), (255, 255, 255)
+
+LEFT, TOP, GAP, SHARE_WIDTH, SHARE_LEFT = 64, 58, 3, 120, 24
+MAP_WIDTH, ROWS_HEIGHT, BLOCK_LABELS = 1400, 420, 74
+
+
+@dataclass(frozen=True)
+class Column:
+    """One layer in the picture: where it is in the selection, where it is drawn, and whether one LoRA has it alone."""
+
+    index: int
+    left: int
+    one_sided: bool
+    block: str
+
+
+def draw_map(plan: Plan, subject: str, style: str, selection: np.ndarray | None = None) -> Image.Image:
+    """The selection map of a plan, or of what was really applied.
+
+    Args:
+        subject, style: names for the legend.
+        selection: recorded rows instead of the plan's, int of shape (steps, layers); -1 where a step did not run.
+    """
+    rows = plan.selection.astype(np.int16) if selection is None else selection
+    columns, cell = _columns(plan)
+    height = max(3, min(24, ROWS_HEIGHT // len(rows)))
+    width = columns[-1].left + cell
+    image = Image.new("RGB", (LEFT + width + SHARE_LEFT + SHARE_WIDTH + 16, TOP + height * len(rows) + BLOCK_LABELS + 40), PAPER)
+    image.paste(Image.fromarray(_cells(rows, columns, cell, height, width)), (LEFT, TOP))
+    draw = ImageDraw.Draw(image)
+    _title(draw, plan, subject, style)
+    _steps_axis(draw, len(rows), height)
+    _block_names(image, columns, cell, TOP + height * len(rows) + 6)
+    _shares(draw, rows, height, LEFT + width + SHARE_LEFT)
+    _legend(draw, subject, style, image.height - 28)
+    return image
+
+
+def _columns(plan: Plan) -> tuple[list[Column], int]:
+    """Layers in the order of the network with a gap between blocks, and the width of one in pixels."""
+    layers = sorted(enumerate(plan.scores.layers), key=lambda item: forward_order(item[1].name))
+    cell = max(1, min(16, MAP_WIDTH // max(1, len(layers))))
+    columns: list[Column] = []
+    left, block = 0, None
+    for index, layer in layers:
+        if block is not None and block_of(layer.name) != block:
+            left += GAP
+        block = block_of(layer.name)
+        columns.append(Column(index, left, layer.only is not None, block))
+        left += cell
+    return columns, cell
+
+
+def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, width: int) -> np.ndarray:
+    """The map itself, uint8 of shape (steps * height, width, 3); one-sided layers are hatched."""
+    colours = np.array([STYLE, SUBJECT, BOTH, NOT_RUN], np.uint8)
+    pixels = np.full((len(rows) * height, width, 3), PAPER, np.uint8)
+    hatch = np.add.outer(np.arange(pixels.shape[0]), np.arange(width)) % 8 < 2
+    for column in columns:
+        span = slice(column.left, column.left + cell)
+        pixels[:, span] = np.repeat(colours[rows[:, column.index]], height, axis=0)[:, None]
+        if column.one_sided:
+            pixels[:, span][hatch[:, span]] = PAPER
+    return pixels
+
+
+def _title(draw: ImageDraw.ImageDraw, plan: Plan, subject: str, style: str) -> None:
+    s = plan.schedule
+    draw.text((LEFT, 10), f"{subject} in the style of {style}", INK, _font(18))
+    schedule = f"S = {s.alpha:g} τ + {s.beta:g}" if s.name == "s" else f"S* = ({s.alpha:g} τ + {s.beta:g}) mod 1.5"
+    text = f"{plan.selector}    {schedule}    γ = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
+    draw.text((LEFT, 34), text, INK, _font(13))
+
+
+def _steps_axis(draw: ImageDraw.ImageDraw, steps: int, height: int) -> None:
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, steps) if n * height >= 14)
+    for step in range(0, steps, every):
+        draw.text((LEFT - 8, TOP + step * height + height // 2), str(step), FAINT, _font(12), anchor="rm")
+    draw.text((8, 34), "step", FAINT, _font(12))
+
+
+def _block_names(image: Image.Image, columns: Sequence[Column], cell: int, top: int) -> None:
+    """Each block's name, upright, under the middle of its columns; names that would overlap are left out."""
+    last_right = -100
+    for name, group in groupby(columns, key=lambda column: column.block):
+        members = list(group)
+        middle = LEFT + (members[0].left + members[-1].left + cell) // 2
+        if middle - 8 < last_right:
+            continue
+        label = Image.new("RGB", (BLOCK_LABELS - 8, 16), PAPER)
+        ImageDraw.Draw(label).text((label.width - 2, 8), name, INK, _font(12), anchor="rm")
+        image.paste(label.rotate(90, expand=True), (middle - 8, top))
+        last_right = middle + 8
+
+
+def _shares(draw: ImageDraw.ImageDraw, rows: np.ndarray, height: int, left: int) -> None:
+    draw.text((left, 34), "subject's share", FAINT, _font(12))
+    for step, row in enumerate(rows):
+        if (row < 0).any():
+            continue
+        share = float(np.select([row == Choice.SUBJECT, row == Choice.BOTH], [1.0, 0.5], 0.0).mean())
+        top = TOP + step * height
+        right = left + round(share * SHARE_WIDTH)
+        draw.rectangle((left, top, left + SHARE_WIDTH, top + height - 2), STYLE)
+        if right > left:
+            draw.rectangle((left, top, right, top + height - 2), SUBJECT)
+
+
+def _legend(draw: ImageDraw.ImageDraw, subject: str, style: str, top: int) -> None:
+    left = LEFT
+    for colour, text in ((SUBJECT, f"subject: {subject}"), (STYLE, f"style: {style}"), (BOTH, "both"), (None, "hatched: only one LoRA has it")):
+        if colour:
+            draw.rectangle((left, top, left + 14, top + 14), colour)
+            left += 20
+        draw.text((left, top + 7), text, INK, _font(13), anchor="lm")
+        left += int(draw.textlength(text, _font(13))) + 28
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font; before 10.1 it has one size only."""
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:
+        return ImageFont.load_default()
