@@ -83,17 +83,17 @@ def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, 
 
 def _title(draw: ImageDraw.ImageDraw, plan: Plan, subject: str, style: str) -> None:
     s = plan.schedule
-    draw.text((LEFT, 10), f"{subject} in the style of {style}", INK, _font(18))
+    draw.text((LEFT, 10), f"{subject} in the style of {style}", INK, font(18))
     schedule = f"S = {s.alpha:g} τ + {s.beta:g}" if s.name == "s" else f"S* = ({s.alpha:g} τ + {s.beta:g}) mod 1.5"
     text = f"{plan.selector}    {schedule}    γ = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
-    draw.text((LEFT, 34), text, INK, _font(13))
+    draw.text((LEFT, 34), text, INK, font(13))
 
 
 def _steps_axis(draw: ImageDraw.ImageDraw, steps: int, height: int) -> None:
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, steps) if n * height >= 14)
     for step in range(0, steps, every):
-        draw.text((LEFT - 8, TOP + step * height + height // 2), str(step), FAINT, _font(12), anchor="rm")
-    draw.text((8, 34), "step", FAINT, _font(12))
+        draw.text((LEFT - 8, TOP + step * height + height // 2), str(step), FAINT, font(12), anchor="rm")
+    draw.text((8, 34), "step", FAINT, font(12))
 
 
 def _block_names(image: Image.Image, columns: Sequence[Column], cell: int, top: int) -> None:
@@ -105,13 +105,13 @@ def _block_names(image: Image.Image, columns: Sequence[Column], cell: int, top: 
         if middle - 8 < last_right:
             continue
         label = Image.new("RGB", (BLOCK_LABELS - 8, 16), PAPER)
-        ImageDraw.Draw(label).text((label.width - 2, 8), name, INK, _font(12), anchor="rm")
+        ImageDraw.Draw(label).text((label.width - 2, 8), name, INK, font(12), anchor="rm")
         image.paste(label.rotate(90, expand=True), (middle - 8, top))
         last_right = middle + 8
 
 
 def _shares(draw: ImageDraw.ImageDraw, rows: np.ndarray, height: int, left: int) -> None:
-    draw.text((left, 34), "subject's share", FAINT, _font(12))
+    draw.text((left, 34), "subject's share", FAINT, font(12))
     for step, row in enumerate(rows):
         if (row < 0).any():
             continue
@@ -129,11 +129,11 @@ def _legend(draw: ImageDraw.ImageDraw, subject: str, style: str, top: int) -> No
         if colour:
             draw.rectangle((left, top, left + 14, top + 14), colour)
             left += 20
-        draw.text((left, top + 7), text, INK, _font(13), anchor="lm")
-        left += int(draw.textlength(text, _font(13))) + 28
+        draw.text((left, top + 7), text, INK, font(13), anchor="lm")
+        left += int(draw.textlength(text, font(13))) + 28
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     """Pillow's own font; before 10.1 it has one size only."""
     try:
         return ImageFont.load_default(size)

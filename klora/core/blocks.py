@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 
 GROUPS = {
     "time_embed": "time", "label_emb": "label", "input_blocks": "down", "middle_block": "mid", "output_blocks": "up", "out": "out",
@@ -26,3 +28,8 @@ def forward_order(layer: str) -> tuple:
     """Sort key that puts canonical layers in the order of the network's blocks, numbers by value."""
     parts = re.split(r"(\d+)", layer)
     return (_RANKS.get(layer.split(".")[0], len(_RANKS)), [int(part) if part.isdigit() else part for part in parts])
+
+
+def leader_of(carried: str, layers: Sequence[str]) -> str:
+    """The layer whose choice a norm or a lone bias follows: the one with the longest path in common, the first of the network among equals."""
+    return min(layers, key=lambda layer: (-len(os.path.commonprefix([carried.split("."), layer.split(".")])), forward_order(layer)))

@@ -1,0 +1,160 @@
+"""`python -m klora analyze | generate | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from klora.analysis import Analysis, analyze
+from klora.core.score_cache import ScoreCache
+from klora.errors import Cancelled, KLoraError
+from klora.report import preflight
+from klora.selection_map import draw_map
+from klora.settings import SPECS, Settings, as_text
+
+PLAN_OPTIONS = ("selector", "schedule", "alpha", "beta", "k_scale", "gamma")
+"""The settings that decide what is chosen; the others only matter where a picture is made."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit status is 0, 1 after a fault of the input (one sentence on stderr), or 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KLoraError as error:
+        print(f"klora: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Cancelled):
+        print("klora: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def cache_folder() -> Path:
+    """Where the command line keeps scores: $KLORA_CACHE, or the user's cache folder."""
+    if own := os.environ.get("KLORA_CACHE"):
+        return Path(own)
+    base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "klora"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="klora", description="K-LoRA: this subject in that style, from two LoRA files, without training.")
+    commands = parser.add_subparsers(required=True, metavar="analyze | generate | demo")
+
+    command = commands.add_parser("analyze", help="score a pair of LoRA files and show which is chosen where and when")
+    command.add_argument("subject", type=Path, metavar="SUBJECT")
+    command.add_argument("style", type=Path, metavar="STYLE")
+    command.add_argument("--steps", type=_positive, default=30, help="steps of the schedule (default 30)")
+    command.add_argument("--seed", type=int, default=0, help="for the selector Random (default 0)")
+    _add_settings(command, PLAN_OPTIONS)
+    command.add_argument("--json", metavar="FILE|-", help="write the plan as JSON")
+    command.add_argument("--map", type=Path, metavar="FILE.png", help="write the selection map")
+    command.set_defaults(run=_analyze)
+
+    command = commands.add_parser("generate", help="make a picture with a diffusers pipeline")
+    command.add_argument("--model", type=Path, required=True, help="an SDXL folder or single file, or a FLUX folder")
+    command.add_argument("--config", type=Path, help="for a single file: a diffusers folder with the model's configuration, to stay offline")
+    command.add_argument("--subject", required=True)
+    command.add_argument("--style", required=True)
+    command.add_argument("--prompt", required=True)
+    command.add_argument("--negative", default="", help="negative prompt")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--steps", type=_positive, default=30)
+    command.add_argument("--size", type=_size, default=(1024, 1024), metavar="WIDTHxHEIGHT")
+    command.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
+    command.add_argument("--scheduler", help="a diffusers scheduler class, such as HeunDiscreteScheduler (default: the model's own)")
+    _add_settings(command, [name for name in SPECS if name not in ("enabled", "subject", "style", "hires")])
+    command.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("demo", help="make small models and LoRA pairs, and compare all selectors on them")
+    command.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default ./demo)")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _add_settings(command: argparse.ArgumentParser, names: list[str] | tuple[str, ...]) -> None:
+    defaults = Settings()
+    for name in names:
+        spec = SPECS[name]
+        allowed = "|".join([*spec.choices, *(["NUMBER"] if spec.kind == "number" else [])])
+        default = as_text(name, getattr(defaults, name))
+        command.add_argument("--" + name.replace("_", "-"), metavar=allowed, help=f"{spec.help} Default: {default}.".replace("%", "%%"))
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    given = {name: getattr(options, name, None) for name in SPECS}
+    return Settings.parse({name: str(value) for name, value in given.items() if value is not None})
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height or width)
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be WIDTHxHEIGHT, such as 1024x1024") from None
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    progress = None if options.json == "-" else _print_progress
+    analysis = analyze(
+        options.subject, options.style, _settings(options),
+        steps=options.steps, seed=options.seed, cache=ScoreCache(cache_folder()), progress=progress,
+    )  # fmt: skip
+    write_results(analysis, options.json, options.map)
+    if options.json != "-":
+        print(preflight(analysis))
+
+
+def write_results(analysis: Analysis, json_file: str | None, map_file: Path | None) -> None:
+    """Write the plan as JSON ("-" is standard output) and the selection map as a picture, each if it is asked for."""
+    if json_file == "-":
+        json.dump(analysis.to_json(), sys.stdout)
+        print()
+    elif json_file:
+        _writing(Path(json_file), lambda path: path.write_text(json.dumps(analysis.to_json()), encoding="utf-8"))
+    if map_file:
+        picture = draw_map(analysis.plan, analysis.subject.path.stem, analysis.style.path.stem)
+        _writing(map_file, lambda path: picture.save(path))
+
+
+def _writing(path: Path, write) -> None:  # noqa: ANN001
+    try:
+        write(path)
+    except (OSError, ValueError) as error:
+        raise KLoraError(f"Cannot write {path}: {error}. Choose another file name or folder.") from error
+
+
+def _print_progress(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\rscoring {done} of {total} layers", end=end, file=sys.stderr, flush=True)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from klora.runner import generate  # diffusers is needed here only
+
+    generate(options, _settings(options), ScoreCache(cache_folder()), _print_progress)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from klora.demo import demo  # diffusers is needed here only
+
+    demo(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

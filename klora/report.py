@@ -1,0 +1,60 @@
+"""The pre-flight report of the command line: what the two files are, and what K-LoRA will choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from klora.analysis import BASE_NAMES, Analysis
+from klora.core.lora_file import LoraFile
+from klora.core.selectors import Choice
+
+BAR_WIDTH = 40
+
+
+def preflight(analysis: Analysis) -> str:
+    """The report as text, one fact a line."""
+    return "\n".join([
+        *_file_lines("subject", analysis.subject),
+        *_file_lines("style", analysis.style),
+        *_pair_lines(analysis),
+        *_share_lines(analysis),
+        *(f"warning: {warning}" for warning in analysis.warnings),
+    ])  # fmt: skip
+
+
+def _file_lines(role: str, lora: LoraFile) -> Iterator[str]:
+    yield f"{role:8} {lora.path}"
+    kinds = ", ".join(f"{kind} {count}" for kind, count in lora.kinds.items())
+    yield f"         {BASE_NAMES[lora.base]}, {lora.dialect} keys; {kinds}; rank {_range([layer.rank for layer in lora.layers.values()])}, " \
+          f"network alpha {_range([layer.network_alpha for layer in lora.layers.values()])}"
+    encoders = ", ".join(f"{name} {count}" for name, count in lora.text_encoder_layers.items() if count) or "none"
+    yield f"         {len(lora.layers)} layers; text encoder layers: {encoders}; norms and biases: {len(lora.carried)}; " \
+          f"unknown tensors: {len(lora.unknown_keys)}"
+
+
+def _range(values: list) -> str:
+    known = sorted({value for value in values if value is not None})
+    if not known:
+        return "none"
+    return f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}"
+
+
+def _pair_lines(analysis: Analysis) -> Iterator[str]:
+    plan, layers = analysis.plan, analysis.plan.scores.layers
+    alone = {role: sum(layer.only == role for layer in layers) for role in ("subject", "style")}
+    yield f"pair     {len(layers) - sum(alone.values())} layers shared, {alone['subject']} only in the subject, {alone['style']} only in the style"
+    yield f"         gamma {plan.gamma:.6g}"
+    still = np.array([not steps for steps in plan.switches()])
+    first = plan.selection[0]
+    counts = {choice: int((still & (first == choice)).sum()) for choice in Choice}
+    yield f"         {int(still.sum())} layers never switch: {counts[Choice.SUBJECT]} stay with the subject, " \
+          f"{counts[Choice.STYLE]} with the style" + (f", {counts[Choice.BOTH]} carry both" if counts[Choice.BOTH] else "")
+
+
+def _share_lines(analysis: Analysis) -> Iterator[str]:
+    plan = analysis.plan
+    yield f"step     S       subject's share ({plan.selector}, {plan.steps} steps)"
+    for step, (s, share) in enumerate(zip(plan.schedule.values(plan.steps), plan.subject_share, strict=True)):
+        yield f"{step:4}     {s:5.3f}   {'#' * round(share * BAR_WIDTH):{BAR_WIDTH}} {share:6.1%}"

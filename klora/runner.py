@@ -1,0 +1,135 @@
+"""The stand-alone run: one picture from a diffusers pipeline, K-LoRA switched per step and layer."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from klora.analysis import BASE_NAMES, Analysis, Progress, analyze
+from klora.core.score_cache import ScoreCache
+from klora.errors import HostError, PairError
+from klora.hosts.diffusers import DiffusersSwitch, Lora, base_of, denoiser_of, text_encoders_with
+from klora.session import Session
+from klora.settings import Settings
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a picture is asked to be.
+
+    Attributes:
+        size: width and height in pixels.
+        guidance: guidance scale; None is the pipeline's own default.
+    """
+
+    prompt: str
+    seed: int
+    steps: int
+    size: tuple[int, int]
+    negative: str = ""
+    guidance: float | None = None
+
+
+def fused_picture(pipeline: Any, analysis: Analysis, settings: Settings, request: Request) -> Image.Image:
+    """One picture; the pipeline's weights are bit for bit what they were when this returns or raises.
+
+    Args:
+        pipeline: StableDiffusionXLPipeline or FluxPipeline.
+        analysis: its plan has `request.steps` steps.
+
+    Raises:
+        PairError: the LoRAs are made for another base model than the pipeline's.
+        HostError: the pipeline lacks layers that the LoRAs change.
+    """
+    subject = Lora(analysis.subject, settings.subject_weight)
+    style = Lora(analysis.style, settings.style_weight)
+    if base_of(pipeline) != analysis.subject.base:
+        raise PairError(
+            f"The LoRAs {analysis.subject.path.name} and {analysis.style.path.name} are made for {BASE_NAMES[analysis.subject.base]} but the "
+            f"model is {BASE_NAMES[base_of(pipeline)]}: choose a model or LoRAs that fit."
+        )
+    encoding = {"both": [subject, style], "subject": [subject], "style": [style], "none": []}[settings.text_encoder]
+    switch = DiffusersSwitch(denoiser_of(pipeline), analysis.subject.base, subject, style)
+    with ExitStack() as stack:
+        stack.enter_context(text_encoders_with(pipeline, encoding))
+        session = stack.enter_context(Session(analysis.plan, switch))
+        session.step(0)
+
+        def at_step_end(pipe: Any, call: int, _timestep: Any, values: dict) -> dict:
+            session.step((call + 1) // pipe.scheduler.order)
+            return values
+
+        return pipeline(**_arguments(pipeline, request), callback_on_step_end=at_step_end).images[0]
+
+
+def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
+    accepted = inspect.signature(pipeline.__call__).parameters
+    width, height = request.size
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt, "width": width, "height": height, "num_inference_steps": request.steps,
+        "generator": torch.Generator().manual_seed(request.seed),
+    }  # fmt: skip
+    if request.negative and "negative_prompt" in accepted:
+        arguments["negative_prompt"] = request.negative
+    if request.guidance is not None:
+        arguments["guidance_scale"] = request.guidance
+    return arguments
+
+
+def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache, progress: Progress) -> None:
+    """`python -m klora generate`: load, score, make the picture, save it with its settings in the PNG's text.
+
+    Raises:
+        KLoraError: with the sentence for the user.
+    """
+    analysis = analyze(Path(options.subject), Path(options.style), settings, steps=options.steps, seed=options.seed, cache=cache, progress=progress)
+    for warning in analysis.warnings:
+        print(f"warning: {warning}")
+    pipeline = load_pipeline(options.model, options.config)
+    if options.scheduler:
+        pipeline.scheduler = _scheduler(options.scheduler).from_config(pipeline.scheduler.config)
+    request = Request(options.prompt, options.seed, options.steps, options.size, options.negative, options.guidance)
+    picture = fused_picture(pipeline, analysis, settings, request)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(options.out)
+    print(f"wrote {options.out}")
+
+
+def load_pipeline(model: Path, config: Path | None = None) -> Any:
+    """A pipeline from a diffusers folder or an SDXL single file, on the best device there is.
+
+    Raises:
+        HostError: there is no such model, or diffusers cannot load it.
+    """
+    import diffusers
+
+    if not model.exists():
+        raise HostError(f"There is no model at {model}: give --model an SDXL or FLUX folder, or an SDXL .safetensors file.")
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    try:
+        if model.is_dir():
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype)
+        else:
+            more = {"config": str(config)} if config else {}
+            pipeline = diffusers.StableDiffusionXLPipeline.from_single_file(str(model), torch_dtype=dtype, **more)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise HostError(f"diffusers cannot load the model {model}: {error}") from error
+    base_of(pipeline)
+    return pipeline.to(device)
+
+
+def _scheduler(name: str) -> Any:
+    import diffusers
+
+    scheduler = getattr(diffusers, name, None)
+    if scheduler is None or not hasattr(scheduler, "set_timesteps"):
+        raise HostError(f"diffusers has no scheduler {name!r}: give --scheduler a class such as EulerDiscreteScheduler.")
+    return scheduler
