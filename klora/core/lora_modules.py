@@ -1,0 +1,190 @@
+"""The modules of a LoRA file: which keys belong together, of which kind they are, and which layers they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+from klora.core.adapter_config import AdapterConfig
+from klora.core.factors import Kind, Measure, Misfit, Shape, kind_of
+from klora.core.key_names import ParsedKey, Target
+from klora.core.tensor_file import OpenTensors, TensorFile
+from klora.core.topology import NORM
+from klora.errors import LoraFileError
+
+BIAS_ROLES = ("diff_b", "up_bias", "b_norm")
+_NORM_ROLES = {"w_norm", "b_norm", "diff", "diff_b"}
+_MAGNITUDE_ROLES = ("dora_scale", "peft_magnitude")
+_BLOCK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class FileModule:
+    """One matrix of a LoRA file, or one norm.
+
+    Attributes:
+        target: its place in the model.
+        keys: {role: key in the file}.
+        shapes: {role: shape}.
+        path: the module's name as the file writes it.
+        kind: how the delta is stored; None for a norm and for a bias alone.
+        measure: shape and rank of the whole matrix; None if `kind` is.
+        network_alpha: the file's alpha, None if it has none.
+        scale: what the product of the factors is multiplied by.
+        scale_from_metadata: the scale stands in the header only, where WebUIs do not look.
+    """
+
+    target: Target
+    keys: Mapping[str, str]
+    shapes: Mapping[str, Shape]
+    path: str
+    kind: Kind | None = None
+    measure: Measure | None = None
+    network_alpha: float | None = None
+    scale: float = 1.0
+    scale_from_metadata: bool = False
+
+    @property
+    def is_norm(self) -> bool:
+        return self.target.module.kind == NORM
+
+    @property
+    def bias_role(self) -> str | None:
+        return next((role for role in BIAS_ROLES if role in self.keys), None)
+
+    @property
+    def magnitude_role(self) -> str | None:
+        return next((role for role in _MAGNITUDE_ROLES if role in self.keys), None)
+
+    def pieces(self) -> Iterator[tuple[str, int, int]]:
+        """(canonical layer, first row, row after the last), top first."""
+        if self.measure is not None:
+            rows, columns = self.measure.shape
+        else:
+            role = self.bias_role or "w_norm"
+            rows = self.shapes[role][0]
+            columns = rows // 7  # FLUX's linear1 is 3 + 4 times as high as wide
+        layers = self.target.layers
+        width = columns if len(layers) == 4 else rows // len(layers)
+        heights = [width] * min(3, len(layers)) + [rows - 3 * width] * (len(layers) == 4)
+        if sum(heights) != rows or heights[-1] <= 0:
+            raise Misfit(next(iter(self.keys)), f"has {rows} rows, which cannot be cut into {len(layers)} layers of {columns} columns")
+        for layer, (start, stop) in zip(layers, pairwise(accumulate(heights, initial=0)), strict=True):
+            yield layer, start, stop
+
+
+@dataclass
+class Gathered:
+    """Modules by target layers, and the keys that belong to none."""
+
+    modules: list[FileModule] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def gather(file: TensorFile, parsed: Mapping[str, ParsedKey], tensors: OpenTensors) -> Gathered:
+    """Groups keys into modules and checks each.
+
+    Args:
+        file: names and shapes.
+        parsed: the keys that are understood and belong to the file's base.
+        tensors: the same file, open; only scalars are read.
+
+    Raises:
+        LoraFileError: a module is incomplete, or its tensors do not fit each other.
+    """
+    keys: dict[Target, dict[str, str]] = {}
+    for key, meaning in parsed.items():
+        same = keys.setdefault(meaning.target, {})
+        if meaning.role in same:
+            raise LoraFileError(
+                f'"{file.path.name}" has two tensors for one place, "{same[meaning.role]}" and "{key}": keep the keys of one format only.'
+            )
+        same[meaning.role] = key
+    result = Gathered(unknown=[key for key in file.shapes if key not in parsed])
+    config = AdapterConfig(file.metadata)
+    for target, roles in keys.items():
+        module = _module(file, target, roles, parsed, tensors, config)
+        if module is None:
+            result.unknown.extend(roles.values())
+        else:
+            result.modules.append(module)
+    _no_overlap(file, result.modules)
+    return result
+
+
+def _module(
+    file: TensorFile, target: Target, keys: dict[str, str], parsed: Mapping[str, ParsedKey], tensors: OpenTensors, config: AdapterConfig
+) -> FileModule | None:
+    shapes = {role: file.shapes[key] for role, key in keys.items()}
+    path = parsed[next(iter(keys.values()))].path
+    if target.module.kind == NORM:
+        return FileModule(target, keys, shapes, path) if _NORM_ROLES.issuperset(keys) else None
+    kind = kind_of(shapes)
+    if kind is None:
+        return FileModule(target, keys, shapes, path) if "diff_b" in keys else None
+    missing = kind.missing(shapes)
+    if missing is not None:
+        raise LoraFileError(
+            f'"{file.path.name}" is incomplete: "{next(iter(keys.values()))}" has no partner "{missing}"; download or export it again.'
+        )
+    try:
+        measure = kind.measure(shapes)
+        alpha = _scalar(file, tensors, keys.get("alpha"))
+        given = _scalar(file, tensors, keys.get("scale"))
+        said = None
+        if given is None and alpha is None and kind.name == "LoRA" and measure.divisor:
+            said = config.scale(target.base, path, measure.divisor)
+        if given is not None:
+            scale = given
+        elif alpha is not None and measure.divisor:
+            scale = alpha / measure.divisor
+        else:
+            scale = 1.0 if said is None else said
+        module = FileModule(target, keys, shapes, path, kind, measure, alpha, scale, said is not None)
+        list(module.pieces())
+    except Misfit as misfit:
+        role, what = misfit.args
+        raise LoraFileError(f'The tensor "{keys.get(role, role)}" of "{file.path.name}" {what}: export the LoRA again.') from None
+    return module
+
+
+def _scalar(file: TensorFile, tensors: OpenTensors, key: str | None) -> float | None:
+    if key is None:
+        return None
+    tensor = tensors.whole(key)
+    if tensor.numel() != 1 or not tensor.float().isfinite().all():
+        raise LoraFileError(f'The tensor "{key}" of "{file.path.name}" is not one finite number: export the LoRA again.')
+    return float(tensor.float())
+
+
+def _no_overlap(file: TensorFile, modules: list[FileModule]) -> None:
+    seen: dict[str, str] = {}
+    for module in modules:
+        for layer in module.target.layers:
+            key = next(iter(module.keys.values()))
+            if layer in seen:
+                raise LoraFileError(
+                    f'"{file.path.name}" has two tensors for one place, "{seen[layer]}" and "{key}": keep the keys of one format only.'
+                )
+            seen[layer] = key
+
+
+def used_rank(module: FileModule, tensors: OpenTensors, start: int, stop: int) -> int | None:
+    """The rank of rows start..stop: the file's, or in a fused LoRA the columns of `up` that are not all zero there.
+
+    0 says that the rows do not change the layer. Reads `up` in blocks of rows and stops as soon as the answer is known.
+    """
+    assert module.kind is not None and module.measure is not None
+    if module.kind.row_role is None or (module.magnitude_role is not None and len(module.target.layers) == 1):
+        return module.measure.rank
+    matrix = tensors.whole(module.keys[module.kind.row_role])
+    fused = len(module.target.layers) > 1 and module.kind.name == "LoRA"
+    used = None
+    for top in range(start, stop, _BLOCK_ROWS):
+        block = matrix[top : min(top + _BLOCK_ROWS, stop)].flatten(1).float().ne(0).any(dim=0)
+        used = block if used is None else used | block
+        if used.all() or (not fused and used.any()):
+            break
+    count = 0 if used is None else int(used.sum())
+    return count if fused or count == 0 else module.measure.rank

@@ -1,0 +1,119 @@
+"""Deltas, DoRA magnitudes, biases and norms of an open LoRA file, raised to float32 one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from klora.core.deltas import Delta, LowRank
+from klora.core.factors import glora_input_factor, row_piece, swap_row_halves
+from klora.core.lora_modules import FileModule
+from klora.core.tensor_file import OpenTensors
+from klora.errors import LoraFileError
+
+_FLOATS = {
+    dtype
+    for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+    if (dtype := getattr(torch, name, None)) is not None
+}
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """DoRA's magnitude m of a layer: the weight becomes m · (W + ΔW) / ‖W + ΔW‖ (arXiv 2402.09353).
+
+    Attributes:
+        values: float32; one number an output row (axis 0) or an input column or channel (axis 1).
+        axis: 0 if the norm runs over everything but the rows (PEFT, LyCORIS' wd_on_out); 1 if over everything but the
+            inputs (the older LyCORIS). In a fused module the norm of axis 1 runs over the rows of all its pieces.
+    """
+
+    values: Tensor
+    axis: int
+
+
+@dataclass(frozen=True)
+class NormChange:
+    """What a LoRA adds to a norm's weight and bias, float32; None for what it leaves alone."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class LoraReader:
+    """The contents of one open LoRA file by canonical name: `reader(layer)` is its delta. Usable from several threads.
+
+    Every method raises LoraFileError, naming file and tensor, where a tensor holds NaN or Inf, and KeyError for a name
+    that the file does not have.
+    """
+
+    def __init__(self, path: Path, parts: Mapping[str, tuple[FileModule, int, int]], tensors: OpenTensors) -> None:
+        self._path = path
+        self._parts = parts
+        self._tensors = tensors
+
+    def __call__(self, layer: str) -> Delta:
+        """ΔW of a layer or text-encoder module, float32 on the CPU, before DoRA's magnitude, without GLoRA's W·A."""
+        module, start, stop = self._parts[layer]
+        if module.kind is None or module.measure is None:
+            raise KeyError(layer)
+        delta = module.kind.delta(lambda role: self._float(module, role), module.shapes, module.scale, module.measure.rank)
+        if module.target.halves_swapped:
+            return swap_row_halves(delta)
+        return delta if len(module.target.layers) == 1 else row_piece(delta, start, stop)
+
+    def magnitude(self, layer: str) -> Magnitude | None:
+        """The layer's DoRA magnitude, None if it has none."""
+        module, start, stop = self._parts[layer]
+        role = module.magnitude_role
+        if role is None:
+            return None
+        values = self._float(module, role)
+        if role == "dora_scale" and values.dim() > 1 and values.shape[0] == 1 and values.shape[1] > 1:
+            return Magnitude(values.flatten(), 1)
+        return Magnitude(_rows(module, values.flatten(), start, stop), 0)
+
+    def bias(self, layer: str) -> Tensor | None:
+        """What the LoRA adds to the layer's bias, (rows,), float32, PEFT's `lora_B.bias` scaled; None if nothing."""
+        module, start, stop = self._parts[layer]
+        role = module.bias_role
+        if role is None:
+            return None
+        factor = module.scale if role == "up_bias" else 1.0
+        return _rows(module, self._float(module, role).flatten() * factor, start, stop)
+
+    def norm(self, name: str) -> NormChange:
+        """What the LoRA adds to the norm `name`."""
+        module, _, _ = self._parts[name]
+        weight, bias = (next((role for role in roles if role in module.keys), None) for roles in (("w_norm", "diff"), ("b_norm", "diff_b")))
+        return NormChange(self._float(module, weight) if weight else None, self._float(module, bias) if bias else None)
+
+    def input_factor(self, layer: str) -> LowRank | None:
+        """A of GLoRA's ΔW = W A + B, (in, in); None for all other kinds. B is the delta."""
+        module, _, _ = self._parts[layer]
+        if module.kind is None or module.kind.name != "GLoRA":
+            return None
+        return glora_input_factor(lambda role: self._float(module, role), module.shapes, module.scale)
+
+    def _float(self, module: FileModule, role: str) -> Tensor:
+        key = module.keys[role]
+        tensor = self._tensors.whole(key)
+        if tensor.dtype not in _FLOATS:
+            raise LoraFileError(
+                f'The tensor "{key}" of "{self._path.name}" holds {str(tensor.dtype).removeprefix("torch.")} numbers: '
+                "save the LoRA in fp32, fp16, bf16 or fp8."
+            )
+        values = tensor.to(torch.float32)
+        if not values.sum().isfinite() and not values.isfinite().all():
+            raise LoraFileError(f'The tensor "{key}" of "{self._path.name}" holds NaN or infinite numbers: train or download the LoRA again.')
+        return values
+
+
+def _rows(module: FileModule, values: Tensor, start: int, stop: int) -> Tensor:
+    if module.target.halves_swapped:
+        return values.roll(len(values) // 2)
+    return values if len(module.target.layers) == 1 else values[start:stop]

@@ -1,0 +1,147 @@
+"""A file of named tensors, read one tensor at a time: .safetensors memory-mapped, .pt and its kin by weights_only."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import torch
+from torch import Tensor
+
+from klora.errors import LoraFileError
+
+_PICKLED = {".pt", ".pth", ".ckpt", ".bin"}
+_LONGEST_HEADER = 100_000_000
+_AGAIN = "download or copy it again"
+
+
+class OpenTensors(Protocol):
+    """Tensors of an open file by key."""
+
+    def whole(self, key: str) -> Tensor:
+        """The tensor of `key`, in the file's dtype, on the CPU, not copied where the file is mapped."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """What a file holds, without its tensors.
+
+    Attributes:
+        path: the file.
+        shapes: {key: shape}, in the file's order.
+        metadata: the header's __metadata__; empty for other formats.
+    """
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, str]
+
+    def open(self) -> AbstractContextManager[OpenTensors]:
+        """The file's tensors; usable from several threads."""
+        if self.path.suffix.lower() in _PICKLED:
+            return nullcontext(_Loaded(_unpickle(self.path)))
+        return _open_safetensors(self.path)
+
+
+def read_tensor_file(path: Path) -> TensorFile:
+    """Reads names and shapes.
+
+    Raises:
+        LoraFileError: the file is missing, unreadable, truncated, or in another format.
+    """
+    try:
+        if path.is_dir():
+            raise LoraFileError(f'"{path}" is a folder, not a LoRA file: name the .safetensors file in it.')
+        if path.suffix.lower() in _PICKLED:
+            tensors = _unpickle(path)
+            return TensorFile(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {})
+        return _read_safetensors(path)
+    except FileNotFoundError:
+        raise LoraFileError(f'The LoRA file "{path}" does not exist: check its name and folder.') from None
+    except OSError as error:
+        raise LoraFileError(f'The LoRA file "{path}" cannot be read ({error.strerror or error}): check its permissions.') from error
+
+
+def _read_safetensors(path: Path) -> TensorFile:
+    size = path.stat().st_size
+    if size == 0:
+        raise LoraFileError(f'The LoRA file "{path.name}" is empty: {_AGAIN}.')
+    not_safetensors = f'The file "{path.name}" is not a safetensors file: {_AGAIN}, or name a LoRA saved as .safetensors.'
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        opening = stream.read(1)
+        if opening != b"{" or length < 2:
+            raise LoraFileError(not_safetensors)
+        if length > _LONGEST_HEADER:
+            raise LoraFileError(f'The header of "{path.name}" claims {length} bytes, more than a safetensors file may have: {_AGAIN}.')
+        if length + 8 > size:
+            raise LoraFileError(f'The LoRA file "{path.name}" is cut off inside its header: {_AGAIN}.')
+        text = opening + stream.read(length - 1)
+    try:
+        header: dict[str, Any] = json.loads(text)
+        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+        shapes = {key: tuple(int(n) for n in entry["shape"]) for key, entry in header.items()}
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise LoraFileError(not_safetensors) from None
+    if 8 + length + end > size:
+        raise LoraFileError(f'The LoRA file "{path.name}" is cut off: {8 + length + end - size} of its bytes are missing; {_AGAIN}.')
+    return TensorFile(path, shapes, metadata)
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[OpenTensors]:
+    try:
+        opened = safetensors.safe_open(str(path), framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise LoraFileError(f'The LoRA file "{path}" is no longer there: check its name and folder.') from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise LoraFileError(f'The LoRA file "{path.name}" cannot be read ({error}): {_AGAIN}.') from error
+    with opened as tensors:
+        yield _Mapped(path, tensors)
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    path: Path
+    tensors: Any
+
+    def whole(self, key: str) -> Tensor:
+        try:
+            return self.tensors.get_tensor(key)
+        except (safetensors.SafetensorError, OSError, KeyError, AttributeError, TypeError) as error:
+            raise LoraFileError(f'The tensor "{key}" of "{self.path.name}" cannot be read ({error}): {_AGAIN}.') from error
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    tensors: Mapping[str, Tensor]
+
+    def whole(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch file; never runs code from it."""
+    if path.stat().st_size == 0:
+        raise LoraFileError(f'The LoRA file "{path.name}" is empty: {_AGAIN}.')
+    try:
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise LoraFileError(f'The file "{path.name}" is broken or holds more than tensors, so it was not loaded: use a .safetensors file.') from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise LoraFileError(f'The file "{path.name}" cannot be read as a PyTorch file ({error}): {_AGAIN}.') from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise LoraFileError(f'The file "{path.name}" holds no tensors by name, so it is not a LoRA: use a .safetensors file.')
+    return tensors
