@@ -111,9 +111,8 @@ def read_lora(path: str | PathLike[str]) -> LoraFile:
     own = {key: meaning for key, meaning in meanings.items() if meaning.target.base == base or meaning.target.base not in _BASES}
     with file.open() as tensors:
         gathered = gather(file, own, tensors)
-        infos = dict(sorted(_infos(gathered, tensors)))
-    layers = {name: info for name, info in infos.items() if ":" not in name or name.partition(":")[0].count(".")}
-    text = {name: info for name, info in infos.items() if name not in layers}
+        layers = dict(sorted(_infos((module for module in gathered.modules if module.target.base == base), tensors)))
+        text = dict(sorted(_infos((module for module in gathered.modules if module.target.base != base), tensors)))
     if not layers:
         raise _no_layers(file, gathered, bool(text))
     own_denoiser = [meaning.dialect for meaning in own.values() if meaning.target.base == base]
@@ -139,7 +138,7 @@ def _base(file: TensorFile, meanings: Iterable[ParsedKey]) -> str:
         raise LoraFileError(f'The LoRA file "{name}" holds no tensors: download or export it again.')
     other = families.other_base(file.shapes)
     counts = Counter(meaning.target.base for meaning in meanings)
-    if other is not None and sum(counts.values()) + len(file.shapes) > 0 and _looks_like_lora(file):
+    if other is not None and _looks_like_lora(file):
         raise LoraFileError(f'"{name}" was made for {other}: K-LoRA fuses LoRAs for SDXL and FLUX.1.')
     found = Counter({base: counts[base] for base in _BASES}).most_common(1)[0]
     if found[1]:
@@ -156,8 +155,8 @@ def _looks_like_lora(file: TensorFile) -> bool:
     return any(mark in key for key in file.shapes for mark in ("lora", "lokr_", "hada_", ".alpha", ".diff"))
 
 
-def _infos(gathered: Gathered, tensors: OpenTensors) -> Iterator[tuple[str, LayerInfo]]:
-    for module in gathered.modules:
+def _infos(modules: Iterable[FileModule], tensors: OpenTensors) -> Iterator[tuple[str, LayerInfo]]:
+    for module in modules:
         if module.kind is None or module.measure is None:
             continue
         for layer, start, stop in module.pieces():

@@ -87,10 +87,10 @@ class LoraReader:
         return _rows(module, self._float(module, role).flatten() * factor, start, stop)
 
     def norm(self, name: str) -> NormChange:
-        """What the LoRA adds to the norm `name`."""
+        """What the LoRA adds to the norm `name`; for another carried name its bias alone."""
         module, _, _ = self._parts[name]
-        weight, bias = (next((role for role in roles if role in module.keys), None) for roles in (("w_norm", "diff"), ("b_norm", "diff_b")))
-        return NormChange(self._float(module, weight) if weight else None, self._float(module, bias) if bias else None)
+        weight = next((role for role in ("w_norm", "diff") if module.is_norm and role in module.keys), None)
+        return NormChange(self._float(module, weight) if weight else None, self.bias(name))
 
     def input_factor(self, layer: str) -> LowRank | None:
         """A of GLoRA's ΔW = W A + B, (in, in); None for all other kinds. B is the delta."""
@@ -109,7 +109,7 @@ class LoraReader:
             )
         values = tensor.to(torch.float32)
         if not values.sum().isfinite() and not values.isfinite().all():
-            raise LoraFileError(f'The tensor "{key}" of "{self._path.name}" holds NaN or infinite numbers: train or download the LoRA again.')
+            raise LoraFileError(f'The tensor "{key}" of "{self._path.name}" holds NaN or infinite numbers: download or train it again.')
         return values
 
 

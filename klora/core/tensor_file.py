@@ -137,7 +137,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
-        raise LoraFileError(f'The file "{path.name}" is broken or holds more than tensors, so it was not loaded: use a .safetensors file.') from None
+        raise LoraFileError(f'The file "{path.name}" is broken or holds more than tensors: use a .safetensors file.') from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise LoraFileError(f'The file "{path.name}" cannot be read as a PyTorch file ({error}): {_AGAIN}.') from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
