@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from klora.analysis import Analysis, analyze
 from klora.core.score_cache import ScoreCache
@@ -47,10 +49,17 @@ def cache_folder() -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="klora", description="K-LoRA: this subject in that style, from two LoRA files, without training.")
     commands = parser.add_subparsers(required=True, metavar="analyze | generate | demo")
+    _analyze_command(commands.add_parser("analyze", help="score a pair of LoRA files and show which is chosen where and when"))
+    _generate_command(commands.add_parser("generate", help="make a picture with a diffusers pipeline"))
+    command = commands.add_parser("demo", help="make small models and LoRA pairs, and compare all selectors on them")
+    command.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default ./demo)")
+    command.set_defaults(run=_demo)
+    return parser
 
-    command = commands.add_parser("analyze", help="score a pair of LoRA files and show which is chosen where and when")
-    command.add_argument("subject", type=Path, metavar="SUBJECT")
-    command.add_argument("style", type=Path, metavar="STYLE")
+
+def _analyze_command(command: argparse.ArgumentParser) -> None:
+    command.add_argument("subject", type=Path, metavar="SUBJECT", help="the subject LoRA's file")
+    command.add_argument("style", type=Path, metavar="STYLE", help="the style LoRA's file")
     command.add_argument("--steps", type=_positive, default=30, help="steps of the schedule (default 30)")
     command.add_argument("--seed", type=int, default=0, help="for the selector Random (default 0)")
     _add_settings(command, PLAN_OPTIONS)
@@ -58,26 +67,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--map", type=Path, metavar="FILE.png", help="write the selection map")
     command.set_defaults(run=_analyze)
 
-    command = commands.add_parser("generate", help="make a picture with a diffusers pipeline")
+
+def _generate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", type=Path, required=True, help="an SDXL folder or single file, or a FLUX folder")
-    command.add_argument("--config", type=Path, help="for a single file: a diffusers folder with the model's configuration, to stay offline")
-    command.add_argument("--subject", required=True)
-    command.add_argument("--style", required=True)
+    command.add_argument("--config", type=Path, help="for a single file: a diffusers folder with its configuration, to stay offline")
+    command.add_argument("--subject", required=True, help="the subject LoRA's file")
+    command.add_argument("--style", required=True, help="the style LoRA's file")
     command.add_argument("--prompt", required=True)
     command.add_argument("--negative", default="", help="negative prompt")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--steps", type=_positive, default=30)
-    command.add_argument("--size", type=_size, default=(1024, 1024), metavar="WIDTHxHEIGHT")
+    command.add_argument("--steps", type=_positive, default=30, help="default 30")
+    command.add_argument("--size", type=_size, default=(1024, 1024), metavar="WIDTHxHEIGHT", help="default 1024x1024")
     command.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
     command.add_argument("--scheduler", help="a diffusers scheduler class, such as HeunDiscreteScheduler (default: the model's own)")
     _add_settings(command, [name for name in SPECS if name not in ("enabled", "subject", "style", "hires")])
     command.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     command.set_defaults(run=_generate)
-
-    command = commands.add_parser("demo", help="make small models and LoRA pairs, and compare all selectors on them")
-    command.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default ./demo)")
-    command.set_defaults(run=_demo)
-    return parser
 
 
 def _add_settings(command: argparse.ArgumentParser, names: list[str] | tuple[str, ...]) -> None:
@@ -132,7 +137,7 @@ def write_results(analysis: Analysis, json_file: str | None, map_file: Path | No
         _writing(map_file, lambda path: picture.save(path))
 
 
-def _writing(path: Path, write) -> None:  # noqa: ANN001
+def _writing(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(path)
     except (OSError, ValueError) as error:

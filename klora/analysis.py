@@ -87,18 +87,24 @@ def pair_warnings(subject: LoraFile, style: LoraFile, plan: Plan) -> list[str]:
     for role, lora in (("subject", subject), ("style", style)):
         name = lora.path.name
         if is_accelerator(name):
-            warnings.append(f"The {role} LoRA {name} looks like an accelerator (it makes a model need few steps), which is neither a subject "
-                            "nor a style: put it in the prompt and choose another LoRA here.")
+            warnings.append(
+                f"The {role} LoRA {name} looks like an accelerator (it makes a model need few steps), which is neither a subject "
+                "nor a style: put it in the prompt and choose another LoRA here."
+            )
         if lora.unknown_keys:
             few = ", ".join(lora.unknown_keys[:3]) + (", …" if len(lora.unknown_keys) > 3 else "")
-            warnings.append(f"{len(lora.unknown_keys)} tensors of the {role} LoRA {name} have names K-LoRA does not know and are left out ({few}): "
-                            "if the LoRA works without K-LoRA, please report these names.")
+            warnings.append(
+                f"{len(lora.unknown_keys)} tensors of the {role} LoRA {name} have names K-LoRA does not know and are left out ({few}): "
+                "if the LoRA works without K-LoRA, please report these names."
+            )
     layers = plan.scores.layers
     alone = {role: sum(layer.only == role for layer in layers) for role in ("subject", "style")}
     for role, lora in (("subject", subject), ("style", style)):
         if alone[role] > len(layers) / 2:
-            warnings.append(f"{alone[role]} of {len(layers)} layers are changed by the {role} LoRA {lora.path.name} only and stay with it in every "
-                            "step: the two files train different parts of the model, so little is left to choose.")
+            warnings.append(
+                f"{alone[role]} of {len(layers)} layers are changed by the {role} LoRA {lora.path.name} only and stay with it in every "
+                "step: the two files train different parts of the model, so little is left to choose."
+            )
     return warnings
 
 

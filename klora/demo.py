@@ -36,8 +36,10 @@ def demo(folder: Path) -> None:
     """Make models and pairs in `folder`, run `analyze` and `generate` for K-LoRA and all baselines, and say where the results are."""
     folder.mkdir(parents=True, exist_ok=True)
     table = []
-    for base, pipeline, settings in (("sdxl", sdxl_pipeline(), Settings()), ("flux", flux_pipeline(), Settings(schedule="s*"))):
+    models: dict[str, Any] = {"sdxl": sdxl_pipeline(), "flux": flux_pipeline()}
+    for base, pipeline in models.items():
         pipeline.set_progress_bar_config(disable=True)
+        settings = Settings(schedule="s*" if base == "flux" else "s")
         subject, style = _write_pair(folder, base, pipeline)
         results = [_run(pipeline, subject, style, changed) for changed in _variants(settings)]
         analysis = analyze(subject, style, settings, steps=STEPS)

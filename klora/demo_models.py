@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -19,7 +20,15 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from klora.core.topology import Module, flux_modules, sdxl_modules
 
@@ -61,7 +70,7 @@ def flux_pipeline() -> FluxPipeline:
 def write_kohya(path: Path, denoiser: torch.nn.Module, *, base: str, rank: int, network_alpha: float, seed: int, strength: float) -> None:
     """A random LoRA on all attention and feed-forward layers of `denoiser`, as kohya's sd-scripts name them (FLUX: fused)."""
     tensors: dict[str, Tensor] = {}
-    shapes = {name: tuple(module.weight.shape) for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
+    shapes = _linear_shapes(denoiser)
     for module in _trained(base):
         rows = sum(shapes[name][0] for name in module.diffusers)
         down, up = _factors(module.native, (rows, shapes[module.diffusers[0]][1]), rank, strength * rank / network_alpha, seed)
@@ -73,13 +82,17 @@ def write_kohya(path: Path, denoiser: torch.nn.Module, *, base: str, rank: int, 
 def write_peft(path: Path, denoiser: torch.nn.Module, *, base: str, rank: int, seed: int, strength: float) -> None:
     """The same in the keys of diffusers and PEFT (FLUX: split)."""
     tensors: dict[str, Tensor] = {}
-    shapes = {name: tuple(module.weight.shape) for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
+    shapes = _linear_shapes(denoiser)
     prefix = {"sdxl": "unet", "flux": "transformer"}[base]
     for module in _trained(base):
         for name in module.diffusers:
             down, up = _factors(name, shapes[name], rank, strength, seed)
             tensors |= {f"{prefix}.{name}.lora_A.weight": down, f"{prefix}.{name}.lora_B.weight": up}
     save_file(tensors, path)
+
+
+def _linear_shapes(denoiser: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: (module.out_features, module.in_features) for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
 def _trained(base: str) -> list[Module]:
@@ -98,7 +111,7 @@ def _factors(name: str, shape: tuple[int, int], rank: int, strength: float, seed
     return (down / math.sqrt(columns)).half(), (up * size / math.sqrt(rank)).half()
 
 
-def _vae(**more) -> AutoencoderKL:  # noqa: ANN003
+def _vae(**more: Any) -> AutoencoderKL:
     blocks = 4
     return AutoencoderKL(
         block_out_channels=(8, 16, 16, 16), down_block_types=("DownEncoderBlock2D",) * blocks,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 
@@ -31,5 +30,14 @@ def forward_order(layer: str) -> tuple:
 
 
 def leader_of(carried: str, layers: Sequence[str]) -> str:
-    """The layer whose choice a norm or a lone bias follows: the one with the longest path in common, the first of the network among equals."""
-    return min(layers, key=lambda layer: (-len(os.path.commonprefix([carried.split("."), layer.split(".")])), forward_order(layer)))
+    """The layer whose choice a norm or a lone bias follows.
+
+    It is the layer with the longest path in common; among equals the first of the network.
+    """
+    path = carried.split(".")
+
+    def common(layer: str) -> int:
+        parts = layer.split(".")
+        return next((i for i, (own, other) in enumerate(zip(path, parts, strict=False)) if own != other), min(len(path), len(parts)))
+
+    return min(layers, key=lambda layer: (-common(layer), forward_order(layer)))

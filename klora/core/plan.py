@@ -56,7 +56,7 @@ class Plan:
         """The plan as `python -m klora analyze` and the HTTP API give it (README, "The plan as JSON")."""
         layers = [
             {**{name: row[name] for name in JSON_LAYER_FIELDS}, "switches": switches}
-            for row, switches in zip(map(asdict, self.scores.layers), self.switches())
+            for row, switches in zip(map(asdict, self.scores.layers), self.switches(), strict=True)
         ]
         return {
             "gamma": self.gamma,

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from klora.core.blocks import leader_of
 from klora.core.deltas import dense
-from klora.core.lora_file import LoraFile, LoraReader
+from klora.core.lora_file import LoraFile
+from klora.core.lora_reader import LoraReader
 from klora.core.selectors import Choice
 from klora.core.topology import Module, flux_modules, sdxl_modules
 from klora.errors import HostError
 
 TEXT_ENCODERS = {"sdxl": {"te1": "text_encoder", "te2": "text_encoder_2"}, "flux": {"te1": "text_encoder", "t5": "text_encoder_2"}}
 """Base model -> part of a LoRA file -> attribute of the pipeline."""
+
+ROLES = {Choice.SUBJECT: ("subject",), Choice.STYLE: ("style",), Choice.BOTH: ("subject", "style")}
 
 
 @dataclass(frozen=True)
@@ -47,31 +50,67 @@ def denoiser_of(pipeline: Any) -> nn.Module:
     return pipeline.unet if base_of(pipeline) == "sdxl" else pipeline.transformer
 
 
+@dataclass(frozen=True)
+class OpenLora:
+    """A LoRA of a run while its file is open."""
+
+    lora: Lora
+    reader: LoraReader
+
+    def add_weight(self, weight: Tensor, original: Tensor, name: str) -> Tensor:
+        """`weight` plus the multiplier times what this LoRA changes `original` by; float32 where it changes it."""
+        if name in self.lora.file.layers or name in self.lora.file.text_encoder_modules:
+            change: Tensor | None = weight_change(self.reader, name, original)
+        elif name in self.lora.file.carried:
+            change = self.reader.norm(name).weight
+        else:
+            change = None
+        return weight if change is None else weight.float() + self.lora.multiplier * change.to(original.device)
+
+    def add_bias(self, bias: Tensor, name: str) -> Tensor:
+        """`bias` plus the multiplier times what this LoRA changes it by."""
+        file = self.lora.file
+        if name not in file.carried:
+            return bias
+        scored = name in file.layers or name in file.text_encoder_modules
+        change = self.reader.bias(name) if scored else self.reader.norm(name).bias
+        return bias if change is None else bias.float() + self.lora.multiplier * change.to(bias.device)
+
+
+def weight_change(reader: LoraReader, layer: str, original: Tensor) -> Tensor:
+    """What a LoRA at multiplier 1 adds to the weight `original`, float32 of its shape and device.
+
+    DoRA makes the weight magnitude · (W + ΔW) / ‖W + ΔW‖ (arXiv 2402.09353); GLoRA adds W A as well.
+    """
+    base = original.float()
+    change = dense(reader(layer)).reshape(original.shape).to(original.device)
+    if (factor := reader.input_factor(layer)) is not None:
+        change = change + torch.tensordot(base, dense(factor).to(base.device), dims=([1], [0])).movedim(-1, 1)
+    if (magnitude := reader.magnitude(layer)) is not None:
+        directed = base + change
+        others = [axis for axis in range(base.dim()) if axis != magnitude.axis]
+        shape = [-1 if axis == magnitude.axis else 1 for axis in range(base.dim())]
+        scale = magnitude.values.to(base.device).reshape(shape) / directed.norm(dim=others, keepdim=True)
+        change = directed * scale - base
+    return change
+
+
 class Merger:
     """Adds LoRA changes to the parameters of modules, always from the originals, and gives these very tensors back."""
 
     def __init__(self) -> None:
         self._originals: dict[nn.Parameter, Tensor] = {}
 
-    def put(self, module: nn.Module, changes: Sequence[tuple[LoraReader, str, float]]) -> None:
-        """Make `module` its original plus the changes.
-
-        Args:
-            changes: (open file, canonical name, multiplier), added in this order.
-        """
-        for name, parameter in module.named_parameters(recurse=False):
+    def put(self, module: nn.Module, name: str, loras: Sequence[OpenLora]) -> None:
+        """Make `module`, canonically called `name`, its original plus what each of `loras` changes, added in this order."""
+        for kind, parameter in module.named_parameters(recurse=False):
             original = self._originals.get(parameter, parameter.data)
             merged = original
-            for reader, layer, multiplier in changes:
-                if name == "weight":
-                    merged = _with_weight(merged, original, reader, layer, multiplier)
-                elif name == "bias" and (difference := reader.bias(layer)) is not None:
-                    merged = merged + multiplier * difference.to(merged.device)
-            if merged is original:
-                parameter.data = original
-            else:
+            for lora in loras:
+                merged = lora.add_weight(merged, original, name) if kind == "weight" else lora.add_bias(merged, name)
+            if merged is not original:
                 self._originals[parameter] = original
-                parameter.data = merged.to(original.dtype)
+            parameter.data = merged.to(original.dtype)
 
     def restore(self) -> None:
         """Put every original tensor back; harmless when there is none."""
@@ -80,34 +119,13 @@ class Merger:
         self._originals.clear()
 
 
-def _with_weight(merged: Tensor, original: Tensor, reader: LoraReader, layer: str, multiplier: float) -> Tensor:
-    """`merged` plus multiplier times what one LoRA makes of `original`, in float32 until the caller casts.
-
-    DoRA replaces W by magnitude · (W + ΔW) / ‖W + ΔW‖ (arXiv 2402.09353), the norm taken over all but the magnitude's own axis.
-    """
-    if layer not in reader.weights:
-        return merged
-    change = dense(reader(layer)).reshape(original.shape).to(original.device)
-    magnitude = reader.magnitude(layer)
-    if magnitude is not None:
-        base = original.float()
-        directed = base + change
-        magnitude = magnitude.float().to(original.device)
-        over_rows = magnitude.numel() == original.shape[0]
-        kept = 0 if over_rows else 1
-        axes = [axis for axis in range(original.dim()) if axis != kept]
-        shape = [-1 if axis == kept else 1 for axis in range(original.dim())]
-        change = directed * (magnitude.reshape(shape) / directed.norm(dim=axes, keepdim=True)) - base
-    return merged.float() + multiplier * change
-
-
 class DiffusersSwitch:
     """`LayerSwitch` of a diffusers denoiser: a switched layer is merged anew from its original, the others are not touched."""
 
     def __init__(self, denoiser: nn.Module, base: str, subject: Lora, style: Lora) -> None:
         self._modules = dict(_layers(denoiser, base))
-        self._loras = {Choice.SUBJECT: (subject,), Choice.STYLE: (style,), Choice.BOTH: (subject, style)}
-        self._readers: dict[Lora, LoraReader] = {}
+        self._loras = {"subject": subject, "style": style}
+        self._open: dict[str, OpenLora] = {}
         self._merger = Merger()
         self._stack = ExitStack()
         names = sorted({*subject.file.layers, *style.file.layers})
@@ -124,18 +142,17 @@ class DiffusersSwitch:
 
     def attach(self) -> None:
         self._stack.callback(self._merger.restore)
-        for lora in self._loras[Choice.BOTH]:
-            self._readers[lora] = self._stack.enter_context(lora.file.open())
+        for role, lora in self._loras.items():
+            self._open[role] = OpenLora(lora, self._stack.enter_context(lora.file.open()))
 
     def apply(self, choices: Mapping[str, Choice]) -> None:
         for layer, choice in choices.items():
             for name in (layer, *self._followers.get(layer, ())):
-                changes = [(self._readers[lora], name, lora.multiplier) for lora in self._loras[choice]]
-                self._merger.put(self._modules[name], changes)
+                self._merger.put(self._modules[name], name, [self._open[role] for role in ROLES[choice]])
 
     def detach(self) -> None:
         self._stack.close()
-        self._readers.clear()
+        self._open.clear()
 
 
 @contextmanager
@@ -146,12 +163,12 @@ def text_encoders_with(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
     modules = {part: dict(encoder.named_modules()) for part, encoder in encoders.items() if encoder is not None}
     with ExitStack() as stack:
         stack.callback(merger.restore)
-        readers = [(stack.enter_context(lora.file.open()), lora.multiplier) for lora in loras]
-        for name in sorted({name for reader, _ in readers for name in reader.text_encoder_modules}):
+        opened = [OpenLora(lora, stack.enter_context(lora.file.open())) for lora in loras]
+        for name in sorted({name for lora in loras for name in (*lora.file.text_encoder_modules, *lora.file.carried)}):
             part, _, path = name.partition(":")
             module = modules.get(part, {}).get(path) or modules.get(part, {}).get(path.removeprefix("text_model."))
             if module is not None:
-                merger.put(module, [(reader, name, multiplier) for reader, multiplier in readers])
+                merger.put(module, name, opened)
         yield
 
 
