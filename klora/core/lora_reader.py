@@ -61,10 +61,18 @@ class LoraReader:
         module, start, stop = self._parts[layer]
         if module.kind is None or module.measure is None:
             raise KeyError(layer)
-        delta = module.kind.delta(lambda role: self._float(module, role), module.shapes, module.scale, module.measure.rank)
+        fused = len(module.target.layers) > 1
+        rows = module.kind.row_role if fused else None
+
+        def get(role: str) -> Tensor:
+            return self._float(module, role, slice(start, stop) if role == rows else None)
+
+        delta = module.kind.delta(get, module.shapes, module.scale, module.measure.rank)
         if module.target.halves_swapped:
             return swap_row_halves(delta)
-        return delta if len(module.target.layers) == 1 else row_piece(delta, start, stop)
+        if not fused:
+            return delta
+        return row_piece(delta, 0, stop - start) if rows else row_piece(delta, start, stop)
 
     def magnitude(self, layer: str) -> Magnitude | None:
         """The layer's DoRA magnitude, None if it has none."""
@@ -99,9 +107,10 @@ class LoraReader:
             return None
         return glora_input_factor(lambda role: self._float(module, role), module.shapes, module.scale)
 
-    def _float(self, module: FileModule, role: str) -> Tensor:
+    def _float(self, module: FileModule, role: str, rows: slice | None = None) -> Tensor:
         key = module.keys[role]
         tensor = self._tensors.whole(key)
+        tensor = tensor if rows is None else tensor[rows]
         if tensor.dtype not in _FLOATS:
             raise LoraFileError(
                 f'The tensor "{key}" of "{self._path.name}" holds {str(tensor.dtype).removeprefix("torch.")} numbers: '

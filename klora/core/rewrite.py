@@ -1,0 +1,140 @@
+"""Writing a LoRA file under the key names that A1111, Forge and their kin load.
+
+SDXL becomes kohya with sgm names. FLUX becomes kohya where the file is fused and diffusers with PEFT's lora_A / lora_B
+where it is split; both may stand in one file, which Forge reads. Tensors are copied byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from klora.core.key_names import SUFFIXES
+from klora.core.lora_file import LoraFile
+from klora.core.lora_modules import FileModule
+from klora.core.tensor_file import OpenTensors
+from klora.errors import LoraFileError
+
+_KOHYA = {"up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight", "alpha": ".alpha"}
+_PEFT = {**_KOHYA, "up": ".lora_B.weight", "down": ".lora_A.weight"}
+_OTHER = {role: suffix for suffix, role in SUFFIXES.items() if role not in _KOHYA}
+_RENAMED = {"up_bias": ".diff_b", "peft_magnitude": ".dora_scale"}
+_TEXT_ENCODERS = {"te1": "lora_te1_", "te2": "lora_te2_", "t5": "lora_te3_"}
+_ROW_ROLES = {"up", "diff", "diff_b", "up_bias", "hada_w1_a", "hada_w2_a", "peft_magnitude"}
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor to write: from key `source` (None: `number` alone), of its rows `rows` if given, with this shape."""
+
+    source: str | None
+    number: float = 0.0
+    rows: slice | None = None
+    shape: tuple[int, ...] | None = None
+    factor: float = 1.0
+
+
+def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Writes `lora` to `destination` (.safetensors) as the hosts know it; the file is complete or not there.
+
+    Names change and nothing else, but: a scale that only the header's adapter metadata held is written as alpha; PEFT's
+    magnitude (rows,) takes LyCORIS' shape (rows, 1); PEFT's `lora_B.bias` becomes `diff_b`, multiplied by the scale.
+
+    Returns:
+        The keys left out because no host knows them: `lora.unknown_keys`.
+
+    Raises:
+        LoraFileError: a tensor cannot be cut for the host's layers.
+        OSError: the destination cannot be written.
+    """
+    target = Path(destination)
+    with lora.tensor_file.open() as tensors:
+        entries = {key: entry for module in lora.modules for key, entry in _entries(lora, module)}
+        entries.update({key: _Entry(key) for key in lora.embeddings})
+        _write(target, entries, tensors, lora.metadata)
+    return lora.unknown_keys
+
+
+def _entries(lora: LoraFile, module: FileModule) -> Iterator[tuple[str, _Entry]]:
+    places = list(_places(module))
+    for name, suffixes, rows in places:
+        for role, key in module.keys.items():
+            cut = rows if role in _ROW_ROLES or (role == "dora_scale" and module.shapes[role][0] > 1) else None
+            if rows is not None and (role.startswith("lokr_") or role == "b1"):
+                raise LoraFileError(f'The fused tensor "{key}" of "{lora.path.name}" cannot be cut for WebUIs: export the LoRA as kohya.')
+            suffix = suffixes.get(role) or _RENAMED.get(role) or _OTHER[role]
+            shape = _magnitude_shape(module, cut) if role == "peft_magnitude" else None
+            yield name + suffix, _Entry(key, rows=cut, shape=shape, factor=module.scale if role == "up_bias" else 1.0)
+        if "alpha" not in module.keys and module.measure is not None and module.measure.divisor:
+            needs_alpha = module.scale_from_metadata or (module.kind is not None and module.kind.name == "GLoRA")
+            if needs_alpha:
+                yield name + ".alpha", _Entry(None, number=module.scale * module.measure.divisor)
+
+
+def _places(module: FileModule) -> Iterator[tuple[str, Mapping[str, str], slice | None]]:
+    """(opening of the key, suffixes of the pair, rows or None for all) of each module that the host shall see."""
+    target = module.target
+    native = target.module.native
+    if target.base in _TEXT_ENCODERS:
+        yield _TEXT_ENCODERS[target.base] + _flat(native.partition(":")[2]), _KOHYA, None
+    elif target.layers == target.module.layers and not target.halves_swapped:
+        split_name = target.base == "flux" and target.naming == "diffusers" and len(target.layers) == 1
+        yield (f"transformer.{target.module.diffusers[0]}", _PEFT, None) if split_name else (f"lora_unet_{_flat(native)}", _KOHYA, None)
+    else:
+        names = dict(zip(target.module.layers, target.module.diffusers, strict=True))
+        for layer, start, stop in module.pieces():
+            yield f"transformer.{names[layer]}", _PEFT, slice(start, stop) if len(target.layers) > 1 else None
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _magnitude_shape(module: FileModule, rows: slice | None) -> tuple[int, ...]:
+    height = max(module.shapes["peft_magnitude"]) if rows is None else rows.stop - rows.start
+    return (height, *[1] * (len(module.shapes["down"]) - 1))
+
+
+def _tensor(entry: _Entry, tensors: OpenTensors) -> Tensor:
+    if entry.source is None:
+        return torch.tensor(entry.number, dtype=torch.float32)
+    tensor = tensors.whole(entry.source)
+    tensor = tensor if entry.rows is None else tensor[entry.rows]
+    tensor = tensor if entry.factor == 1.0 else (tensor.float() * entry.factor).to(tensor.dtype)
+    return (tensor if entry.shape is None else tensor.reshape(entry.shape)).contiguous()
+
+
+def _write(target: Path, entries: Mapping[str, _Entry], tensors: OpenTensors, metadata: Mapping[str, str]) -> None:
+    """The safetensors format, tensor by tensor, so that no second copy of the file is held in memory."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key, entry in entries.items():
+        tensor = _tensor(entry, tensors)
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        code = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            for entry in entries.values():
+                stream.write(_tensor(entry, tensors).reshape(-1).view(torch.uint8).numpy().data)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
