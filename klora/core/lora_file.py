@@ -183,6 +183,6 @@ def _no_layers(file: TensorFile, gathered: Gathered, text_encoders: bool) -> Lor
     if text_encoders:
         return LoraFileError(f'"{name}" changes the text encoders only: K-LoRA needs LoRAs that change the SDXL or FLUX.1 denoiser.')
     if any(module.kind for module in gathered.modules):
-        return LoraFileError(f'"{name}" changes nothing: all its up weights are zero; was it saved before training?')
+        return LoraFileError(f'"{name}" changes nothing: all its up weights are zero, as before any training; choose another file.')
     key = next(iter(file.shapes))
     return LoraFileError(f'"{name}" holds no weight differences for SDXL or FLUX.1 (its first tensor is "{key}"): choose a LoRA file.')
