@@ -48,7 +48,7 @@ class LayerInfo:
     scale: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraFile:
     """A LoRA file, understood.
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klora.core import topology
+from klora.core import families, topology
 from klora.core.key_names import SUFFIXES, parse_key
 from klora.core.topology import CONV, LINEAR, NORM
 
@@ -65,6 +65,14 @@ def test_flux_has_304_block_matrices_fused_and_494_split() -> None:
 
 def test_sdxl_has_560_attention_layers() -> None:
     assert sum(".attn" in m.native and m.kind == LINEAR for m in topology.sdxl_modules()) == 560
+
+
+def test_no_layer_of_sdxl_or_flux_is_taken_for_another_model() -> None:
+    text_encoders = [m for encoder in ("te1", "te2", "t5") for m in topology.text_encoder_modules(encoder)]
+    for module in (*ALL, *text_encoders):
+        for name in (module.native.partition(":")[2] or module.native, *module.diffusers):
+            keys = [f"{name}.alpha", f"transformer.{name}.alpha", f"lora_unet_{name.replace('.', '_')}.alpha"]
+            assert families.other_base([*keys, f"lora_transformer_{name.replace('.', '_')}.alpha"]) is None, name
 
 
 ALL = [*topology.sdxl_modules(), *topology.flux_modules()]
