@@ -10,10 +10,10 @@ _OTHER_BASES = tuple(
     for pattern, name in (
         (r"(down_blocks[._]0|up_blocks[._]3)[._]attentions", "Stable Diffusion 1.x or 2.x"),
         (r"input_blocks[._][12][._]1[._]|output_blocks[._](9|10|11)[._]", "Stable Diffusion 1.x or 2.x"),
-        (r"joint_blocks[._]\d", "Stable Diffusion 3"),
+        (r"joint_blocks[._]\d|(^|lycoris_|transformer[._])transformer_blocks[._]\d+[._]attn2[._]", "Stable Diffusion 3"),
         (r"transformer_blocks[._]\d+[._]img_m", "Qwen-Image"),
         (r"(?<!single_)transformer_blocks[._](19|[2-9]\d)[._]", "Stable Diffusion 3.5 or another transformer"),
-        (r"single_(transformer_)?blocks[._](3[89]|4\d)[._]|double_stream_modulation|to_qkv_mlp_proj", "FLUX.2"),
+        (r"single_(transformer_)?blocks[._](3[89]|4\d)[._]|double_stream_modulation|to_qkv_mlp_proj|ff[._]linear_in", "FLUX.2"),
         (r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)", "HunyuanVideo"),
         (r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn)[._]", "Wan"),
         (r"(^|[._])layers[._]\d+[._](attention|feed_forward)[._]", "Lumina or Z-Image"),

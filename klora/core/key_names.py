@@ -85,6 +85,7 @@ SUFFIXES: Mapping[str, str] = MappingProxyType(
         ".up.weight": "up", ".down.weight": "down",
         ".alpha": "alpha", ".scale": "scale",
         ".dora_scale": "dora_scale", ".lora_magnitude_vector.weight": "peft_magnitude", ".lora_magnitude_vector": "peft_magnitude",
+        ".magnitude": "peft_magnitude",
         ".diff": "diff", ".diff_b": "diff_b", ".w_norm": "w_norm", ".b_norm": "b_norm",
         **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
         **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},

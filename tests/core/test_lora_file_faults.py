@@ -91,6 +91,7 @@ TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
         "Stable Diffusion 1.x",
     ),
     "SD 3": ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": torch.ones(2, 2)}, "Stable Diffusion 3"),
+    "SD 3.5 by SimpleTuner": ({"lycoris_transformer_blocks_3_attn2_to_q.lokr_w1": torch.ones(2, 2)}, "Stable Diffusion 3"),
     "FLUX.2": ({"transformer.single_transformer_blocks.40.attn.to_out.lora_A.weight": torch.ones(2, 2)}, "FLUX.2"),
     "Wan": ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 2)}, "Wan"),
     "Qwen-Image": ({"transformer_blocks.0.img_mlp.net.2.lora_A.weight": torch.ones(2, 2)}, "Qwen-Image"),
