@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from klora.analysis import Analysis, analyze
+from klora.core.score_cache import ScoreCache
 from klora.core.selectors import SELECTORS
 from klora.demo_models import flux_pipeline, sdxl_pipeline, write_kohya, write_peft
 from klora.runner import Request, fused_picture
-from klora.selection_map import INK, PAPER, draw_map, font
+from klora.selection_map import INK, PAPER, draw_map, font, plain
 from klora.settings import Settings
 
 STEPS, SIZE = 12, (256, 256)
@@ -35,14 +36,15 @@ class Result:
 def demo(folder: Path) -> None:
     """Make models and pairs in `folder`, run `analyze` and `generate` for K-LoRA and all baselines, and say where the results are."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = []
+    table: list[str] = []
+    cache = ScoreCache(folder / "scores")
     models: dict[str, Any] = {"sdxl": sdxl_pipeline(), "flux": flux_pipeline()}
     for base, pipeline in models.items():
         pipeline.set_progress_bar_config(disable=True)
         settings = Settings(schedule="s*" if base == "flux" else "s")
         subject, style = _write_pair(folder, base, pipeline)
-        results = [_run(pipeline, subject, style, changed) for changed in _variants(settings)]
-        analysis = analyze(subject, style, settings, steps=STEPS)
+        results = [_run(pipeline, subject, style, changed, cache) for changed in _variants(settings)]
+        analysis = analyze(subject, style, settings, steps=STEPS, cache=cache)
         draw_map(analysis.plan, subject.stem, style.stem).save(folder / f"{base}_map.png")
         _side_by_side(results).save(folder / f"{base}_pictures.png")
         for result in results:
@@ -70,9 +72,9 @@ def _variants(settings: Settings) -> list[tuple[str, Settings]]:
     return [("K-LoRA S", replace(settings, schedule="s")), ("K-LoRA S*", replace(settings, schedule="s*")), *chosen]
 
 
-def _run(pipeline: Any, subject: Path, style: Path, variant: tuple[str, Settings]) -> Result:
+def _run(pipeline: Any, subject: Path, style: Path, variant: tuple[str, Settings], cache: ScoreCache) -> Result:
     label, settings = variant
-    analysis = analyze(subject, style, settings, steps=STEPS, seed=7)
+    analysis = analyze(subject, style, settings, steps=STEPS, seed=7, cache=cache)
     start = time.perf_counter()
     picture = fused_picture(pipeline, analysis, settings, Request(PROMPT, seed=7, steps=STEPS, size=SIZE))
     seconds = time.perf_counter() - start
@@ -88,7 +90,7 @@ def _side_by_side(results: list[Result], columns: int = 4) -> Image.Image:
     for index, result in enumerate(results):
         left, top = 8 + index % columns * (width + 8), 8 + index // columns * (height + caption + 8)
         sheet.paste(result.picture, (left, top + caption))
-        ImageDraw.Draw(sheet).text((left, top + 4), result.label, INK, font(15))
+        ImageDraw.Draw(sheet).text((left, top + 4), plain(result.label), INK, font(15))
     return sheet
 
 

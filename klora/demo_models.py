@@ -44,11 +44,11 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
         addition_embed_type="text_time", addition_time_embed_dim=16, projection_class_embeddings_input_dim=6 * 16 + 32,
     )  # fmt: skip
     tokenizer = _clip_tokenizer()
-    return StableDiffusionXLPipeline(
+    return _ready(StableDiffusionXLPipeline(
         vae=_vae(), unet=unet, tokenizer=tokenizer, tokenizer_2=tokenizer,
         text_encoder=CLIPTextModel(_clip_config(12)), text_encoder_2=CLIPTextModelWithProjection(_clip_config(32)),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), add_watermarker=False,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def flux_pipeline() -> FluxPipeline:
@@ -58,13 +58,13 @@ def flux_pipeline() -> FluxPipeline:
         in_channels=16, num_layers=19, num_single_layers=38, attention_head_dim=16, num_attention_heads=4, axes_dims_rope=(4, 6, 6),
         joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True,
     )  # fmt: skip
-    return FluxPipeline(
+    return _ready(FluxPipeline(
         vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611),
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(),
         text_encoder=CLIPTextModel(_clip_config(12)), tokenizer=_clip_tokenizer(),
         text_encoder_2=T5EncoderModel(T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4)),
         tokenizer_2=_letter_tokenizer(),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def write_kohya(path: Path, denoiser: torch.nn.Module, *, base: str, rank: int, network_alpha: float, seed: int, strength: float) -> None:
@@ -109,6 +109,14 @@ def _factors(name: str, shape: tuple[int, int], rank: int, strength: float, seed
     down = torch.randn(rank, columns, generator=generator) ** 3 / 4
     up = torch.randn(rows, rank, generator=generator)
     return (down / math.sqrt(columns)).half(), (up * size / math.sqrt(rank)).half()
+
+
+def _ready(pipeline: Any) -> Any:
+    """Without dropout, as a loaded model is."""
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    return pipeline
 
 
 def _vae(**more: Any) -> AutoencoderKL:

@@ -27,11 +27,12 @@ def preflight(analysis: Analysis) -> str:
 def _file_lines(role: str, lora: LoraFile) -> Iterator[str]:
     yield f"{role:8} {lora.path}"
     kinds = ", ".join(f"{kind} {count}" for kind, count in lora.kinds.items())
-    yield f"         {BASE_NAMES[lora.base]}, {lora.dialect} keys; {kinds}; rank {_range([layer.rank for layer in lora.layers.values()])}, " \
-          f"network alpha {_range([layer.network_alpha for layer in lora.layers.values()])}"
+    ranks = _range([layer.rank for layer in lora.layers.values()])
+    alphas = _range([layer.network_alpha for layer in lora.layers.values()])
+    yield f"         {BASE_NAMES[lora.base]}, {lora.dialect} keys; {kinds}; rank {ranks}, network alpha {alphas}"
     encoders = ", ".join(f"{name} {count}" for name, count in lora.text_encoder_layers.items() if count) or "none"
-    yield f"         {len(lora.layers)} layers; text encoder layers: {encoders}; norms and biases: {len(lora.carried)}; " \
-          f"unknown tensors: {len(lora.unknown_keys)}"
+    rest = f"norms and biases: {len(lora.carried)}; unknown tensors: {len(lora.unknown_keys)}"
+    yield f"         {len(lora.layers)} layers; text encoder layers: {encoders}; {rest}"
 
 
 def _range(values: list) -> str:
@@ -49,8 +50,9 @@ def _pair_lines(analysis: Analysis) -> Iterator[str]:
     still = np.array([not steps for steps in plan.switches()])
     first = plan.selection[0]
     counts = {choice: int((still & (first == choice)).sum()) for choice in Choice}
-    yield f"         {int(still.sum())} layers never switch: {counts[Choice.SUBJECT]} stay with the subject, " \
-          f"{counts[Choice.STYLE]} with the style" + (f", {counts[Choice.BOTH]} carry both" if counts[Choice.BOTH] else "")
+    both = f", {counts[Choice.BOTH]} carry both" if counts[Choice.BOTH] else ""
+    stay = f"{counts[Choice.SUBJECT]} stay with the subject, {counts[Choice.STYLE]} with the style{both}"
+    yield f"         {int(still.sum())} layers never switch: {stay}"
 
 
 def _share_lines(analysis: Analysis) -> Iterator[str]:

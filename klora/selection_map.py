@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from klora.core.blocks import block_of, forward_order
 from klora.core.plan import Plan
+from klora.core.schedule import ALPHA_M
 from klora.core.selectors import Choice
 
 SUBJECT, STYLE, BOTH, NOT_RUN = (31, 95, 191), (124, 205, 108), (226, 164, 60), (232, 232, 232)
@@ -49,7 +50,7 @@ def draw_map(plan: Plan, subject: str, style: str, selection: np.ndarray | None 
     _steps_axis(draw, len(rows), height)
     _block_names(image, columns, cell, TOP + height * len(rows) + 6)
     _shares(draw, rows, height, LEFT + width + SHARE_LEFT)
-    _legend(draw, subject, style, image.height - 28)
+    _legend(image, plan, subject, style)
     return image
 
 
@@ -72,7 +73,7 @@ def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, 
     """The map itself, uint8 of shape (steps * height, width, 3); one-sided layers are hatched."""
     colours = np.array([STYLE, SUBJECT, BOTH, NOT_RUN], np.uint8)
     pixels = np.full((len(rows) * height, width, 3), PAPER, np.uint8)
-    hatch = np.add.outer(np.arange(pixels.shape[0]), np.arange(width)) % 8 < 2
+    hatch = _hatch(*pixels.shape[:2])
     for column in columns:
         span = slice(column.left, column.left + cell)
         pixels[:, span] = np.repeat(colours[rows[:, column.index]], height, axis=0)[:, None]
@@ -83,10 +84,10 @@ def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, 
 
 def _title(draw: ImageDraw.ImageDraw, plan: Plan, subject: str, style: str) -> None:
     s = plan.schedule
-    draw.text((LEFT, 10), f"{subject} in the style of {style}", INK, font(18))
-    schedule = f"S = {s.alpha:g} τ + {s.beta:g}" if s.name == "s" else f"S* = ({s.alpha:g} τ + {s.beta:g}) mod 1.5"
-    text = f"{plan.selector}    {schedule}    γ = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
-    draw.text((LEFT, 34), text, INK, font(13))
+    draw.text((LEFT, 10), plain(f"{subject} in the style of {style}"), INK, font(18))
+    schedule = f"S = {s.alpha:g} t/T + {s.beta:g}" if s.name == "s" else f"S* = ({s.alpha:g} t/T + {s.beta:g}) mod {ALPHA_M:g}"
+    text = f"{plan.selector}    {schedule}    gamma = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
+    draw.text((LEFT, 34), plain(text), INK, font(13))
 
 
 def _steps_axis(draw: ImageDraw.ImageDraw, steps: int, height: int) -> None:
@@ -123,14 +124,30 @@ def _shares(draw: ImageDraw.ImageDraw, rows: np.ndarray, height: int, left: int)
             draw.rectangle((left, top, right, top + height - 2), SUBJECT)
 
 
-def _legend(draw: ImageDraw.ImageDraw, subject: str, style: str, top: int) -> None:
-    left = LEFT
-    for colour, text in ((SUBJECT, f"subject: {subject}"), (STYLE, f"style: {style}"), (BOTH, "both"), (None, "hatched: only one LoRA has it")):
-        if colour:
-            draw.rectangle((left, top, left + 14, top + 14), colour)
-            left += 20
-        draw.text((left, top + 7), text, INK, font(13), anchor="lm")
-        left += int(draw.textlength(text, font(13))) + 28
+def _legend(image: Image.Image, plan: Plan, subject: str, style: str) -> None:
+    draw, left, top = ImageDraw.Draw(image), LEFT, image.height - 28
+    entries = [(SUBJECT, f"subject: {subject}"), (STYLE, f"style: {style}")]
+    if (plan.selection == Choice.BOTH).any():
+        entries.append((BOTH, "both"))
+    if any(layer.only for layer in plan.scores.layers):
+        entries.append((NOT_RUN, "hatched: only one LoRA changes this layer"))
+    for colour, text in entries:
+        swatch = np.full((14, 14, 3), colour, np.uint8)
+        if colour == NOT_RUN:
+            swatch[_hatch(14, 14)] = FAINT
+        image.paste(Image.fromarray(swatch), (left, top))
+        draw.text((left + 20, top + 7), plain(text), INK, font(13), anchor="lm")
+        left += int(draw.textlength(plain(text), font(13))) + 48
+
+
+def _hatch(height: int, width: int) -> np.ndarray:
+    """Where a one-sided layer is struck through, bool of shape (height, width)."""
+    return np.add.outer(np.arange(height), np.arange(width)) % 8 < 2
+
+
+def plain(text: str) -> str:
+    """Text as Pillow's own font can write it."""
+    return text.replace("γ", "gamma").encode("latin-1", "replace").decode("latin-1")
 
 
 def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

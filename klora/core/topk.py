@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klora.core.deltas import Delta, Kronecker, LowRank
+from klora.core.deltas import Delta, Dense, Hadamard, Kronecker, LowRank
+
+Magnitudes = NDArray[Any]
 
 TABLE_LENGTH = 128
 """A profile answers K = rank · partner's rank for partners up to this rank."""
@@ -58,10 +60,7 @@ class LayerProfile:
             return self.abs_sum
         if self.abs_sum == 0:
             return 0.0
-        if self.rank is None:
-            n = math.isqrt(k)
-        else:
-            n = k // self.rank if self.rank else 0
+        n = math.isqrt(k) if self.rank is None else k // self.rank if self.rank else 0
         if not 1 <= n <= TABLE_LENGTH or table_k(self.rank, n) != k:
             return None
         return float(self.top_sums[n - 1])
@@ -96,32 +95,16 @@ def new_buffer(device: torch.device) -> Tensor:
     return torch.empty(BLOCK_NUMEL if device.type == "cpu" else 0, dtype=torch.float32, device=device)
 
 
-@contextmanager
-def full_precision_matmul() -> Iterator[None]:
-    """Keeps TF32 out of CUDA's float32 products inside the block, then puts the setting back.
-
-    torch 2.9 has a new switch and refuses to read the old one where a host has used the new.
-    """
-    matmul = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, exact)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
-
-
 # --- one pass over one delta
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """abs_sum and squared_sum of ΔW, and its k largest magnitudes, float64 (k,), falling."""
+    """abs_sum and squared_sum of ΔW, and its k largest magnitudes, (k,), falling."""
 
     abs_sum: float
     squared_sum: float
-    largest: NDArray[np.float64]
+    largest: Magnitudes
 
 
 def _scan(delta: Delta, k: int, buffer: Tensor) -> _Scan:
@@ -133,16 +116,16 @@ def _scan(delta: Delta, k: int, buffer: Tensor) -> _Scan:
     else:
         scan = _scan_gpu(delta, k)
     scale = abs(delta.scale)
-    return _Scan(scan.abs_sum * scale, scan.squared_sum * scale**2, scan.largest * scale)
+    return _Scan(scan.abs_sum * scale, scan.squared_sum * scale**2, scan.largest.astype(np.float64) * scale)
 
 
 def _moderate(delta: Delta) -> Delta:
-    """The same ΔW with factors whose product neither overflows float32 nor sinks into its denormals.
+    """The same ΔW from factors whose product neither overflows float32 nor sinks into its denormals.
 
-    Powers of two move from the factors to the scale, a float64, so nothing is rounded.
+    Powers of two move from the factors to `scale`, a float64, so nothing is rounded.
     """
     scale = float(delta.scale)
-    moved = {}
+    moved: dict[str, Any] = {}
     for field in fields(delta):
         factor = getattr(delta, field.name)
         if not isinstance(factor, Tensor) or not factor.numel():
@@ -156,28 +139,137 @@ def _moderate(delta: Delta) -> Delta:
 
 
 def _scan_kronecker(delta: Kronecker, k: int) -> _Scan:
-    """Products of |first| and |second|: with both sorted falling, (i + 1)(j + 1) products are no smaller than the one at
-    (i, j), so the k largest are found where (i + 1)(j + 1) <= k.
+    """Sums and norms of a Kronecker product are products of its factors' own.
+
+    With both |factors| sorted falling, (i + 1)(j + 1) products are no smaller than the one at (i, j): the k largest are
+    among those with (i + 1)(j + 1) <= k.
     """
-    first, second = (np.sort(factor.abs().double().cpu().numpy(), axis=None)[::-1] for factor in (delta.first, delta.second))
-    products = [first[i] * second[: k // (i + 1)] for i in range(min(k, first.size))]
-    largest = Largest(k)
-    largest.add(np.concatenate([*products, np.empty(0)]))
-    squared_sum = float(np.dot(first, first) * np.dot(second, second))
-    return _Scan(float(first.sum() * second.sum()), squared_sum, largest.falling())
+    factors = sorted((delta.first, delta.second), key=Tensor.numel)
+    few, many = (np.sort(factor.abs().double().cpu().numpy(), axis=None)[::-1] for factor in factors)
+    candidates = [few[i] * many[: k // (i + 1)] for i in range(min(k, few.size))]
+    products = np.concatenate([*candidates, np.empty(0)])
+    largest = np.sort(np.partition(products, products.size - k)[products.size - k :])[::-1] if k else products
+    return _Scan(float(few.sum() * many.sum()), float(np.dot(few, few) * np.dot(many, many)), largest)
 
 
-def _scan_cpu(delta: Delta, k: int, buffer: Tensor) -> _Scan:
-    gram = isinstance(delta, LowRank) and _gram_is_cheaper(delta)
+def _scan_cpu(delta: LowRank | Hadamard | Dense, k: int, buffer: Tensor) -> _Scan:
+    squared_sum = _gram_squared_sum(delta) if isinstance(delta, LowRank) and _gram_is_cheap(delta) else None
+    blocks = _low_rank_blocks(delta, buffer) if isinstance(delta, LowRank) else _plain_blocks(delta)
     largest = Largest(k)
-    abs_sum = squared_sum = 0.0
-    blocks = _low_rank_blocks(delta, buffer) if isinstance(delta, LowRank) else _blocks(delta)
+    abs_sum, block_squares = 0.0, 0.0
     for block, limit in blocks:
         abs_sum += float(block.sum())
-        if not gram:
-            squared_sum += float(torch.dot(block, block))
+        if squared_sum is None:
+            block_squares += float(torch.dot(block, block))
         if limit > largest.bound:
             largest.add(block.numpy())
-    if gram:
-        squared_sum = _gram_squared_sum(delta)
-    return _Scan(abs_sum, squared_sum, largest.falling())
+    return _Scan(abs_sum, block_squares if squared_sum is None else squared_sum, largest.falling())
+
+
+def _low_rank_blocks(delta: LowRank, buffer: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """|left @ right| in blocks, each flat, with a limit that no entry of this or a later block exceeds.
+
+    Rows come by falling norm; the limit is Cauchy-Schwarz: |left_i · right_j| <= ‖left_i‖ ‖right_j‖.
+    """
+    row_norms, order = delta.left.square().sum(dim=1).sqrt().sort(descending=True)
+    left, right = delta.left.index_select(0, order), delta.right
+    longest_column = math.sqrt(right.square().sum(dim=0).max()) * BOUND_MARGIN
+    columns = delta.shape[1]
+    step = _rows_per_block(columns, BLOCK_NUMEL)
+    if buffer.numel() < step * columns:
+        buffer = buffer.new_empty(step * columns)
+    for part, longest_row in zip(left.split(step), row_norms[::step].tolist(), strict=True):
+        block = buffer[: part.shape[0] * columns]
+        torch.mm(part, right, out=block.view(-1, columns))
+        yield block.abs_(), longest_row * longest_column
+
+
+def _plain_blocks(delta: Hadamard | Dense) -> Iterator[tuple[Tensor, float]]:
+    """|ΔW| / |scale| in blocks, each flat, without a limit."""
+    rows, columns = delta.shape
+    step = _rows_per_block(columns, BLOCK_NUMEL)
+    for start in range(0, rows, step):
+        yield delta.rows(start, min(start + step, rows)).abs().flatten(), math.inf
+
+
+def _rows_per_block(columns: int, numel: int) -> int:
+    return max(1, numel // max(1, columns))
+
+
+def _gram_is_cheap(delta: LowRank) -> bool:
+    """Whether two float64 Gram matrices cost less than one float32 pass over ΔW (about one product per entry)."""
+    (rows, inner), columns = delta.left.shape, delta.right.shape[1]
+    return (rows + columns) * inner**2 < rows * columns
+
+
+def _gram_squared_sum(delta: LowRank) -> float:
+    """‖left @ right‖² = Σ (leftᵀ left) ∘ (right rightᵀ), float64."""
+    left, right = delta.left.double(), delta.right.double()
+    return float(((left.T @ left) * (right @ right.T)).sum())
+
+
+def _scan_gpu(delta: LowRank | Hadamard | Dense, k: int) -> _Scan:
+    """Whole rows through torch.topk: a GPU needs no bounds."""
+    rows, columns = delta.shape
+    step = _rows_per_block(columns, GPU_BLOCK_NUMEL)
+    abs_sum = squared_sum = 0.0
+    largest = delta.rows(0, 0).flatten()
+    for start in range(0, rows, step):
+        block = delta.rows(start, min(start + step, rows)).abs().flatten()
+        abs_sum += float(block.sum(dtype=torch.float64))
+        squared_sum += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+        found = block.topk(min(k, block.numel()), sorted=False).values
+        largest = torch.cat([largest, found])
+        largest = largest.topk(min(k, largest.numel())).values
+    return _Scan(abs_sum, squared_sum, largest.cpu().numpy())
+
+
+class Largest:
+    """The k largest of a stream of magnitudes.
+
+    At least k entries of the stream are >= `bound` at all times, so only entries above it need be kept, and whatever
+    is missing at the end equals it: exact whatever the bound, and ties cost nothing.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.bound = np.float32(0)
+        self._k = k
+        self._kept = np.empty(0, np.float32)
+        self._new: list[Magnitudes] = []
+        self._new_count = 0
+
+    def add(self, block: Magnitudes) -> None:
+        """Takes the next magnitudes of the stream, flat, float32; keeps no reference to them."""
+        if not self.bound:
+            self._guess_bound(block)
+        found = block[np.flatnonzero(block > self.bound)]
+        self._new.append(found)
+        self._new_count += found.size
+        if self._new_count >= self._k:
+            self._raise_bound()
+
+    def falling(self) -> Magnitudes:
+        """The k largest, (k,), falling."""
+        self._raise_bound()
+        missing = np.full(self._k - self._kept.size, self.bound)
+        return np.concatenate([np.sort(self._kept)[::-1], missing])
+
+    def _guess_bound(self, block: Magnitudes) -> None:
+        """A bound from a sample of the first block, taken only if the count of the whole block proves it."""
+        sample = block[:: block.size // SAMPLE_NUMEL | 1]
+        for margin in (1.3, 2.0, 4.0):
+            place = sample.size - 1 - int(margin * sample.size * self._k / max(1, block.size))
+            if place < 0:
+                return
+            guess = np.partition(sample, place)[place]
+            if np.count_nonzero(block >= guess) >= self._k:
+                self.bound = guess
+                return
+
+    def _raise_bound(self) -> None:
+        """Drops all but the k largest kept; the smallest of k kept is the new bound."""
+        kept = np.concatenate([self._kept, *self._new])
+        if kept.size >= self._k > 0:
+            kept = np.partition(kept, kept.size - self._k)[kept.size - self._k :]
+            self.bound = kept[0]
+        self._kept, self._new, self._new_count = kept, [], 0

@@ -90,7 +90,7 @@ def weight_change(reader: LoraReader, layer: str, original: Tensor) -> Tensor:
         directed = base + change
         others = [axis for axis in range(base.dim()) if axis != magnitude.axis]
         shape = [-1 if axis == magnitude.axis else 1 for axis in range(base.dim())]
-        scale = magnitude.values.to(base.device).reshape(shape) / directed.norm(dim=others, keepdim=True)
+        scale = magnitude.values.to(base.device).reshape(shape) / torch.linalg.vector_norm(directed, dim=others, keepdim=True)
         change = directed * scale - base
     return change
 

@@ -1,0 +1,218 @@
+"""A real diffusers pipeline of SDXL's and FLUX's topology: what is applied, when, and that nothing stays behind."""
+
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from klora.analysis import analyze
+from klora.core.score_cache import ScoreCache
+from klora.core.selectors import Choice
+from klora.demo_models import flux_pipeline, sdxl_pipeline, write_kohya, write_peft
+from klora.errors import PairError
+from klora.hosts.diffusers import DiffusersSwitch, Lora, denoiser_of, weight_change
+from klora.runner import Request, fused_picture
+from klora.session import Session
+from klora.settings import Settings
+
+STEPS = 4
+
+
+class Bench:
+    """One pipeline with a pair of LoRA files in different dialects."""
+
+    def __init__(self, base, pipeline, folder):
+        pipeline.set_progress_bar_config(disable=True)
+        self.base, self.pipeline = base, pipeline
+        self._analyses = {}
+        self.subject, self.style = folder / "subject.safetensors", folder / "style.safetensors"
+        write_kohya(self.subject, self.denoiser, base=base, rank=4, network_alpha=2, seed=1, strength=0.8)
+        write_peft(self.style, self.denoiser, base=base, rank=8, seed=2, strength=0.8)
+
+    @property
+    def denoiser(self):
+        return denoiser_of(self.pipeline)
+
+    def analysis(self, settings=None, steps=STEPS):
+        key = (settings or Settings(), steps)
+        if key not in self._analyses:
+            self._analyses[key] = analyze(self.subject, self.style, key[0], steps=steps, cache=ScoreCache(self.subject.parent / "scores"))
+        return self._analyses[key]
+
+    def picture(self, settings=None, steps=STEPS, **more):
+        settings = settings or Settings()
+        request = Request("a cat", seed=3, steps=steps, size=(64, 64))
+        return np.asarray(fused_picture(self.pipeline, self.analysis(settings, steps), settings, request), np.int16)
+
+    def weights(self):
+        parts = [self.denoiser, self.pipeline.text_encoder, self.pipeline.text_encoder_2]
+        return [(parameter, parameter.data_ptr(), parameter.detach().clone()) for part in parts for parameter in part.parameters()]
+
+
+def assert_untouched(weights):
+    assert all(parameter.data_ptr() == place and torch.equal(parameter, copy) for parameter, place, copy in weights)
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    return Bench("sdxl", sdxl_pipeline(), tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    return Bench("flux", flux_pipeline(), tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(params=["sdxl", "flux"])
+def bench(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_subject_only_equals_the_pipeline_with_that_lora_fused_by_diffusers(bench):
+    settings = Settings(selector="Subject only", subject_weight=0.7)
+    analysis = analyze(bench.style, bench.subject, settings, steps=STEPS)
+    alone = np.asarray(fused_picture(bench.pipeline, analysis, settings, Request("a cat", 3, STEPS, (64, 64))), np.int16)
+    bench.pipeline.load_lora_weights(bench.style)
+    bench.pipeline.fuse_lora(lora_scale=0.7)
+    try:
+        own = bench.pipeline("a cat", num_inference_steps=STEPS, width=64, height=64, generator=torch.Generator().manual_seed(3)).images[0]
+    finally:
+        bench.pipeline.unfuse_lora()
+        bench.pipeline.unload_lora_weights()
+    assert np.abs(alone - np.asarray(own, np.int16)).mean() < 0.2
+
+
+def test_selectors_make_their_own_pictures_and_repeat_exactly(bench):
+    pictures = {name: bench.picture(Settings(selector=name)) for name in ("K-LoRA", "Subject only", "Style only", "Direct merge")}
+    assert (pictures["K-LoRA"] == bench.picture()).all()
+    for name in ("Subject only", "Style only", "Direct merge"):
+        assert (pictures["K-LoRA"] != pictures[name]).any()
+
+
+def test_pipeline_is_bit_identical_afterwards(bench):
+    weights = bench.weights()
+    bench.picture()
+    assert_untouched(weights)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.OutOfMemoryError])
+def test_pipeline_is_bit_identical_after_a_broken_run(sdxl, monkeypatch, error):
+    weights = sdxl.weights()
+    step = Session.step
+
+    def failing(self, index):
+        if index == 2:
+            raise error("stop")
+        step(self, index)
+
+    monkeypatch.setattr(Session, "step", failing)
+    with pytest.raises(error):
+        sdxl.picture()
+    assert_untouched(weights)
+
+
+def test_pipeline_is_bit_identical_when_a_merge_runs_out_of_memory(sdxl, monkeypatch):
+    weights, calls = sdxl.weights(), []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 100:
+            raise torch.OutOfMemoryError("out of memory")
+        return weight_change(*arguments)
+
+    monkeypatch.setattr("klora.hosts.diffusers.weight_change", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        sdxl.picture()
+    assert_untouched(weights)
+
+
+CLOCKS = [
+    ("sdxl", "EulerDiscreteScheduler", 4, [0, 1, 2, 3]),
+    ("sdxl", "HeunDiscreteScheduler", 4, [0, 0, 1, 1, 2, 2, 3]),
+    ("sdxl", "DPMSolverMultistepScheduler", 4, [0, 1, 2, 3]),
+    ("sdxl", "KDPM2DiscreteScheduler", 3, [0, 0, 1, 1, 2]),
+    ("sdxl", "EulerDiscreteScheduler", 1, [0]),
+    ("flux", "FlowMatchEulerDiscreteScheduler", 4, [0, 1, 2, 3]),
+    ("flux", "FlowMatchEulerDiscreteScheduler", 1, [0]),
+]
+
+
+@pytest.mark.parametrize(("base", "scheduler", "steps", "clock"), CLOCKS)
+def test_every_model_evaluation_runs_on_the_plan_of_its_step(request, monkeypatch, base, scheduler, steps, clock):
+    """A probe at the denoiser: the weight that each layer really has is that of the LoRA the plan names for the step."""
+    bench = request.getfixturevalue(base)
+    pipeline = bench.pipeline
+    before = pipeline.scheduler
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config)
+    analysis = bench.analysis(steps=steps)
+    plan, seen = analysis.plan, []
+    switch = DiffusersSwitch(bench.denoiser, base, Lora(analysis.subject, 1.0), Lora(analysis.style, 1.0))
+    expected = {}
+    with analysis.subject.open() as subject, analysis.style.open() as style:
+        for name in plan.layer_names:
+            weight = switch._modules[name].weight.data
+            expected[name] = {
+                Choice.SUBJECT: weight + weight_change(subject, name, weight),
+                Choice.STYLE: weight + weight_change(style, name, weight),
+            }
+
+    def probe(*_):
+        seen.append([1 if torch.equal(switch._modules[n].weight, expected[n][Choice.SUBJECT])
+                     else 0 if torch.equal(switch._modules[n].weight, expected[n][Choice.STYLE]) else -1 for n in plan.layer_names])
+
+    hook = bench.denoiser.register_forward_pre_hook(probe)
+    try:
+        bench.picture(steps=steps)
+    finally:
+        hook.remove()
+        pipeline.scheduler = before
+    assert [row.tolist() for row in plan.selection[clock]] == seen
+
+
+def test_work_is_one_merge_a_layer_and_one_a_switch(sdxl, monkeypatch):
+    merges = []
+    monkeypatch.setattr("klora.hosts.diffusers.weight_change", lambda *a: merges.append(a[1]) or weight_change(*a))
+    sdxl.picture(steps=6)
+    plan = sdxl.analysis(steps=6).plan
+    assert len(merges) == len(plan.layer_names) + sum(map(len, plan.switches()))
+
+
+def test_session_records_what_was_applied(sdxl):
+    analysis = sdxl.analysis()
+    switch = DiffusersSwitch(sdxl.denoiser, "sdxl", Lora(analysis.subject, 1.0), Lora(analysis.style, 1.0))
+    with Session(analysis.plan, switch) as session:
+        for index in (0, 1, 1):
+            session.step(index)
+    assert sorted(session.applied) == [0, 1]
+    assert all((session.applied[index] == analysis.plan.selection[index]).all() for index in (0, 1))
+
+
+def test_text_encoder_rule(sdxl, tmp_path):
+    """The text-encoder part of a LoRA applies where the rule says so, and only there."""
+    tensors = load_file(sdxl.style)
+    path = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+    shape = sdxl.pipeline.text_encoder_2.text_model.encoder.layers[0].self_attn.q_proj.weight.shape
+    tensors |= {f"{path}.lora_A.weight": torch.randn(4, shape[1]), f"{path}.lora_B.weight": torch.randn(shape[0], 4)}
+    with_text = Bench("sdxl", sdxl.pipeline, tmp_path)
+    save_file(tensors, with_text.style)
+    assert dict(with_text.analysis().style.text_encoder_layers) == {"te2": 1}
+    pictures = {rule: with_text.picture(Settings(text_encoder=rule)) for rule in ("both", "subject", "style", "none")}
+    assert (pictures["both"] == pictures["style"]).all()
+    assert (pictures["subject"] == pictures["none"]).all()
+    assert (pictures["both"] != pictures["none"]).any()
+
+
+def test_weights_of_zero_give_the_plain_picture(bench):
+    plain = bench.pipeline("a cat", num_inference_steps=STEPS, width=64, height=64, generator=torch.Generator().manual_seed(3)).images[0]
+    assert (bench.picture(Settings(subject_weight=0.0, style_weight=0.0)) == np.asarray(plain)).all()
+
+
+def test_loras_of_another_base_are_refused_in_one_sentence(sdxl, flux):
+    settings = Settings()
+    with pytest.raises(PairError, match=r"made for FLUX but the model is SDXL"):
+        fused_picture(sdxl.pipeline, flux.analysis(), settings, Request("a", 0, STEPS, (64, 64)))
+    with pytest.raises(PairError, match=r"subject.safetensors is made for FLUX but the style LoRA style.safetensors for SDXL"):
+        analyze(flux.subject, sdxl.style, replace(settings), steps=2)
