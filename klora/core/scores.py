@@ -6,22 +6,23 @@ The pass gives a profile per layer that answers any partner's K, so files seen b
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import device as Device
 
 from klora.core.deltas import Delta
-from klora.core.layer_pass import over_layers, scoring_device
-from klora.core.score_cache import FileScores, ScoreCache
+from klora.core.layer_pass import Result, Work, over_layers, scoring_device
 from klora.core.topk import LayerProfile, profile, table_k, top_sum
 from klora.errors import Cancelled, PairError
 
-__all__ = ["LayerProfile", "LayerScore", "LoraSource", "PairScores", "profile_file", "score_pair", "scoring_device"]
+if TYPE_CHECKING:
+    from klora.core.score_cache import ScoreCache
+
+__all__ = ["FileProfile", "LayerProfile", "LayerScore", "LoraSource", "PairScores", "profile_file", "score_pair", "scoring_device"]
 
 Progress = Callable[[int, int], object]
 IsCancelled = Callable[[], bool]
@@ -71,6 +72,24 @@ class LayerScore:
     subject_frobenius: float
     style_frobenius: float
     only: Literal["subject", "style"] | None
+
+
+@dataclass(frozen=True)
+class FileProfile:
+    """All that is known to score one file with any partner.
+
+    Attributes:
+        layers: {layer: profile} of all its layers.
+        extra_sums: {(layer, K): Top-K sum} where a pair's K was not in the profile.
+    """
+
+    layers: Mapping[str, LayerProfile]
+    extra_sums: Mapping[tuple[str, int], float] = field(default_factory=dict)
+
+    def top_sum(self, name: str, k: int) -> float | None:
+        """Sum of the k largest |ΔW| of a layer, None if not known."""
+        known = self.layers[name].top_sum(k)
+        return self.extra_sums.get((name, k)) if known is None else known
 
 
 @dataclass(frozen=True)
@@ -132,83 +151,158 @@ def score_pair(
     """
     shared = _shared_layers(subject, style)
     run = _Run(device, progress, cancelled, None)
-    of_subject = _Scored(subject, cache)
-    of_style = of_subject if style.path == subject.path else _Scored(style, cache)
-    files = (of_subject,) if of_style is of_subject else (of_subject, of_style)
-    run.expect(sum(len(file.lora.layers) for file in files if not file.profiles))
-    for file in files:
-        file.read_profiles(run)
-    gamma = _gamma(of_subject, of_style, shared)
-    ks = {name: _k(of_subject.profiles[name], of_style.profiles[name], subject.layers[name].shape, k_scale) for name in shared}
-    missing = [file.missing_sums(ks) for file in files]
-    run.expect(sum(map(len, missing)))
-    for file, layer_ks in zip(files, missing):
-        file.read_sums(layer_ks, run)
+    sides = _Side(subject, cache), _Side(style, cache)
+    files = sides[:1] if subject.path == style.path else sides
+    run.expect(sum(len(side.lora.layers) for side in files if not side.known.layers))
+    for side in files:
+        side.complete_profiles(run)
+    sides = files[0], files[-1]
+    gamma = _gamma(*sides, shared)
+    ours, theirs = (side.known.layers for side in sides)
+    ks = {name: _k(ours[name], theirs[name], subject.layers[name].shape, k_scale) for name in shared}
+    run.expect(sum(len(side.missing(ks)) for side in files))
+    for side in files:
+        side.complete_sums(ks, run)
     names = sorted({*subject.layers, *style.layers})
-    return PairScores(tuple(_layer_score(name, ks.get(name), of_subject, of_style) for name in names), gamma)
+    return PairScores(tuple(_layer_score(name, ks.get(name), *sides) for name in names), gamma)
 
 
 class _Run:
-    """Where one call computes, and whom it tells and asks, across all its passes."""
+    """Where one call computes, whom it tells and whom it asks, over all its passes."""
 
     def __init__(self, device: Device | None, progress: Progress | None, cancelled: IsCancelled | None, workers: int | None) -> None:
-        self.device = device or scoring_device()
-        self.workers = workers
+        self._device = device or scoring_device()
+        self._workers = workers
         self._progress = progress
         self._cancelled = cancelled
         self._done = self._total = 0
 
     def expect(self, layers: int) -> None:
-        """Adds layers to the total; asks once before any work."""
+        """Adds layers to the total of `progress`."""
         self._total += layers
-        if self._cancelled and self._cancelled():
-            raise Cancelled
 
-    def layer_done(self) -> None:
+    def over(self, lora: LoraSource, names: Sequence[str], work: Work[Result]) -> dict[str, Result]:
+        """One pass over these layers, {layer: result of work}."""
+        self._check()
+        return over_layers(lora, names, work, device=self._device, workers=self._workers, layer_done=self._layer_done)
+
+    def _layer_done(self) -> None:
         self._done += 1
         if self._progress:
             self._progress(self._done, self._total)
-        if self._done < self._total and self._cancelled and self._cancelled():
+        if self._done < self._total:
+            self._check()
+
+    def _check(self) -> None:
+        if self._cancelled and self._cancelled():
             raise Cancelled
 
 
-class _Scored:
-    """One file of a pair with what is known of it, from the cache or from passes over it."""
+class _Side:
+    """One file of a pair and what is known of it, from the cache or from passes over it."""
 
     def __init__(self, lora: LoraSource, cache: ScoreCache | None) -> None:
         self.lora = lora
         self._cache = cache
-        self._key = cache.key(lora.path) if cache else None
-        known = cache.load(self._key) if cache and self._key else None
-        fits = known is not None and {n: p.numel for n, p in known.profiles.items()} == {n: math.prod(i.shape) for n, i in lora.layers.items()}
-        self._known = known if known and fits else FileScores({}, {})
+        known = cache.load(lora.path) if cache else None
+        self.known = known if known and _fits(known, lora) else FileProfile({})
 
-    @property
-    def profiles(self) -> Mapping[str, LayerProfile]:
-        return self._known.profiles
+    def complete_profiles(self, run: _Run) -> None:
+        """One pass over the file, unless its profile is known."""
+        if not self.known.layers:
+            self._learn(FileProfile(_profile(self.lora, run)))
 
-    def read_profiles(self, run: _Run) -> None:
-        """One pass over the file, unless the cache had it."""
-        if not self.profiles:
-            self._remember(FileScores(_profile(self.lora, run), {}))
+    def missing(self, ks: Mapping[str, int]) -> list[str]:
+        """The layers whose Top-K sum at this K is not known."""
+        return [name for name, k in ks.items() if self.known.top_sum(name, k) is None]
 
-    def missing_sums(self, ks: Mapping[str, int]) -> dict[str, int]:
-        """{layer: K} of the Top-K sums that neither a profile nor an earlier pass tells."""
-        return {name: k for name, k in ks.items() if self.profiles[name].top_sum(k) is None and (name, k) not in self._known.sums}
-
-    def read_sums(self, ks: Mapping[str, int], run: _Run) -> None:
-        """One pass over these layers only."""
-        if ks:
-            found = over_layers(self.lora, list(ks), lambda name, delta, buffer: top_sum(delta, ks[name], buffer),
-                                device=run.device, workers=run.workers, layer_done=run.layer_done)
-            sums = {(name, ks[name]): value for name, value in found.items()}
-            self._remember(FileScores(self.profiles, {**self._known.sums, **sums}))
+    def complete_sums(self, ks: Mapping[str, int], run: _Run) -> None:
+        """One pass over the layers whose sum is missing, if any."""
+        missing = self.missing(ks)
+        if missing:
+            sums = run.over(self.lora, missing, lambda name, delta, buffer: top_sum(delta, ks[name], buffer))
+            extra = {**self.known.extra_sums, **{(name, ks[name]): value for name, value in sums.items()}}
+            self._learn(FileProfile(self.known.layers, extra))
 
     def top_sum(self, name: str, k: int) -> float:
-        value = self.profiles[name].top_sum(k)
-        return self._known.sums[name, k] if value is None else value
+        """The layer's Top-K sum, after `complete_sums`."""
+        value = self.known.top_sum(name, k)
+        if value is None:
+            raise KeyError((name, k))
+        return value
 
-    def _remember(self, scores: FileScores) -> None:
-        self._known = scores
-        if self._cache and self._key and self._cache.key(self.lora.path) == self._key:
-            self._cache.save(self._key, scores)
+    def _learn(self, known: FileProfile) -> None:
+        self.known = known
+        if self._cache:
+            self._cache.store(self.lora.path, known)
+
+
+def _fits(known: FileProfile, lora: LoraSource) -> bool:
+    """Whether a stored profile is of the layers that the file is now read as."""
+    return {name: layer.numel for name, layer in known.layers.items()} == {n: math.prod(layer.shape) for n, layer in lora.layers.items()}
+
+
+def _profile(lora: LoraSource, run: _Run) -> dict[str, LayerProfile]:
+    found = run.over(lora, list(lora.layers), lambda name, delta, buffer: profile(delta, buffer))
+    return dict(sorted(found.items()))
+
+
+def _shared_layers(subject: LoraSource, style: LoraSource) -> list[str]:
+    """The layers that both change; raises PairError if there is none or a shape differs."""
+    shared = sorted(subject.layers.keys() & style.layers.keys())
+    if not shared:
+        raise PairError(
+            f"“{subject.path.name}” and “{style.path.name}” have no layer in common, so there is nothing to choose between: "
+            "take two LoRAs that were made for the same base model."
+        )
+    for name in shared:
+        ours, theirs = subject.layers[name].shape, style.layers[name].shape
+        if ours != theirs:
+            raise PairError(
+                f"“{subject.path.name}” and “{style.path.name}” were made for different base models: layer {name} is "
+                f"{ours[0]}×{ours[1]} in the first and {theirs[0]}×{theirs[1]} in the second. Take two LoRAs for the same base model."
+            )
+    return shared
+
+
+def _k(subject: LayerProfile, style: LayerProfile, shape: tuple[int, int], k_scale: float) -> int:
+    """K-LoRA eq. (5): r_subject · r_style, scaled, at least 1 and at most all entries; a full matrix has rank min(rows, columns)."""
+    if subject.rank is None:
+        k = table_k(None, min(shape) if style.rank is None else style.rank)
+    else:
+        k = table_k(subject.rank, subject.rank if style.rank is None else style.rank)
+    return min(max(1, round(k * k_scale)), subject.numel)
+
+
+def _gamma(subject: _Side, style: _Side, shared: Sequence[str]) -> float:
+    """K-LoRA eq. (9): Σ|ΔW_subject| / Σ|ΔW_style| over the shared layers; raises PairError if one is 0."""
+    totals = [math.fsum(side.known.layers[name].abs_sum for name in shared) for side in (subject, style)]
+    for side, other, total in ((subject, style, totals[0]), (style, subject, totals[1])):
+        if total == 0:
+            raise PairError(
+                f"“{side.lora.path.name}” changes nothing on the layers it shares with “{other.lora.path.name}” (all its values there "
+                "are zero), so the two cannot be balanced: take another file in its place."
+            )
+    return totals[0] / totals[1]
+
+
+def _layer_score(name: str, k: int | None, subject: _Side, style: _Side) -> LayerScore:
+    """The score of one layer; `k` is None where only one of the two changes it."""
+    if k is None:
+        only: Literal["subject", "style"] = "subject" if name in subject.known.layers else "style"
+        rank_subject, rank_style = (side.known.layers[name].rank if name in side.known.layers else 0 for side in (subject, style))
+        return LayerScore(name, 0, rank_subject, rank_style, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, only)
+    ours, theirs = subject.known.layers[name], style.known.layers[name]
+    return LayerScore(
+        name=name,
+        k=k,
+        rank_subject=ours.rank,
+        rank_style=theirs.rank,
+        subject_score=subject.top_sum(name, k),
+        style_score=style.top_sum(name, k),
+        subject_abs_sum=ours.abs_sum,
+        style_abs_sum=theirs.abs_sum,
+        subject_frobenius=ours.squared_sum,
+        style_frobenius=theirs.squared_sum,
+        only=None,
+    )
