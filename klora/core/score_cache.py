@@ -6,12 +6,13 @@ again; whatever is wrong with the folder (read-only, full), scoring goes on with
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import tempfile
-import zipfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,149 +20,170 @@ import numpy as np
 from klora.core.scores import FileProfile
 from klora.core.topk import LayerProfile
 
-FORMAT = b"klora-profile-1\n"
+FORMAT = "klora-profile-2"
 """Change it with anything that changes a profile's numbers or layout: entries of another format are never read."""
 
-DIGEST_SIZE = 32
+MAX_EXTRA_SUMS = 8192
+"""Top-K sums kept per file beside the profiles; older ones go."""
+
+STALE_TEMPORARY_SECONDS = 3600.0
+"""A temporary file as old as this was left by a process that was killed while it wrote."""
+
 NO_RANK = -1
 
 
 class ScoreCache:
     """Profiles by file content, in one folder of bounded size. Safe for several processes and threads at once.
 
+    Beside the entries the folder holds notes: what content the file at a path had at a size and time of change, so that
+    it is not hashed again.
+
     Attributes:
         folder: made when the first profile is stored.
-        limit: bytes; the least recently used entries go first.
+        limit: bytes of entries and notes; the least recently used go first.
     """
 
     def __init__(self, folder: Path, limit: int = 256 * 2**20) -> None:
         self.folder = folder
         self.limit = limit
+        self._contents: dict[tuple[str, int, int], str] = {}
 
-    def load(self, path: Path) -> FileProfile | None:
-        """The profile of the LoRA file at `path`, None if there is none to trust."""
+    def content(self, path: Path) -> str | None:
+        """SHA-256 of the file at `path`, hashed anew when its size or time of change is not the noted one; None if unreadable."""
         try:
-            entry = self._entry(self._content(path))
-            data = entry.read_bytes()
-            file_profile = _unpack(data)
-            if file_profile is not None:
-                os.utime(entry)
+            stat = path.stat()
+            state = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+            if state not in self._contents:
+                self._contents[state] = self._noted(state) or self._hash(path, state)
+            return self._contents[state]
         except OSError:
             return None
-        return file_profile
 
-    def store(self, path: Path, file_profile: FileProfile) -> None:
-        """Remember the profile of the LoRA file at `path`."""
+    def load(self, content: str) -> FileProfile | None:
+        """What is known of a file of this content, None if there is no entry to trust."""
+        entry = self._entry(content)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self._entry(self._content(path)), _pack(file_profile))
-            self._evict()
+            payload = _checked(entry.read_bytes(), content)
         except OSError:
-            return
+            return None
+        if payload is None:
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(entry)
+        return _unpack(payload)
+
+    def store(self, content: str, known: FileProfile) -> None:
+        """Remember what is known of a file of this content."""
+        payload = _pack(known)
+        self._write(self._entry(content), _digest(payload, content) + payload)
+        self._evict()
 
     def size(self) -> int:
-        """Bytes of all entries."""
-        return sum(size for _, size, _ in self._entries())
+        """Bytes on disk."""
+        return sum(size for _, size, _ in self._files())
 
     def clear(self) -> None:
-        """Drop all entries."""
-        for path in [*(path for _, _, path in self._entries()), *self.folder.glob("*.path")]:
-            path.unlink(missing_ok=True)
+        """Drop all entries and notes."""
+        self._contents.clear()
+        for _, _, path in self._files():
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def _entry(self, content: str) -> Path:
         return self.folder / f"{content}.profile"
 
-    def _content(self, path: Path) -> str:
-        """SHA-256 of the file, hashed anew when its size or time of change differs from when it was last hashed."""
-        stat = path.stat()
-        place = str(path.resolve())
-        state = [place, stat.st_size, stat.st_mtime_ns]
-        note = self.folder / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.path"
+    def _note(self, path: str) -> Path:
+        return self.folder / f"{hashlib.sha256(path.encode(errors='surrogatepass')).hexdigest()}.note"
+
+    def _noted(self, state: tuple[str, int, int]) -> str | None:
         try:
-            known = json.loads(note.read_text(encoding="utf-8"))
-            if known["state"] == state:
-                return str(known["content"])
+            note = json.loads(self._note(state[0]).read_text(encoding="ascii"))
+            return str(note["content"]) if note["state"] == list(state) else None
         except (OSError, ValueError, KeyError, TypeError):
-            pass
+            return None
+
+    def _hash(self, path: Path, state: tuple[str, int, int]) -> str:
         digest = hashlib.sha256()
         with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
+            while chunk := file.read(1 << 20):
                 digest.update(chunk)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(note, json.dumps({"state": state, "content": digest.hexdigest()}).encode())
-        except OSError:
-            pass
+        self._write(self._note(state[0]), json.dumps({"state": state, "content": digest.hexdigest()}).encode("ascii"))
         return digest.hexdigest()
 
-    def _entries(self) -> list[tuple[float, int, Path]]:
-        """(time of last use, bytes, file) of every entry, the least recently used first."""
-        found = []
-        for path in self.folder.glob("*.profile"):
+    def _write(self, path: Path, data: bytes) -> None:
+        """Replace `path` by `data` in one step, so that no reader and no crash ever sees half of it; without success if it can't be."""
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
             try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue
-            found.append((stat.st_mtime, stat.st_size, path))
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                Path(temporary).replace(path)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        """(time of last use, bytes, file) of all files of the cache, the least recently used first."""
+        found = []
+        for pattern in ("*.profile", "*.note", "*.tmp"):
+            for path in self.folder.glob(pattern):
+                with contextlib.suppress(OSError):
+                    stat = path.stat()
+                    found.append((stat.st_mtime, stat.st_size, path))
         return sorted(found)
 
     def _evict(self) -> None:
-        entries = self._entries()
-        total = sum(size for _, size, _ in entries)
-        for _, size, path in entries[:-1]:
-            if total <= self.limit:
-                return
-            path.unlink(missing_ok=True)
-            total -= size
+        files = self._files()
+        total = sum(size for _, size, _ in files)
+        newest = files[-1][0] if files else 0.0
+        for used, size, path in files:
+            abandoned = path.suffix == ".tmp" and used < newest - STALE_TEMPORARY_SECONDS
+            if abandoned or (total > self.limit and path.suffix != ".tmp"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                total -= size
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step, so that no reader and no crash ever sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def _digest(payload: bytes, content: str) -> bytes:
+    """Checksum (32 bytes) of an entry, of the file it belongs to and of the format."""
+    return hashlib.sha256(b"\n".join((FORMAT.encode(), content.encode(), payload))).digest()
 
 
-def _pack(file_profile: FileProfile) -> bytes:
-    layers = file_profile.layers.values()
-    extra = file_profile.extra_sums
+def _checked(data: bytes, content: str) -> bytes | None:
+    """The payload of an entry, None unless it is what was written for this content in this format."""
+    payload = data[32:]
+    return payload if data[:32] == _digest(payload, content) else None
+
+
+def _pack(known: FileProfile) -> bytes:
+    layers = known.layers.values()
+    extra = dict(islice(known.extra_sums.items(), max(0, len(known.extra_sums) - MAX_EXTRA_SUMS), None))
+    places = {name: place for place, name in enumerate(known.layers)}
     archive = io.BytesIO()
     np.savez(
         archive,
-        names=np.array(list(file_profile.layers), dtype=np.str_),
+        names=np.frombuffer("\n".join(known.layers).encode(), np.uint8),
         ranks=np.array([NO_RANK if layer.rank is None else layer.rank for layer in layers], np.int64),
         numels=np.array([layer.numel for layer in layers], np.int64),
-        abs_sums=np.array([layer.abs_sum for layer in layers]),
-        squared_sums=np.array([layer.squared_sum for layer in layers]),
+        abs_sums=np.array([layer.abs_sum for layer in layers], np.float64),
+        squared_sums=np.array([layer.squared_sum for layer in layers], np.float64),
         top_sums=np.stack([layer.top_sums for layer in layers]),
-        extra_names=np.array([name for name, _ in extra], dtype=np.str_),
+        extra_layers=np.array([places[name] for name, _ in extra], np.int64),
         extra_ks=np.array([k for _, k in extra], np.int64),
-        extra_sums=np.array(list(extra.values())),
+        extra_sums=np.array(list(extra.values()), np.float64),
     )
-    payload = archive.getvalue()
-    return FORMAT + hashlib.sha256(payload).digest() + payload
+    return archive.getvalue()
 
 
-def _unpack(data: bytes) -> FileProfile | None:
-    """The profile in an entry's bytes, None if they are not exactly what `_pack` wrote."""
-    start = len(FORMAT) + DIGEST_SIZE
-    payload = data[start:]
-    if not data.startswith(FORMAT) or hashlib.sha256(payload).digest() != data[len(FORMAT) : start]:
-        return None
-    try:
-        with np.load(io.BytesIO(payload), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, zipfile.BadZipFile):
-        return None
-    columns = [arrays[name].tolist() for name in ("names", "ranks", "numels", "abs_sums", "squared_sums")]
+def _unpack(payload: bytes) -> FileProfile:
+    with np.load(io.BytesIO(payload), allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    names = arrays["names"].tobytes().decode().split("\n")
+    columns = [arrays[name].tolist() for name in ("ranks", "numels", "abs_sums", "squared_sums")]
     layers = {
         name: LayerProfile(None if rank == NO_RANK else rank, numel, abs_sum, squared_sum, top_sums)
-        for name, rank, numel, abs_sum, squared_sum, top_sums in zip(*columns, arrays["top_sums"], strict=True)
+        for name, rank, numel, abs_sum, squared_sum, top_sums in zip(names, *columns, arrays["top_sums"], strict=True)
     }
-    extra = zip(arrays["extra_names"].tolist(), arrays["extra_ks"].tolist(), arrays["extra_sums"].tolist(), strict=True)
-    return FileProfile(layers, {(name, k): value for name, k, value in extra})
+    extra = zip(*(arrays[name].tolist() for name in ("extra_layers", "extra_ks", "extra_sums")), strict=True)
+    return FileProfile(layers, {(names[place], k): value for place, k, value in extra})

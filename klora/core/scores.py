@@ -204,7 +204,8 @@ class _Side:
     def __init__(self, lora: LoraSource, cache: ScoreCache | None) -> None:
         self.lora = lora
         self._cache = cache
-        known = cache.load(lora.path) if cache else None
+        self._content = cache.content(lora.path) if cache else None
+        known = cache.load(self._content) if cache and self._content else None
         self.known = known if known and _fits(known, lora) else FileProfile({})
 
     def complete_profiles(self, run: _Run) -> None:
@@ -233,8 +234,8 @@ class _Side:
 
     def _learn(self, known: FileProfile) -> None:
         self.known = known
-        if self._cache:
-            self._cache.store(self.lora.path, known)
+        if self._cache and self._content and self._content == self._cache.content(self.lora.path):
+            self._cache.store(self._content, known)
 
 
 def _fits(known: FileProfile, lora: LoraSource) -> bool:
