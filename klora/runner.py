@@ -55,7 +55,7 @@ def fused_picture(pipeline: Any, analysis: Analysis, settings: Settings, request
             f"The LoRAs {analysis.subject.path.name} and {analysis.style.path.name} are made for {BASE_NAMES[analysis.subject.base]} but the "
             f"model is {BASE_NAMES[base_of(pipeline)]}: choose a model or LoRAs that fit."
         )
-    encoding = {"both": [subject, style], "subject": [subject], "style": [style], "none": []}[settings.text_encoder]
+    encoding = [{"subject": subject, "style": style}[role] for role in settings.text_encoder_roles()]
     switch = DiffusersSwitch(denoiser_of(pipeline), analysis.subject.base, subject, style)
     with ExitStack() as stack:
         stack.enter_context(text_encoders_with(pipeline, encoding))

@@ -156,6 +156,12 @@ class Settings:
         """The fields that differ from their defaults, in order."""
         return {name: getattr(self, name) for name in SPECS if getattr(self, name) != DEFAULTS[name]}
 
+    def text_encoder_roles(self) -> tuple[str, ...]:
+        """Whose text-encoder parts apply, in order: as the rule says, but never of a LoRA that the selector leaves out altogether."""
+        by_rule = {"both": ("subject", "style"), "subject": ("subject",), "style": ("style",), "none": ()}[self.text_encoder]
+        left_out = {"Subject only": "style", "Style only": "subject"}.get(self.selector)
+        return tuple(role for role in by_rule if role != left_out)
+
     def schedule_of_run(self) -> Schedule:
         """The scaling factor S(t) that these settings ask for."""
         return Schedule.named(self.schedule, self.alpha, self.beta)

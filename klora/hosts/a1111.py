@@ -1,0 +1,161 @@
+"""AUTOMATIC1111 1.10: the Lora extension's own per-layer apply, given the chosen network of each layer.
+
+The patched layer forwards look `networks.network_apply_weights` up at every call and apply whatever `networks.loaded_networks` holds. While
+attached, that function is ours: a layer is handed to the host's with just the networks it should have, once at the start and once
+a switch; in between it costs one set look-up. Each layer remembers what it has (`network_current_names`), so whatever runs next puts
+it right by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from klora.core.blocks import leader_of
+from klora.core.selectors import Choice
+from klora.errors import HostError
+
+ROLES = {Choice.SUBJECT: ("subject",), Choice.STYLE: ("style",), Choice.BOTH: ("subject", "style")}
+DENOISER = "diffusion_model"
+
+
+class A1111Switch:
+    """`LayerSwitch` of A1111's UNet; its text encoders get the roles they are told.
+
+    Attributes:
+        applies: how many times the host's apply was called for a layer, to be compared with the plan.
+    """
+
+    def __init__(self, networks: Any, layers: Sequence[str], carried: Collection[str], text_encoder: Sequence[str]) -> None:
+        self.applies = 0
+        self._networks = networks
+        self._text_encoder = tuple(text_encoder)
+        self._layer_of = {_network_name(name): name for name in layers}
+        for name in carried:
+            self._layer_of.setdefault(_network_name(name), leader_of(name, layers))
+        self._names_of: dict[str, list[str]] = {}
+        for network_name, layer in self._layer_of.items():
+            self._names_of.setdefault(layer, []).append(network_name)
+        self._pair: dict[str, Any] = {}
+        self._others: list[Any] = []
+        self._choices: dict[str, Choice] = {}
+        self._settled: set[str] = set()
+        self._failure: BaseException | None = None
+        self._originals: dict[str, Callable] = {}
+
+    def take_networks(self, files: Mapping[str, Path], rewritten: Mapping[str, Any]) -> None:
+        """Tell the pair from the other networks that the host has just loaded.
+
+        Args:
+            files: role -> LoRA file.
+            rewritten: role -> a network loaded from a rewritten file, for a dialect that the host cannot read.
+
+        Raises:
+            HostError: the host did not load one of the two.
+        """
+        own_files = {_place(path) for path in files.values()}
+        loaded = {_place(net.network_on_disk.filename): net for net in self._networks.loaded_networks}
+        self._others = [net for net in self._networks.loaded_networks if _place(net.network_on_disk.filename) not in own_files]
+        self._pair = {role: rewritten.get(role) or loaded.get(_place(path)) for role, path in files.items()}
+        for role, net in self._pair.items():
+            if net is None:
+                raise HostError(f"The WebUI did not load the {role} LoRA {files[role].name}: its console says why.")
+        self._networks.loaded_networks[:] = [*self._others, *self._pair.values()]
+        self._settled.clear()
+
+    def attach(self) -> None:
+        for name, ours in (("network_apply_weights", self._apply), ("network_forward", self._forward)):
+            current = getattr(self._networks, name)
+            left_over = getattr(current, "__self__", None)
+            if left_over is self:
+                continue
+            if type(left_over).__name__ == type(self).__name__:
+                left_over.detach()
+                current = getattr(self._networks, name)
+            self._originals[name] = current
+            setattr(self._networks, name, ours)
+
+    def apply(self, choices: Mapping[str, Choice]) -> None:
+        """The layers take their new network at their next forward, where the host itself applies (its memory modes move them)."""
+        self._choices.update(choices)
+        for layer in choices:
+            self._settled.difference_update(self._names_of[layer])
+
+    def fail(self, error: BaseException) -> None:
+        """Stop the run at the next forward: what is raised inside the host's callbacks never gets out."""
+        self._failure = error
+
+    def detach(self) -> None:
+        for name, original in self._originals.items():
+            setattr(self._networks, name, original)
+        self._originals.clear()
+        self._choices.clear()
+        self._settled.clear()
+
+    def forget_pair(self) -> None:
+        """Leave only the prompt's own networks to the host."""
+        self._networks.loaded_networks[:] = self._others
+
+    def _apply(self, module: Any) -> None:
+        name = getattr(module, "network_layer_name", None)
+        if name in self._settled and self._failure is None:
+            return
+        if self._failure is not None:
+            raise self._failure
+        original = self._originals["network_apply_weights"]
+        if name is None:
+            original(module)
+            return
+        errors = self._networks.extra_network_lora.errors
+        before = dict(errors)
+        with self._loaded(self._wanted(name)):
+            original(module)
+        self.applies += 1
+        if errors != before:
+            self._undo(module)
+            failed = ", ".join(sorted(net for net in errors if errors[net] != before.get(net)))
+            raise HostError(f"The WebUI could not apply the LoRA {failed} to the layer {name}: it does not fit this checkpoint, or memory ran out.")
+        self._settled.add(name)
+
+    def _forward(self, module: Any, values: Any, original_forward: Callable) -> Any:
+        """The same for the host's option to add networks to the outputs instead of the weights (`lora_functional`)."""
+        if self._failure is not None:
+            raise self._failure
+        with self._loaded(self._wanted(getattr(module, "network_layer_name", None))):
+            return self._originals["network_forward"](module, values, original_forward)
+
+    def _undo(self, module: Any) -> None:
+        """The host marks a layer as done even when it failed; take that back."""
+        self._networks.network_restore_weights_from_backup(module)
+        module.network_current_names = ()
+
+    def _wanted(self, name: str | None) -> list[Any]:
+        if name is None or not name.startswith(DENOISER):
+            return [*self._others, *(self._pair[role] for role in self._text_encoder)]
+        choice = self._choices.get(self._layer_of.get(name, ""))
+        return self._others if choice is None else [*self._others, *(self._pair[role] for role in ROLES[choice])]
+
+    @contextmanager
+    def _loaded(self, wanted: list[Any]) -> Iterator[None]:
+        loaded = self._networks.loaded_networks
+        before = list(loaded)
+        loaded[:] = wanted
+        try:
+            yield
+        finally:
+            loaded[:] = before
+
+
+def host_reads(lora: Any) -> bool:
+    """Whether A1111's loader understands a file's keys as they are: it knows kohya's underscore names, and no scale in the header."""
+    return lora.dialect.startswith("kohya") and not lora.scale_from_metadata
+
+
+def _network_name(layer: str) -> str:
+    return f"{DENOISER}_{layer.replace('.', '_')}"
+
+
+def _place(path: Any) -> str:
+    return str(Path(path).resolve())

@@ -1,0 +1,286 @@
+"""One generation with K-LoRA in a WebUI: from its settings to the sessions of its sampling passes, and everything given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from klora.analysis import BASE_NAMES, check_pair, pair_warnings
+from klora.core.lora_file import LoraFile, read_lora
+from klora.core.plan import Plan, make_plan
+from klora.core.score_cache import ScoreCache
+from klora.core.scores import PairScores, score_pair
+from klora.errors import HostError, KLoraError
+from klora.hosts.a1111 import A1111Switch, host_reads
+from klora.session import Session
+from klora.settings import Settings
+from klora.webui import infotext, loras, paths
+from klora.webui.rewritten import readable_copy
+
+OVERRIDDEN = ("init", "parse_extra_network_prompts", "cached_params", "setup_conds", "sample")
+UNBOUNDED_SAMPLERS = ("DPM adaptive",)
+
+
+class Run:
+    """K-LoRA in one processing object `p` of the host. Its hold on `p` are attributes of that very object, which `release` deletes."""
+
+    def __init__(self, p: Any, settings: Settings) -> None:
+        self.p = p
+        self.settings = settings
+        self.hosts_loras = {role: loras.find(getattr(settings, role), role) for role in ("subject", "style")}
+        self.files: dict[str, LoraFile] = {role: read_lora(lora.path) for role, lora in self.hosts_loras.items()}
+        self.sessions: list[Session] = []
+        self._session: Session | None = None
+        self._scores: PairScores | None = None
+        self._offset = 0
+        self._order = 1
+        self._check()
+
+    def _check(self) -> None:
+        from modules import shared
+
+        subject, style = self.files["subject"], self.files["style"]
+        if self.p.disable_extra_networks:
+            raise KLoraError("This run has extra networks switched off, which K-LoRA needs: switch them on, or K-LoRA off.")
+        if self.hosts_loras["subject"].path == self.hosts_loras["style"].path:
+            raise KLoraError(f"Subject and style are the same LoRA, {self.settings.subject}: choose another one for one of them.")
+        check_pair(subject, style)
+        is_sdxl = getattr(shared.sd_model, "is_sdxl", False)
+        if subject.base != "sdxl" or not is_sdxl:
+            raise KLoraError(
+                f"The LoRAs {subject.path.name} and {style.path.name} are for {BASE_NAMES[subject.base]} and the loaded checkpoint is "
+                f"{'SDXL' if is_sdxl else 'not SDXL'}: in this WebUI K-LoRA needs an SDXL checkpoint and SDXL LoRAs."
+            )
+
+    def prepare(self) -> None:
+        """Score the pair (from the cache if it was seen before), write the infotext, and take hold of `p`.
+
+        Raises:
+            KLoraError: with the sentence for the user.
+            Cancelled: the user interrupted the scoring.
+        """
+        import networks
+        from modules import shared
+
+        state = shared.state
+
+        def progress(done: int, total: int) -> None:
+            state.textinfo = f"K-LoRA: scoring {done} of {total} layers"
+            state.sampling_step, state.sampling_steps = done, total
+
+        subject, style = self.files["subject"], self.files["style"]
+        self._scores = score_pair(
+            subject, style, k_scale=self.settings.k_scale, cache=ScoreCache(paths.cache_folder()), progress=progress,
+            cancelled=lambda: state.interrupted or state.skipped,
+        )  # fmt: skip
+        state.textinfo, state.sampling_step = None, 0
+        names = [layer.name for layer in self._scores.layers]
+        self._switch = A1111Switch(networks, names, {*subject.carried, *style.carried}, self.settings.text_encoder_roles())
+        self._networks = networks
+        self._model = shared.sd_model
+        for warning in pair_warnings(subject, style, self._plan(20)):
+            self.p.comment(warning)
+        self.p.extra_generation_params.update(infotext.parameters(self.settings, self.hosts_loras["subject"], self.hosts_loras["style"]))
+        self._hold()
+
+    def _hold(self) -> None:
+        p = self.p
+        originals = {name: getattr(p, name) for name in OVERRIDDEN}
+
+        def parse_extra_network_prompts(*args: Any, **kwargs: Any) -> Any:
+            result = originals["parse_extra_network_prompts"](*args, **kwargs)
+            self._add_tags(p.extra_network_data)
+            if getattr(p, "enable_hr", False) and self.settings.hires != "off":
+                self._add_tags(p.hr_extra_network_data)
+            return result
+
+        def cached_params(*args: Any, **kwargs: Any) -> tuple:
+            return (*originals["cached_params"](*args, **kwargs), self._conditioning_key())
+
+        def within_switch(name: str) -> Callable:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self._switch.attach()
+                try:
+                    return originals[name](*args, **kwargs)
+                finally:
+                    self.end_pass()
+
+            return call
+
+        p.parse_extra_network_prompts = parse_extra_network_prompts
+        p.cached_params = cached_params
+        p.setup_conds = within_switch("setup_conds")
+        p.sample = within_switch("sample")
+
+    def release(self) -> None:
+        """Let `p` go; harmless when it was done before."""
+        self.end_pass()
+        for name in OVERRIDDEN:
+            self.p.__dict__.pop(name, None)
+        self.p.__dict__.pop("klora_run", None)
+
+    def _add_tags(self, data: Any) -> None:
+        """Have the host load the pair as it loads <lora:name:weight>, after the prompt's own networks; not what it cannot read."""
+        from modules.extra_networks import ExtraNetworkParams
+
+        for role, lora in self.hosts_loras.items():
+            if host_reads(self.files[role]):
+                data["lora"].append(ExtraNetworkParams(items=[lora.name, str(self._weight(role))]))
+
+    def _weight(self, role: str) -> float:
+        return self.settings.subject_weight if role == "subject" else self.settings.style_weight
+
+    def _conditioning_key(self) -> tuple:
+        """What makes this run's text conditioning differ from another's, for the host's cache of it."""
+        pair = tuple((str(lora.path), lora.path.stat().st_mtime_ns, self._weight(role)) for role, lora in self.hosts_loras.items())
+        return ("K-LoRA", pair, self.settings.text_encoder_roles())
+
+    def networks_loaded(self, activated: Any) -> None:
+        """The host has activated the networks of a pass: tell the pair from the prompt's own, and keep it out of the infotext.
+
+        Args:
+            activated: the host's extra_network_data of that pass.
+        """
+        if activated is getattr(self.p, "hr_extra_network_data", None) and self.settings.hires == "off":
+            self.end_pass()
+            return
+        rewritten = {role: self._load_rewritten(role) for role, file in self.files.items() if not host_reads(file)}
+        self._switch.take_networks({role: lora.path for role, lora in self.hosts_loras.items()}, rewritten)
+        self._clean_hashes()
+
+    def _load_rewritten(self, role: str) -> Any:
+        """A network from a copy of the file in keys that the host's loader knows."""
+        import network
+
+        lora, weight = self.hosts_loras[role], self._weight(role)
+        name = f"K-LoRA {lora.name}"
+        net = self._networks.load_network(name, network.NetworkOnDisk(name, str(readable_copy(self.files[role]))))
+        net.network_on_disk.filename = str(lora.path)
+        net.te_multiplier = net.unet_multiplier = weight
+        net.dyn_dim = None
+        net.mentioned_name = None
+        return net
+
+    def _clean_hashes(self) -> None:
+        """Take the pair out of the prompt's "Lora hashes" (ours are under names of our own), unless the prompt has it too."""
+        hashes = getattr(self.p, "lora_hashes", None)
+        if not hashes:
+            return
+        tagged = "".join(self.p.all_prompts)
+        for lora in self.hosts_loras.values():
+            if f"<lora:{lora.name}:" not in tagged:
+                hashes.pop(lora.name.replace(":", "").replace(",", ""), None)
+        if hashes:
+            self.p.extra_generation_params["Lora hashes"] = ", ".join(f"{name}: {value}" for name, value in hashes.items())
+        else:
+            self.p.extra_generation_params.pop("Lora hashes", None)
+
+    def _is_hires(self) -> bool:
+        return bool(getattr(self.p, "is_hr_pass", False))
+
+    def begin_pass(self) -> None:
+        """A sampling pass is about to start: plan its whole schedule, of which img2img and the hires pass run the end."""
+        self.end_pass()
+        if self._is_hires() and self.settings.hires == "off":
+            return
+        steps, self._offset, run = self._schedule_of_pass()
+        if self.settings.hires == "restart":
+            steps, self._offset = run, 0
+        self._order = max(1, self.p.sampler.config.total_steps(run) // run)
+        self._session = Session(self._plan(steps), self._switch)
+        self.sessions.append(self._session)
+        self._session.__enter__()
+
+    def _schedule_of_pass(self) -> tuple[int, int, int]:
+        """(steps of the whole schedule, first step that runs, number of steps that run), as the host's samplers count them."""
+        from modules.processing import StableDiffusionProcessingImg2Img
+        from modules.sd_samplers_common import setup_img2img_steps
+
+        p = self.p
+        if not self._is_hires() and not isinstance(p, StableDiffusionProcessingImg2Img):
+            return p.steps, 0, p.steps
+        steps, t_enc = setup_img2img_steps(p, (getattr(p, "hr_second_pass_steps", 0) or p.steps) if self._is_hires() else None)
+        run = t_enc + 1
+        return max(steps, run), max(steps - run, 0), run
+
+    def _plan(self, steps: int) -> Plan:
+        if self._scores is None:
+            raise HostError("K-LoRA was not prepared before sampling; please report this.")
+        settings, seeds = self.settings, getattr(self.p, "seeds", None) or [0]
+        return make_plan(
+            self._scores, steps=steps, schedule=settings.schedule_of_run(), selector=settings.selector, gamma=settings.gamma, seed=int(seeds[0])
+        )
+
+    def at_call(self, params: Any) -> None:
+        """The denoiser is about to be evaluated: switch to the step that this evaluation belongs to."""
+        from modules import shared
+
+        if self._session is None:
+            return
+        if shared.sd_model is not self._model:
+            self._stop_at_other_model(params)
+            return
+        self._session.step(self._index(params))
+
+    def _index(self, params: Any) -> int:
+        """The step of an evaluation: by counting calls, or, for a sampler without a fixed number, by the place of its noise level."""
+        denoiser = params.denoiser
+        if self.p.sampler.config.name not in UNBOUNDED_SAMPLERS:
+            return self._offset + denoiser.step // self._order
+        sigmas = self.p.sampler.get_sigmas(self.p, self._session.plan.steps if self._session else 1)[:-1]
+        return int((sigmas > float(params.sigma.max()) * 1.0001).sum())
+
+    def _stop_at_other_model(self, params: Any) -> None:
+        self.end_pass()
+        self._switch.forget_pair()
+        self.p.extra_generation_params["K-LoRA stopped"] = f"at the model change before step {self._offset + params.denoiser.step // self._order + 1}"
+
+    def end_pass(self) -> None:
+        """Detach from the networks; harmless when it was done before."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        with suppress(AttributeError):
+            self._switch.detach()
+
+    def fail(self, error: BaseException) -> None:
+        """Make the run stop with `error` at the next place from which the host lets it out."""
+        if self._session is not None:
+            self._switch.fail(error)
+        else:
+            refuse(self.p, error)
+
+
+class GenerationRefused(Exception):
+    """Ends a generation with one sentence. The host's API answers with `status_code` and `detail`.
+
+    Attributes:
+        status_code: HTTP status.
+        detail: the sentence.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.status_code = 422 if isinstance(error, KLoraError) else 500
+        self.detail = str(error) or type(error).__name__
+
+
+def refuse(p: Any, error: BaseException) -> None:
+    """Make `p` raise at the next of its own methods that the host calls outside its catch-all around script hooks."""
+    refused = GenerationRefused(error)
+
+    def stop(*_args: Any, **_kwargs: Any) -> None:
+        raise refused from error
+
+    for name in ("init", "setup_conds", "sample"):
+        setattr(p, name, stop)
+
+
+def release(p: Any) -> None:
+    """Free `p` of what an earlier run on it, or on the object it was copied from, may have left."""
+    run = p.__dict__.pop("klora_run", None)
+    if run is not None:
+        run.end_pass()
+    for name in OVERRIDDEN:
+        p.__dict__.pop(name, None)

@@ -1,0 +1,46 @@
+"""The house's promises: which part may import what."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = sorted([*(ROOT / "klora" / "core").glob("*.py"), ROOT / "klora" / "settings.py", ROOT / "klora" / "errors.py", ROOT / "klora" / "session.py"])
+CORE_MAY_IMPORT = {"torch", "numpy", "safetensors", "klora"}
+HOSTS_ONLY = {"modules", "gradio", "networks", "network", "backend", "ldm_patched", "modules_forge"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
+def test_core_needs_nothing_but_torch_numpy_and_safetensors(path):
+    import sys
+
+    foreign = {name.split(".")[0] for name in imports(path)} - CORE_MAY_IMPORT - set(sys.stdlib_module_names)
+    assert not foreign
+    assert not [name for name in imports(path) if name.startswith(("klora.hosts.", "klora.webui")) and name != "klora.hosts.base"]
+
+
+def test_only_hosts_webui_and_scripts_know_the_webui():
+    for path in (ROOT / "klora").rglob("*.py"):
+        inside = path.relative_to(ROOT / "klora").parts[0]
+        if inside not in ("hosts", "webui"):
+            assert not {name.split(".")[0] for name in imports(path)} & HOSTS_ONLY, path
+
+
+def test_bare_install_does_nothing():
+    import runpy
+    import sys
+
+    arguments, sys.argv = sys.argv, ["install.py"]
+    try:
+        runpy.run_path(str(ROOT / "install.py"), run_name="__main__")
+    finally:
+        sys.argv = arguments
