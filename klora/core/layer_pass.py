@@ -98,18 +98,26 @@ def _on_cpu(
     delta_of: Callable[[str], Delta], names: Sequence[str], work: Work[Result], workers: int, keep: Callable[[str, Result], None]
 ) -> None:
     """Threads over layers with one torch thread each: torch's own threads wait for each other at every small operation."""
+    per_thread = _thread_count_is_per_thread()
+    workers = min(workers, len(names)) if per_thread else 1
+    all_started = threading.Barrier(workers)
     own = threading.local()
 
     def enter() -> None:
-        if _thread_count_is_per_thread():
+        if per_thread:
             _use_one_torch_thread()
         own.buffer = new_buffer(torch.device("cpu"))
+        all_started.wait()
 
     def one(name: str) -> tuple[str, Result]:
         return name, work(name, delta_of(name), own.buffer)
 
-    with ThreadPoolExecutor(workers if _thread_count_is_per_thread() else 1, initializer=enter) as pool:
-        futures = [pool.submit(one, name) for name in names]
+    with ThreadPoolExecutor(workers, initializer=enter) as pool:
+        try:
+            futures = [pool.submit(one, name) for name in names]
+        except BaseException:
+            all_started.abort()
+            raise
         try:
             for future in as_completed(futures):
                 keep(*future.result())
@@ -129,8 +137,8 @@ def _thread_count_is_per_thread() -> bool:
 def _use_one_torch_thread() -> None:
     """Runs torch on one thread from the calling thread, a new one, and from no other.
 
-    With OpenMP `torch.set_num_threads` holds for the calling thread, but also for all threads that start later: those get
-    back what this one found, from a thread that ends at once.
+    With OpenMP `torch.set_num_threads` holds for the calling thread, and for all that first use torch later: those get back
+    what this one found, from a thread that ends at once.
     """
     with _thread_count_lock:
         found = torch.get_num_threads()
