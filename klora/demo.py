@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from klora.analysis import Analysis, analyze
@@ -18,7 +19,7 @@ from klora.runner import Request, fused_picture
 from klora.selection_map import INK, PAPER, draw_map, font, plain
 from klora.settings import Settings
 
-STEPS, SIZE = 12, (256, 256)
+STEPS, SIZE = 10, (192, 192)
 PROMPT = "a sks dog in the style of xyz"
 
 
@@ -34,8 +35,12 @@ class Result:
 
 
 def demo(folder: Path) -> None:
-    """Make models and pairs in `folder`, run `analyze` and `generate` for K-LoRA and all baselines, and say where the results are."""
+    """Make models and pairs in `folder`, run `analyze` and `generate` for K-LoRA and all baselines, and say where the results are.
+
+    One thread: layers this small gain nothing from more, and lose much on a busy machine.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
     table: list[str] = []
     cache = ScoreCache(folder / "scores")
     models: dict[str, Any] = {"sdxl": sdxl_pipeline(), "flux": flux_pipeline()}

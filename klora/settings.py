@@ -122,7 +122,7 @@ class Settings:
         good: dict[str, Any] = {}
         for name, value in values.items():
             if name not in SPECS:
-                problems[name] = f"K-LoRA has no setting {name!r}{_nearest(name, SPECS)}."
+                problems[name] = f"K-LoRA has no setting {name!r}{_nearest(name, SPECS)}"
                 continue
             try:
                 good[name] = PARSERS[SPECS[name].kind](SPECS[name], name, value)
@@ -209,7 +209,7 @@ def json_schema() -> dict[str, Any]:
 def _nearest(word: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
     near = difflib.get_close_matches(word.lower(), [k.lower() for k in known], 1, 0.5)
     names = {k.lower(): k for k in known}
-    return f"; did you mean {names[near[0]]!r}?" if near else f"; it has {', '.join(known)}"
+    return f"; did you mean {names[near[0]]!r}?" if near else f"; it has {', '.join(known)}."
 
 
 def _parse_flag(spec: Spec, name: str, value: Any) -> bool:
@@ -225,7 +225,7 @@ def _parse_lora(spec: Spec, name: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return value.strip()
+        return "" if value.strip() == "None" else value.strip()
     raise ValueError(f"{name!r} is the name of a LoRA, not {_shown(value)}.")
 
 
@@ -234,7 +234,7 @@ def _parse_choice(spec: Spec, name: str, value: Any) -> str:
     for choice in spec.choices:
         if choice.lower() == wanted:
             return choice
-    raise ValueError(f"{name!r} ({spec.label}) cannot be {_shown(value)}{_nearest(str(value)[:80], spec.choices)}.")
+    raise ValueError(f"{name!r} ({spec.label}) cannot be {_shown(value)}{_nearest(str(value)[:80], spec.choices)}")
 
 
 def _parse_number(spec: Spec, name: str, value: Any) -> float | str | None:

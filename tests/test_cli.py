@@ -20,7 +20,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_analyze_reports_and_writes_json_and_map(tmp_path, capsys):
     plan, picture = tmp_path / "plan.json", tmp_path / "map.png"
-    assert main(["analyze", *PAIR, "--steps", "25", "--json", str(plan), "--map", str(picture)]) == 0
+    assert main(["analyze", *PAIR, "--steps", "30", "--json", str(plan), "--map", str(picture)]) == 0
     report = capsys.readouterr().out
     for words in ("kohya keys", "raw PEFT keys", "16 layers shared, 16 only in the subject, 32 only in the style", "gamma 3.00", "subject's share"):
         assert words in report

@@ -71,7 +71,7 @@ class A1111Switch:
             left_over = getattr(current, "__self__", None)
             if left_over is self:
                 continue
-            if type(left_over).__name__ == type(self).__name__:
+            if left_over is not None and type(left_over).__name__ == type(self).__name__:
                 left_over.detach()
                 current = getattr(self._networks, name)
             self._originals[name] = current

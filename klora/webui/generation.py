@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from fastapi import HTTPException
+
 from klora.analysis import BASE_NAMES, check_pair, pair_warnings
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.plan import Plan, make_plan
@@ -252,18 +254,15 @@ class Run:
             refuse(self.p, error)
 
 
-class GenerationRefused(Exception):
-    """Ends a generation with one sentence. The host's API answers with `status_code` and `detail`.
-
-    Attributes:
-        status_code: HTTP status.
-        detail: the sentence.
-    """
+class GenerationRefused(HTTPException):
+    """Ends a generation with one sentence: the host's API answers with it, its UI and console show it."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
-        self.status_code = 422 if isinstance(error, KLoraError) else 500
-        self.detail = str(error) or type(error).__name__
+        status = 422 if isinstance(error, KLoraError) else 500
+        super().__init__(status, detail=str(error) or type(error).__name__)
+
+    def __str__(self) -> str:
+        return str(self.detail)
 
 
 def refuse(p: Any, error: BaseException) -> None:

@@ -1,0 +1,86 @@
+"""Settings in a picture's parameters: writing them, and restoring the controls from them.
+
+Names of LoRAs are percent-encoded where the host's own quoting would not bring them back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+from klora.errors import SettingsError
+from klora.settings import DEFAULTS, SPECS, Settings, as_text
+from klora.webui import loras
+
+HASH = " hash"
+UNSAFE = re.compile(r'[%"\x00-\x1f]|^\s|\s$|(?<=^\d)x(?=\d)')
+SIZE_LIKE = re.compile(r"\d+x\d+")
+
+
+def parameters(settings: Settings, subject: loras.HostLora, style: loras.HostLora) -> dict[str, str]:
+    """What the host is to write of a run with these settings: both LoRAs, their hashes, and what differs from the default."""
+    found: dict[str, str] = {}
+    for role, lora in (("subject", subject), ("style", style)):
+        name = SPECS[role].infotext
+        found[name] = _encoded(lora.name)
+        shorthash = loras.hash_of(lora)
+        if shorthash:
+            found[name + HASH] = shorthash
+    for field, value in settings.changed().items():
+        if SPECS[field].kind not in ("flag", "lora"):
+            found[SPECS[field].infotext] = as_text(field, value)
+    return found
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Called by the host with the parameters of a pasted infotext: the value for the control of `field`, or None to leave it alone.
+
+    Of a picture made without K-LoRA only the off switch is restored: the chosen pair stays in its controls.
+    Equal for equal fields, so that the host pairs the controls of txt2img with those of img2img when it sends a picture there.
+    """
+
+    field: str
+
+    def __call__(self, params: Mapping[str, Any]) -> bool | float | str | None:
+        used = SPECS["subject"].infotext in params
+        spec = SPECS[self.field]
+        if spec.kind == "flag":
+            return used
+        if not used:
+            return None
+        if spec.kind == "lora":
+            return _restored_name(params.get(spec.infotext, ""), params.get(spec.infotext + HASH, ""))
+        return self._value(params.get(spec.infotext))
+
+    def _value(self, text: Any) -> float | str | None:
+        if text is None:
+            return control_value(self.field, DEFAULTS[self.field])
+        try:
+            return control_value(self.field, getattr(Settings.parse({self.field: text}), self.field))
+        except SettingsError as error:
+            print(f"K-LoRA: the pasted text is not used for {SPECS[self.field].label}: {error}")
+            return None
+
+
+def control_value(field: str, value: Any) -> Any:
+    """A setting as its control holds it: text where words are allowed beside numbers."""
+    spec = SPECS[field]
+    return as_text(field, value) if spec.kind == "number" and spec.choices else value
+
+
+def _restored_name(text: str, shorthash: str) -> str:
+    name = unquote(text)
+    listed = loras.exactly(name)
+    if listed and (not shorthash or listed.shorthash in ("", shorthash)):
+        return name
+    renamed = loras.find_by_hash(shorthash, like=name)
+    return renamed.name if renamed else name
+
+
+def _encoded(name: str) -> str:
+    size_like = SIZE_LIKE.fullmatch(name) is not None
+    return "".join(f"%{ord(c):02X}" if c in '%"' or c < " " or (size_like and c == "x") else c for c in name)

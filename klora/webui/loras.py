@@ -1,0 +1,131 @@
+"""The LoRA files that the host lists, by the names its LoRA tab shows."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from klora.errors import SettingsError
+
+EXTENSIONS = (".safetensors", ".ckpt", ".pt")
+
+
+@dataclass(frozen=True)
+class HostLora:
+    """One LoRA file of the host.
+
+    Attributes:
+        name: as the host's LoRA tab shows it.
+        alias: the name that its trainer wrote into the file; the name where there is none.
+        shorthash: first digits of the host's hash of it; "" while the host has not hashed it.
+    """
+
+    name: str
+    alias: str
+    path: Path
+    shorthash: str
+
+
+def list_loras() -> list[HostLora]:
+    """All LoRAs that the host lists, by name."""
+    import networks
+
+    return sorted((_of(name, entry) for name, entry in networks.available_networks.items()), key=lambda lora: lora.name.casefold())
+
+
+def refresh() -> None:
+    """Have the host read its LoRA folders again."""
+    import networks
+
+    networks.list_available_networks()
+
+
+def find(name: str, field: str) -> HostLora:
+    """The LoRA that `name` means: its name, else its alias, else either without regard to case, extension and subfolder.
+
+    Args:
+        field: the setting that `name` is the value of.
+
+    Raises:
+        SettingsError: there is none, or several.
+    """
+    known = list_loras()
+    for matches in (_named(name, known), [lora for lora in known if lora.alias == name], _alike(name, known)):
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            names = ", ".join(repr(lora.name) for lora in matches)
+            raise SettingsError({field: f"{name!r} ({field}) could be any of the LoRAs {names}: give the one you mean by its file name."})
+    raise SettingsError({field: _missing(name, field, known)})
+
+
+def exactly(name: str) -> HostLora | None:
+    """The LoRA of this very name, if the host lists it."""
+    return next(iter(_named(name, list_loras())), None)
+
+
+def find_by_hash(shorthash: str, like: str = "") -> HostLora | None:
+    """The LoRA with this hash of the host's.
+
+    Hashes files that the host has not hashed yet (about half a second for each 200 MB, once) until the one is found.
+
+    Args:
+        like: the name it once had; files with names like that are hashed first.
+    """
+    if not shorthash:
+        return None
+    known = list_loras()
+    for lora in known:
+        if lora.shorthash == shorthash:
+            return lora
+    unhashed = [lora for lora in known if not lora.shorthash]
+    unhashed.sort(key=lambda lora: difflib.SequenceMatcher(None, lora.name.casefold(), like.casefold()).ratio(), reverse=True)
+    return next((lora for lora in unhashed if hash_of(lora) == shorthash), None)
+
+
+def hash_of(lora: HostLora) -> str:
+    """The host's short hash of a LoRA, read from the file if need be; "" where the host does no hashing."""
+    import networks
+
+    entry = networks.available_networks[lora.name]
+    entry.read_hash()
+    return entry.shorthash or ""
+
+
+def _of(name: str, entry: Any) -> HostLora:
+    return HostLora(name, entry.alias, Path(entry.filename), entry.shorthash or "")
+
+
+def _named(name: str, known: list[HostLora]) -> list[HostLora]:
+    return [lora for lora in known if lora.name == name]
+
+
+def _alike(name: str, known: list[HostLora]) -> list[HostLora]:
+    wanted = PurePosixPath(_bare(name.replace("\\", "/"))).parts
+
+    def fits(lora: HostLora) -> bool:
+        place = tuple(part.casefold() for part in (*lora.path.parent.parts, lora.path.stem))
+        return place[-len(wanted):] == wanted or wanted in ((_bare(lora.name),), (_bare(lora.alias),))
+
+    return [lora for lora in known if fits(lora)] if wanted else []
+
+
+def _bare(name: str) -> str:
+    low = name.strip().casefold()
+    return next((low.removesuffix(extension) for extension in EXTENSIONS if low.endswith(extension)), low)
+
+
+def _missing(name: str, field: str, known: list[HostLora]) -> str:
+    if not name:
+        return f"No {field} LoRA is chosen: choose one in {field!r}."
+    if not known:
+        return f"The WebUI lists no LoRA at all, so {name!r} ({field}) cannot be used: put it into the LoRA folder and press the refresh button."
+    names = {lora.name.casefold(): lora.name for lora in known}
+    near = difflib.get_close_matches(_bare(name), names, 3, 0.5)
+    hint = "; nearest: " + ", ".join(repr(names[low]) for low in near) if near else ""
+    return (
+        f"The WebUI lists no LoRA named {name!r} ({field}){hint}. If you have just added the file, press the refresh button of the "
+        "K-LoRA panel (API: POST /sdapi/v1/refresh-loras)."
+    )
