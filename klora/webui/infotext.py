@@ -16,8 +16,7 @@ from klora.settings import DEFAULTS, SPECS, Settings, as_text
 from klora.webui import loras
 
 HASH = " hash"
-UNSAFE = re.compile(r'[%"\x00-\x1f]|^\s|\s$|(?<=^\d)x(?=\d)')
-SIZE_LIKE = re.compile(r"\d+x\d+")
+SIZE = re.compile(r"\d+x\d+")
 
 
 def parameters(settings: Settings, subject: loras.HostLora, style: loras.HostLora) -> dict[str, str]:
@@ -82,5 +81,9 @@ def _restored_name(text: str, shorthash: str) -> str:
 
 
 def _encoded(name: str) -> str:
-    size_like = SIZE_LIKE.fullmatch(name) is not None
-    return "".join(f"%{ord(c):02X}" if c in '%"' or c < " " or (size_like and c == "x") else c for c in name)
+    """A name with the few characters escaped that the host would not bring back: quotes, controls, outer blanks, the x of a size."""
+    unsafe = {i for i, c in enumerate(name) if c in '%"' or c < " "}
+    unsafe |= {i for i in (0, len(name) - 1) if name[i].isspace()}
+    if SIZE.fullmatch(name):
+        unsafe.add(name.index("x"))
+    return "".join("".join(f"%{byte:02X}" for byte in c.encode()) if i in unsafe else c for i, c in enumerate(name))
