@@ -255,3 +255,30 @@ def test_two_processes_write_while_one_reads_and_are_killed(cache, writers):
         process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
         process.wait()
         assert any(same(cache.load(CONTENT), one) for one in expected)
+
+
+def test_each_killed_writer_leaves_one_temporary_file_at_most_until_it_is_stale(cache, writers):
+    while not cache.load(CONTENT):
+        time.sleep(0.01)
+    for process in writers:
+        process.kill()
+        process.wait()
+    left = list(cache.folder.glob("*.tmp"))
+    assert len(left) <= len(writers)
+    for path in left:
+        os.utime(path, (time.time() - 2 * score_cache.STALE_TEMPORARY_SECONDS,) * 2)
+    cache.store(CONTENT, known())
+    assert list(cache.folder.glob("*.tmp")) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes to a read-only folder all the same")
+def test_a_read_only_folder_is_no_fault(cache):
+    cache.store(CONTENT, known())
+    cache.folder.chmod(0o500)
+    try:
+        cache.store("d" * 64, known())
+        assert cache.load("d" * 64) is None
+        assert same(cache.load(CONTENT), known())
+        cache.clear()
+    finally:
+        cache.folder.chmod(0o700)

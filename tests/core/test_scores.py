@@ -3,6 +3,7 @@
 import contextlib
 import math
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,18 @@ def test_gamma_is_a_ratio_of_sums_over_shared_layers():
     assert scores.gamma == pytest.approx(expected[0] / expected[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("factor", [-2.0, 0.3, 1e-12, 1e12])
+def test_uniform_rescaling_changes_scores_and_gamma_alike(factor):
+    """So it changes no choice: r = S_subject / (γ S_style) stays."""
+    subject, style = {"a": low_rank(30, 20, 2, 1), "b": full(40, 20)}, {"a": low_rank(30, 20, 3, 4), "b": full(40, 20, 1)}
+    before = score_pair(*pair(subject, style))
+    after = score_pair(*pair({name: replace(delta, scale=delta.scale * factor) for name, delta in subject.items()}, style))
+    assert after.gamma == pytest.approx(before.gamma * abs(factor), rel=1e-9)
+    for old, new in zip(before.layers, after.layers, strict=True):
+        assert new.subject_score == pytest.approx(old.subject_score * abs(factor), rel=1e-9)
+        assert new.style_score == old.style_score
+
+
 def test_a_layer_of_one_file_is_listed_but_not_scored():
     scores = score_pair(*pair({"a": low_rank(3, 3, 1), "c": low_rank(3, 3, 2)}, {"a": low_rank(3, 3, 1), "b": full(3, 3)}))
     assert [layer.name for layer in scores.layers] == ["a", "b", "c"]
@@ -148,15 +161,21 @@ def test_progress_goes_on_through_the_extra_pass():
     assert seen[-1] == (12, 12)
 
 
+class Slow(MemoryLora):
+    def _read(self, name):
+        time.sleep(0.02)
+        return super()._read(name)
+
+
 @pytest.mark.parametrize("after", [0, 1, 7])
 def test_cancelled_between_layers(after):
     done = []
-    subject, style = pair(many(), many(seed=99))
+    subject, style = Slow("subject.safetensors", many()), Slow("style.safetensors", many(seed=99))
     with pytest.raises(Cancelled):
         score_pair(subject, style, progress=lambda *at: done.append(at), cancelled=lambda: len(done) >= after)
     assert len(done) == after
+    assert after <= len(subject.reads) < len(subject.layers)
     assert style.reads == []
-    assert len(subject.reads) <= after + 2 * layer_pass.MAX_WORKERS
 
 
 class Broken(MemoryLora):
