@@ -20,7 +20,7 @@ import numpy as np
 from klora.core.scores import FileProfile
 from klora.core.topk import LayerProfile
 
-FORMAT = "klora-profile-2"
+FORMAT = "klora-profile-3"
 """Change it with anything that changes a profile's numbers or layout: entries of another format are never read."""
 
 MAX_EXTRA_SUMS = 8192
@@ -157,33 +157,29 @@ def _checked(data: bytes, content: str) -> bytes | None:
 
 
 def _pack(known: FileProfile) -> bytes:
-    layers = known.layers.values()
+    """A numpy archive of three arrays, as every array costs time to read. Ranks, sizes and K are exact in float64."""
     extra = dict(islice(known.extra_sums.items(), max(0, len(known.extra_sums) - MAX_EXTRA_SUMS), None))
     places = {name: place for place, name in enumerate(known.layers)}
+    numbers = [
+        (NO_RANK if layer.rank is None else layer.rank, layer.numel, layer.abs_sum, layer.squared_sum, *layer.top_sums.tolist())
+        for layer in known.layers.values()
+    ]
     archive = io.BytesIO()
     np.savez(
         archive,
         names=np.frombuffer("\n".join(known.layers).encode(), np.uint8),
-        ranks=np.array([NO_RANK if layer.rank is None else layer.rank for layer in layers], np.int64),
-        numels=np.array([layer.numel for layer in layers], np.int64),
-        abs_sums=np.array([layer.abs_sum for layer in layers], np.float64),
-        squared_sums=np.array([layer.squared_sum for layer in layers], np.float64),
-        top_sums=np.stack([layer.top_sums for layer in layers]),
-        extra_layers=np.array([places[name] for name, _ in extra], np.int64),
-        extra_ks=np.array([k for _, k in extra], np.int64),
-        extra_sums=np.array(list(extra.values()), np.float64),
+        layers=np.array(numbers, np.float64),
+        extra_sums=np.array([(places[name], k, value) for (name, k), value in extra.items()], np.float64).reshape(-1, 3),
     )
     return archive.getvalue()
 
 
 def _unpack(payload: bytes) -> FileProfile:
     with np.load(io.BytesIO(payload), allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
-    names = arrays["names"].tobytes().decode().split("\n")
-    columns = [arrays[name].tolist() for name in ("ranks", "numels", "abs_sums", "squared_sums")]
+        names, numbers, extra_sums = (archive[name] for name in ("names", "layers", "extra_sums"))
+    names = names.tobytes().decode().split("\n")
     layers = {
-        name: LayerProfile(None if rank == NO_RANK else rank, numel, abs_sum, squared_sum, top_sums)
-        for name, rank, numel, abs_sum, squared_sum, top_sums in zip(names, *columns, arrays["top_sums"], strict=True)
+        name: LayerProfile(None if rank == NO_RANK else int(rank), int(numel), abs_sum, squared_sum, top_sums)
+        for name, (rank, numel, abs_sum, squared_sum), top_sums in zip(names, numbers[:, :4].tolist(), numbers[:, 4:], strict=True)
     }
-    extra = zip(*(arrays[name].tolist() for name in ("extra_layers", "extra_ks", "extra_sums")), strict=True)
-    return FileProfile(layers, {(names[place], k): value for place, k, value in extra})
+    return FileProfile(layers, {(names[int(place)], int(k)): value for place, k, value in extra_sums.tolist()})

@@ -160,9 +160,10 @@ def score_pair(
     gamma = _gamma(*sides, shared)
     ours, theirs = (side.known.layers for side in sides)
     ks = {name: _k(ours[name], theirs[name], subject.layers[name].shape, k_scale) for name in shared}
-    run.expect(sum(len(side.missing(ks)) for side in files))
-    for side in files:
-        side.complete_sums(ks, run)
+    missing = [side.missing(ks) for side in files]
+    run.expect(sum(map(len, missing)))
+    for side, missing_ks in zip(files, missing, strict=True):
+        side.complete_sums(missing_ks, run)
     names = sorted({*subject.layers, *style.layers})
     return PairScores(tuple(_layer_score(name, ks.get(name), *sides) for name in names), gamma)
 
@@ -213,15 +214,14 @@ class _Side:
         if not self.known.layers:
             self._learn(FileProfile(_profile(self.lora, run)))
 
-    def missing(self, ks: Mapping[str, int]) -> list[str]:
-        """The layers whose Top-K sum at this K is not known."""
-        return [name for name, k in ks.items() if self.known.top_sum(name, k) is None]
+    def missing(self, ks: Mapping[str, int]) -> dict[str, int]:
+        """{layer: K} where the Top-K sum at this K is not known."""
+        return {name: k for name, k in ks.items() if self.known.top_sum(name, k) is None}
 
     def complete_sums(self, ks: Mapping[str, int], run: _Run) -> None:
-        """One pass over the layers whose sum is missing, if any."""
-        missing = self.missing(ks)
-        if missing:
-            sums = run.over(self.lora, missing, lambda name, delta, buffer: top_sum(delta, ks[name], buffer))
+        """One pass over these layers, if any, for their Top-K sums."""
+        if ks:
+            sums = run.over(self.lora, list(ks), lambda name, delta, buffer: top_sum(delta, ks[name], buffer))
             extra = {**self.known.extra_sums, **{(name, ks[name]): value for name, value in sums.items()}}
             self._learn(FileProfile(self.known.layers, extra))
 
