@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from secrets import compare_digest
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, Lock
 from typing import Any
 
 from fastapi import Body, Depends, FastAPI, HTTPException
+from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from klora.analysis import analyze
@@ -15,63 +16,89 @@ from klora.errors import KLoraError, SettingsError
 from klora.settings import Settings, json_schema
 from klora.webui import loras, paths
 
-DEFAULT_STEPS, MOST_STEPS = 20, 1000
-MOST_WAITING = 4
+WHOLE_NUMBERS = {"steps": (20, 1, 1000), "seed": (0, 0, 2**63 - 1)}
+"""What an analysis takes beside the settings: default, minimum, maximum."""
 
-_waiting = BoundedSemaphore(MOST_WAITING)
-_working = BoundedSemaphore(1)
+MOST_AT_ONCE = 4
+EXAMPLE = {"subject": "my_dog", "style": "ink_drawing", "alpha": 1.5, "steps": 20}
+
+_places = BoundedSemaphore(MOST_AT_ONCE)
+_analysis = Lock()
 
 
 def register(_demo: Any, app: FastAPI) -> None:
-    """Add the routes to the host's app, behind its own API authentication if it has one."""
-    guards = [Depends(_authenticated)] if _credentials() else []
-    routes = (("/schema", "GET", schema), ("/loras", "GET", list_loras), ("/analyze", "POST", analyze_pair))
-    for path, method, endpoint in routes:
-        app.add_api_route(f"/klora/v1{path}", endpoint, methods=[method], tags=["K-LoRA"], dependencies=guards)
+    """Add the routes to the host's app, behind the host's API authentication if it has one."""
+    common: dict[str, Any] = {"tags": ["K-LoRA"], "dependencies": [Depends(_authenticate)] if _credentials() else []}
+    app.add_api_route("/klora/v1/schema", schema, methods=["GET"], summary="JSON schema of the K-LoRA settings", **common)
+    app.add_api_route("/klora/v1/loras", list_loras, methods=["GET"], summary="LoRAs to choose as subject and style", **common)
+    app.add_api_route(
+        "/klora/v1/analyze", analyze_pair, methods=["POST"], summary="Plan of a pair, without a picture", response_model=None,
+        openapi_extra=_documented_request(), responses={422: {"description": "What is wrong: {detail, fields}"}, 503: {"description": "Busy"}},
+        **common,
+    )  # fmt: skip
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of the settings, as alwayson_scripts takes them: {"K-LoRA": {"args": [{...}]}}."""
+    """The settings as txt2img and img2img take them: `"alwayson_scripts": {"K-LoRA": {"args": [{...}]}}`."""
     return json_schema()
 
 
 def list_loras() -> list[dict[str, str]]:
-    """The LoRAs that can be named as subject or style."""
+    """Name, alias and the host's short hash ("" while not hashed) of every LoRA that can be named as subject or style."""
     return [{"name": lora.name, "alias": lora.alias, "hash": lora.shorthash} for lora in loras.list_loras()]
 
 
-def analyze_pair(request: dict[str, Any] = Body(..., examples=[{"subject": "my_dog", "style": "ink", "steps": 20}])) -> dict[str, Any]:  # noqa: B008
-    """The plan of a pair: the JSON of `python -m klora analyze`. Takes the settings, `steps` (20) and `seed` (0)."""
-    values = dict(request)
+def analyze_pair(request: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
+    """Who is chosen on each layer at each step: the JSON of `python -m klora analyze`. Takes the settings, `steps` and `seed`."""
     try:
-        steps, seed = _whole(values, "steps", DEFAULT_STEPS, 1, MOST_STEPS), _whole(values, "seed", 0, 0, 2**63)
-        settings = Settings.parse({"enabled": True, **values})
+        settings, steps, seed = _parsed(request)
         subject, style = (loras.find(getattr(settings, role), role).path for role in ("subject", "style"))
-        if not _waiting.acquire(blocking=False):
-            raise HTTPException(503, detail=f"{MOST_WAITING} analyses are waiting already: try again when they are done.")
+        if not _places.acquire(blocking=False):
+            sentence = f"{MOST_AT_ONCE} analyses are under way or waiting already: try again when one is done."
+            return JSONResponse({"detail": sentence}, 503, {"Retry-After": "5"})
         try:
-            with _working:
-                return analyze(subject, style, settings, steps=steps, seed=seed, cache=ScoreCache(paths.cache_folder())).to_json()
+            with _analysis:
+                return JSONResponse(analyze(subject, style, settings, steps=steps, seed=seed, cache=ScoreCache(paths.cache_folder())).to_json())
         finally:
-            _waiting.release()
+            _places.release()
     except KLoraError as error:
-        raise HTTPException(422, detail=str(error)) from error
+        return JSONResponse({"detail": str(error), "fields": getattr(error, "problems", {})}, 422)
 
 
-def _whole(values: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = values.pop(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise SettingsError({name: f"{name!r} is a whole number from {low} to {high}."})
-    return value
+def _parsed(request: dict[str, Any]) -> tuple[Settings, int, int]:
+    """Settings, steps and seed of a request; a SettingsError says all that is wrong with it."""
+    numbers = {name: request.get(name, default) for name, (default, _, _) in WHOLE_NUMBERS.items()}
+    problems = {
+        name: f"{name!r} is a whole number from {WHOLE_NUMBERS[name][1]} to {WHOLE_NUMBERS[name][2]}, not {str(value)[:60]!r}."
+        for name, value in numbers.items()
+        if isinstance(value, bool) or not isinstance(value, int) or not WHOLE_NUMBERS[name][1] <= value <= WHOLE_NUMBERS[name][2]
+    }
+    settings = Settings()
+    try:
+        settings = Settings.parse({**{name: value for name, value in request.items() if name not in numbers}, "enabled": True})
+    except SettingsError as error:
+        problems = {**error.problems, **problems}
+    if problems:
+        raise SettingsError(problems)
+    return settings, numbers["steps"], numbers["seed"]
+
+
+def _documented_request() -> dict[str, Any]:
+    body = json_schema()
+    del body["$schema"]
+    for name, (default, low, high) in WHOLE_NUMBERS.items():
+        body["properties"][name] = {"title": name.capitalize(), "type": "integer", "default": default, "minimum": low, "maximum": high}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": {**body, "example": EXAMPLE}}}}}
 
 
 def _credentials() -> dict[str, str]:
     from modules import shared
 
-    return dict(pair.split(":", 1) for pair in (shared.cmd_opts.api_auth or "").split(",") if ":" in pair)
+    pairs = (shared.cmd_opts.api_auth or "").split(",")
+    return dict(pair.split(":", 1) for pair in pairs if ":" in pair)
 
 
-def _authenticated(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008
+def _authenticate(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008
     known = _credentials().get(given.username)
     if known is None or not compare_digest(given.password.encode(), known.encode()):
         raise HTTPException(401, detail="Incorrect username or password", headers={"WWW-Authenticate": "Basic"})

@@ -1,0 +1,87 @@
+"""LoRAs are found by every name people use for them, and a wrong name says which ones are near."""
+
+import pytest
+from webui_host import NetworkOnDisk
+
+from klora.errors import SettingsError
+from klora.webui import loras
+
+
+@pytest.fixture(autouse=True)
+def registry(networks):
+    return networks.put(
+        NetworkOnDisk("zebra", digest="aa11"),
+        NetworkOnDisk("My Dog v2", folder="/models/Lora/pets", alias="sks_dog", digest="bb22", hashed=False),
+        NetworkOnDisk("Ink", folder="/models/Lora/styles/old", alias="ink_style", digest="cc33"),
+    )
+
+
+def test_listed_by_name_in_any_case():
+    assert [lora.name for lora in loras.list_loras()] == ["Ink", "My Dog v2", "zebra"]
+    assert [lora.shorthash for lora in loras.list_loras()] == ["cc33", "", "aa11"]
+
+
+@pytest.mark.parametrize("name", [
+    "My Dog v2", "sks_dog", "my dog V2", "SKS_DOG", "My Dog v2.safetensors", "pets/My Dog v2", "pets\\my dog v2.safetensors", " My Dog v2 ",
+])
+def test_found_by(name):
+    assert loras.find(name, "subject").name == "My Dog v2"
+
+
+def test_a_file_name_with_dots_is_not_taken_for_an_extension(networks):
+    networks.put(NetworkOnDisk("dog.v1"), NetworkOnDisk("dog.v2"))
+    assert loras.find("DOG.V2", "subject").name == "dog.v2"
+
+
+def test_a_name_comes_before_another_file_with_that_alias(networks):
+    networks.put(NetworkOnDisk("dog"), NetworkOnDisk("cat", alias="dog"))
+    assert loras.find("dog", "subject").name == "dog"
+
+
+def test_an_ambiguous_alias_is_refused_with_the_names(networks):
+    networks.put(NetworkOnDisk("dog_1", alias="dog"), NetworkOnDisk("dog_2", alias="dog"))
+    with pytest.raises(SettingsError, match=r"'dog' .*'dog_1', 'dog_2'.*file name") as error:
+        loras.find("dog", "style")
+    assert list(error.value.problems) == ["style"]
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("my_dog_v2", "named 'my_dog_v2' .*nearest: 'My Dog v2'.*refresh"),
+    ("qqqq", "named 'qqqq' .subject.. If .*refresh"),
+    ("", "No subject LoRA is chosen"),
+    ("/etc/passwd", "lists no LoRA named '/etc/passwd'"),
+    ("other/Ink", "lists no LoRA named 'other/Ink'"),
+])
+def test_a_missing_one_is_said_with_the_way_out(name, said):
+    with pytest.raises(SettingsError, match=said) as error:
+        loras.find(name, "subject")
+    assert list(error.value.problems) == ["subject"]
+
+
+def test_an_empty_list_is_said(networks):
+    with pytest.raises(SettingsError, match="no LoRA at all"):
+        networks.put() and loras.find("x", "subject")
+
+
+def test_a_known_hash_needs_no_file_read(registry):
+    assert loras.find_by_hash("aa11").name == "zebra"
+    assert not any(entry.reads for entry in registry.on_disk)
+
+
+def test_a_file_not_hashed_yet_is_hashed_to_find_it(networks):
+    networks.put(*(NetworkOnDisk(name, digest=name, hashed=False) for name in ("a", "dog_renamed", "z")))
+    assert loras.find_by_hash("dog_renamed", like="dog").name == "dog_renamed"
+    assert [entry.reads for entry in networks.on_disk] == [0, 1, 0]
+    assert loras.find_by_hash("none of them") is None
+    assert loras.find_by_hash("") is None
+
+
+def test_hash_is_the_hosts(registry):
+    assert loras.hash_of(loras.find("My Dog v2", "subject")) == "bb22"
+
+
+def test_refresh_reads_the_folders_again(networks):
+    networks.on_disk.append(NetworkOnDisk("new"))
+    assert loras.exactly("new") is None
+    loras.refresh()
+    assert loras.exactly("new").name == "new"

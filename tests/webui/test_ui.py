@@ -1,0 +1,64 @@
+"""The accordion holds one control per setting, in the frozen order, with a tooltip and an id."""
+
+import pytest
+from webui_host import Infotext, NetworkOnDisk
+
+from klora.settings import DEFAULTS, SPECS, Settings
+
+
+@pytest.fixture
+def controls(ui, networks):
+    networks.put(NetworkOnDisk("ink"), NetworkOnDisk("dog"))
+    return ui.build(False, "txt2img")
+
+
+def test_one_control_per_setting_in_the_order_of_the_arguments(controls):
+    ids = [component.elem_id for component in controls.components]
+    assert ids == [f"klora_txt2img_{name}" for name in SPECS]
+
+
+def test_untouched_controls_are_the_defaults_and_off(controls):
+    assert Settings.parse_api([component.value for component in controls.components]) == Settings()
+
+
+def test_every_control_has_its_tooltip(controls):
+    enable, *others = controls.components
+    assert enable.accordion.webui_tooltip == SPECS["enabled"].help
+    assert [component.tooltip for component in others] == [SPECS[name].help for name in list(SPECS)[1:]]
+
+
+def test_asked_for_again_it_makes_the_same_controls(ui, controls):
+    again = ui.build(True, "img2img")
+    assert [type(c) for c in again.components] == [type(c) for c in controls.components]
+    assert not set(map(id, again.components)) & set(map(id, controls.components))
+
+
+def test_pair_is_offered_by_name_and_refreshed(controls, networks):
+    subject, style = controls.components[1:3]
+    assert subject.choices == style.choices == ["dog", "ink"]
+    assert subject.do_not_save_to_config
+
+
+def test_swap_exchanges_names_and_weights(ui, networks, monkeypatch):
+    made = []
+    original = ui.ToolButton
+    monkeypatch.setattr(ui, "ToolButton", lambda *args, **kwargs: made.append(original(*args, **kwargs)) or made[-1])
+    components = ui.build(False, "txt2img").components
+    clicked = made[0].clicked
+    assert clicked.inputs == clicked.outputs == components[1:5]
+    assert clicked.fn("dog", "ink", 1.0, 0.7) == ("ink", "dog", 0.7, 1.0)
+
+
+def test_pasting_fills_every_control(controls):
+    pasted = Infotext.read("Steps: 20, K-LoRA subject: dog, K-LoRA style: ink, K-LoRA beta: 0.7, K-LoRA subject weight: 0.8")
+    filled = {component.elem_id.removeprefix("klora_txt2img_"): restore(pasted) for component, restore in controls.infotext_fields}
+    assert Settings.parse(filled) == Settings(enabled=True, subject="dog", style="ink", beta=0.7, subject_weight=0.8)
+    assert set(filled) == set(DEFAULTS)
+
+
+def test_sending_a_picture_to_another_tab_carries_the_settings(ui, controls):
+    """As the host does it: the fields of either tab whose target is among the paste field names of the first."""
+    other = ui.build(True, "img2img")
+    carried = [[component for component, target in fields if target in controls.paste_field_names]
+               for fields in (controls.infotext_fields, other.infotext_fields)]
+    assert carried == [controls.components, other.components]
