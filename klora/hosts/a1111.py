@@ -40,6 +40,7 @@ class A1111Switch:
             self._names_of.setdefault(layer, []).append(network_name)
         self._pair: dict[str, Any] = {}
         self._others: list[Any] = []
+        self._on_text_encoder: list[Any] = []
         self._choices: dict[str, Choice] = {}
         self._settled: set[str] = set()
         self._failure: BaseException | None = None
@@ -62,6 +63,8 @@ class A1111Switch:
         for role, net in self._pair.items():
             if net is None:
                 raise HostError(f"The WebUI did not load the {role} LoRA {files[role].name}: its console says why.")
+        chosen = [self._pair[role] for role in self._text_encoder]
+        self._on_text_encoder = [net for net in chosen if not all(key.startswith(DENOISER) for key in net.modules)]
         self._networks.loaded_networks[:] = [*self._others, *self._pair.values()]
         self._settled.clear()
 
@@ -133,7 +136,7 @@ class A1111Switch:
 
     def _wanted(self, name: str | None) -> list[Any]:
         if name is None or not name.startswith(DENOISER):
-            return [*self._others, *(self._pair[role] for role in self._text_encoder)]
+            return [*self._others, *self._on_text_encoder]
         choice = self._choices.get(self._layer_of.get(name, ""))
         return self._others if choice is None else [*self._others, *(self._pair[role] for role in ROLES[choice])]
 
