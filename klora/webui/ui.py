@@ -44,7 +44,9 @@ def build(is_img2img: bool, tab: str) -> Controls:
             made["subject"] = _control("subject", tab)
             swap = ToolButton("\u21c4", elem_id=_id(tab, "swap"), tooltip="Swap subject and style, with their weights.")
             made["style"] = _control("style", tab)
-            create_refresh_button([made["subject"], made["style"]], loras.refresh, lambda: {"choices": _lora_names()}, _id(tab, "refresh"))
+            pair = [made["subject"], made["style"]]
+            refresh = create_refresh_button(pair, loras.refresh, lambda: {"choices": _lora_names()}, _id(tab, "refresh"))
+            refresh.webui_tooltip = "Look for new LoRA files."
         with gr.Row():
             made |= {name: _control(name, tab) for name in SPECS if name not in made and not SPECS[name].advanced}
         with gr.Accordion("Advanced", open=False, elem_id=_id(tab, "advanced")):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from klora.errors import SettingsError
-from klora.settings import SPECS, Settings, as_text
+from klora.settings import SPECS, Settings
 from klora.webui import loras
 
 PLOT = "xyz_grid.py"
@@ -48,29 +48,25 @@ def axes(axis_option: Callable[..., Any]) -> list[Any]:
 
 def _axis(axis_option: Callable[..., Any], name: str) -> Any:
     spec = SPECS[name]
-    more: dict[str, Any] = {"format_value": _plain_label}
+    more: dict[str, Any]
     if spec.kind == "lora":
-        more |= {"choices": lambda: [lora.name for lora in loras.list_loras()], "cost": NEW_PAIR_COST}
+        more = {"choices": lambda: [lora.name for lora in loras.list_loras()], "cost": NEW_PAIR_COST, "format_value": _plain_label}
     elif spec.kind == "choice":
-        more |= {"choices": lambda: list(spec.choices)}
+        more = {"choices": lambda: list(spec.choices), "format_value": _plain_label}
     else:
-        more |= {"format_value": lambda _p, _option, value: f"{spec.label}: {_number_label(name, value)}"}
-        if spec.choices:
-            more |= {"prepare": words_and_numbers}
-    kind = float if spec.kind == "number" and not spec.choices else str
-    return axis_option(f"[K-LoRA] {spec.label}", kind, _apply(name), confirm=_confirm(name), **more)
+        more = {"prepare": words_and_numbers, "format_value": lambda _p, _option, value: f"{spec.label}: {value}"}
+    return axis_option(f"[K-LoRA] {spec.label}", str, _apply(name), confirm=_confirm(name), **more)
 
 
 def _plain_label(_p: Any, _option: Any, value: str) -> str:
     return value
 
 
-def _number_label(name: str, value: Any) -> str:
-    return as_text(name, round(value, 8) if isinstance(value, float) else value)
-
-
 def words_and_numbers(text: str) -> list[str]:
-    """Values of an axis that takes words beside numbers, with the ranges that the host's number axes know: 0-1 (+0.5), 0-1 [3]."""
+    """Values of a number axis: words, numbers, and the ranges that the host's own number axes know, 0-1 (+0.5) and 0-1 [3].
+
+    Left as text, so that what is no number is refused with a sentence; the host's number type fails with Python's.
+    """
     values = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         if match := BY_COUNT.fullmatch(part):

@@ -33,18 +33,30 @@ def test_asked_for_again_it_makes_the_same_controls(ui, controls):
     assert not set(map(id, again.components)) & set(map(id, controls.components))
 
 
-def test_pair_is_offered_by_name_and_refreshed(controls, networks):
+def test_pair_is_offered_by_name(controls):
     subject, style = controls.components[1:3]
     assert subject.choices == style.choices == ["dog", "ink"]
     assert subject.do_not_save_to_config
 
 
-def test_swap_exchanges_names_and_weights(ui, networks, monkeypatch):
-    made = []
-    original = ui.ToolButton
-    monkeypatch.setattr(ui, "ToolButton", lambda *args, **kwargs: made.append(original(*args, **kwargs)) or made[-1])
+def watched(ui, monkeypatch, name):
+    """What `ui` makes with its function `name` while it builds the accordion, and the accordion's components."""
+    made, original = [], getattr(ui, name)
+    monkeypatch.setattr(ui, name, lambda *args, **kwargs: made.append(original(*args, **kwargs)) or made[-1])
     components = ui.build(False, "txt2img").components
-    clicked = made[0].clicked
+    return made[0], components
+
+
+def test_refresh_offers_new_files_in_both(ui, networks, monkeypatch):
+    button, components = watched(ui, monkeypatch, "create_refresh_button")
+    networks.on_disk.append(NetworkOnDisk("new"))
+    assert button.clicked.fn() == {"choices": ["new"]}
+    assert button.clicked.outputs == components[1:3]
+
+
+def test_swap_exchanges_names_and_weights(ui, networks, monkeypatch):
+    button, components = watched(ui, monkeypatch, "ToolButton")
+    clicked = button.clicked
     assert clicked.inputs == clicked.outputs == components[1:5]
     assert clicked.fn("dog", "ink", 1.0, 0.7) == ("ink", "dog", 0.7, 1.0)
 
