@@ -81,9 +81,9 @@ def _restored_name(text: str, shorthash: str) -> str:
 
 
 def _encoded(name: str) -> str:
-    """A name with the few characters escaped that the host would not bring back: quotes, controls, outer blanks, the x of a size."""
-    unsafe = {i for i, c in enumerate(name) if c in '%"' or c < " "}
-    unsafe |= {i for i in (0, len(name) - 1) if name[i].isspace()}
+    """A name with the few characters escaped that the host would not bring back: outer quotes and blanks, controls, the x of a size."""
+    unsafe = {i for i, c in enumerate(name) if c == "%" or c < " "}
+    unsafe |= {i for i in (0, len(name) - 1) if name[i].isspace() or name[i] == '"'}
     if SIZE.fullmatch(name):
         unsafe.add(name.index("x"))
     return "".join("".join(f"%{byte:02X}" for byte in c.encode()) if i in unsafe else c for i, c in enumerate(name))

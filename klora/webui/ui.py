@@ -40,7 +40,7 @@ def build(is_img2img: bool, tab: str) -> Controls:
     made: dict[str, Any] = {}
     with InputAccordion(False, label="K-LoRA", elem_id=_id(tab, "enabled")) as made["enabled"]:
         made["enabled"].accordion.webui_tooltip = SPECS["enabled"].help
-        with gr.Row(elem_classes=["klora-pair"]):
+        with gr.Row():
             made["subject"] = _control("subject", tab)
             swap = ToolButton("\u21c4", elem_id=_id(tab, "swap"), tooltip="Swap subject and style, with their weights.")
             made["style"] = _control("style", tab)
