@@ -104,9 +104,13 @@ def _on_cpu(
     own = threading.local()
 
     def enter() -> None:
-        if per_thread:
-            _use_one_torch_thread()
-        own.buffer = new_buffer(torch.device("cpu"))
+        try:
+            if per_thread:
+                _use_one_torch_thread()
+            own.buffer = new_buffer(torch.device("cpu"))
+        except BaseException:
+            all_started.abort()
+            raise
         all_started.wait()
 
     def one(name: str) -> tuple[str, Result]:
