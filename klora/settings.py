@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -137,20 +137,23 @@ class Settings:
         return cls(**good)
 
     @classmethod
-    def parse_api(cls, args: list[Any] | tuple[Any, ...]) -> Settings:
+    def parse_api(cls, args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> Settings:
         """Settings from the arguments of the always-on script: one dict, or values in the order of the fields.
 
         A dict means enabled unless it says `"enabled": false`.
 
+        Args:
+            overrides: values by name that win over the arguments before anything is checked (the X/Y/Z plot's).
+
         Raises:
             SettingsError: as `parse` does.
         """
-        if args and isinstance(args[0], Mapping):
-            return cls.parse({"enabled": True, **args[0]})
         if len(args) > len(SPECS):
             raise SettingsError({"args": f"K-LoRA takes {len(SPECS)} values at most ({', '.join(SPECS)}) but got {len(args)}; "
                                          "give one dict with the names instead."})
-        return cls.parse(dict(zip(SPECS, args, strict=False)))
+        named = args and isinstance(args[0], Mapping)
+        values = {"enabled": True, **args[0]} if named else dict(zip(SPECS, args, strict=False))
+        return cls.parse({**values, **(overrides or {})})
 
     def changed(self) -> dict[str, Any]:
         """The fields that differ from their defaults, in order."""

@@ -1,9 +1,8 @@
 """The K-LoRA script of AUTOMATIC1111: life cycle and error boundary; everything else is in the package klora."""
 
-import gradio as gr
 from modules import script_callbacks, scripts
 
-from klora.errors import Cancelled, KLoraError
+from klora.errors import Cancelled
 from klora.settings import Settings
 from klora.webui import api, ui, xyz
 from klora.webui.generation import Run, refuse, release
@@ -27,10 +26,7 @@ class KLoraScript(scripts.Script):
     def process(self, p, *args):
         release(p)
         try:
-            settings = Settings.parse_api(args)
-            overrides = getattr(p, "klora_xyz", None)
-            if overrides:
-                settings = Settings.parse({**vars(settings), **overrides})
+            settings = Settings.parse_api(args, getattr(p, "klora_xyz", {}))
             if not settings.enabled:
                 return
             run = Run(p, settings)
@@ -69,8 +65,6 @@ def within(p, action):
 
 def tell(p, error):
     print(f"K-LoRA: {error}")
-    if isinstance(error, KLoraError) and hasattr(gr, "Error"):
-        p.comment(str(error))
     refuse(p, error)
 
 

@@ -62,7 +62,7 @@ class A1111Switch:
         self._pair = {role: rewritten.get(role) or loaded.get(_place(path)) for role, path in files.items()}
         for role, net in self._pair.items():
             if net is None:
-                raise HostError(f"The WebUI did not load the {role} LoRA {files[role].name}: its console says why.")
+                raise HostError(f"The WebUI did not load the {role} LoRA {files[role]}: its console says why.")
         chosen = [self._pair[role] for role in self._text_encoder]
         self._on_text_encoder = [net for net in chosen if not all(key.startswith(DENOISER) for key in net.modules)]
         self._networks.loaded_networks[:] = [*self._others, *self._pair.values()]

@@ -74,7 +74,7 @@ class Run:
         subject, style = self.files["subject"], self.files["style"]
         self._scores = score_pair(
             subject, style, k_scale=self.settings.k_scale, cache=ScoreCache(paths.cache_folder()), progress=progress,
-            cancelled=lambda: state.interrupted or state.skipped,
+            cancelled=lambda: state.interrupted or state.stopping_generation,
         )  # fmt: skip
         state.textinfo, state.sampling_step = None, 0
         names = [layer.name for layer in self._scores.layers]

@@ -1,0 +1,162 @@
+"""The A1111 adapter on a stand-in of the host's `networks`, which keeps its rules: what a layer has is remembered on the layer.
+
+tests/hosts/test_a1111.py holds the same promises against a running host.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+
+from klora.core.selectors import Choice
+from klora.errors import HostError
+from klora.hosts.a1111 import A1111Switch, host_reads
+
+LAYERS = ["input_blocks.4.1.proj_in", "input_blocks.4.1.proj_out", "middle_block.1.proj_in"]
+NAMES = ["diffusion_model_" + layer.replace(".", "_") for layer in LAYERS]
+NORM, ENCODER = "diffusion_model_middle_block_1_norm", "0_transformer_text_model_encoder_layers_0_mlp_fc1"
+
+
+class Networks(SimpleNamespace):
+    """extensions-builtin/Lora/networks.py as far as a layer's weight is concerned: a weight is a number, a network adds its own."""
+
+    def __init__(self):
+        super().__init__(loaded_networks=[], extra_network_lora=SimpleNamespace(errors={}), rewritten=[], broken=set())
+        self.network_apply_weights = self.own_apply
+        self.network_forward = self.own_forward
+
+    def own_forward(self, module, values, _original_forward):
+        return values + sum(net.modules.get(module.network_layer_name, 0) for net in self.loaded_networks)
+
+    def own_apply(self, module):
+        wanted = tuple(net.name for net in self.loaded_networks)
+        if module.network_current_names == wanted:
+            return
+        self.network_restore_weights_from_backup(module)
+        for net in self.loaded_networks:
+            if (net.name, module.network_layer_name) in self.broken:
+                self.extra_network_lora.errors[net.name] = self.extra_network_lora.errors.get(net.name, 0) + 1
+                continue
+            module.weight += net.modules.get(module.network_layer_name, 0)
+        module.network_current_names = wanted
+        self.rewritten.append(module.network_layer_name)
+
+    def network_restore_weights_from_backup(self, module):
+        module.weight = module.backup
+
+
+def network(name, added, places):
+    on_disk = SimpleNamespace(filename=f"/models/Lora/{name}.safetensors")
+    return SimpleNamespace(name=name, network_on_disk=on_disk, modules=dict.fromkeys(places, added))
+
+
+class Host:
+    """A host with a model of a few layers, the pair loaded after one other network."""
+
+    def __init__(self, text_encoder=("subject", "style")):
+        self.networks = Networks()
+        new = {"weight": 1000, "backup": 1000, "network_current_names": ()}
+        self.model = [SimpleNamespace(network_layer_name=name, **new) for name in [*NAMES, NORM, ENCODER]]
+        self.other, self.subject = network("other", 1, NAMES), network("subject", 10, [*NAMES, NORM, ENCODER])
+        self.style = network("style", 100, [*NAMES, ENCODER])
+        self.networks.loaded_networks[:] = [self.other, self.subject, self.style]
+        self.switch = A1111Switch(self.networks, LAYERS, ["middle_block.1.norm"], text_encoder)
+        self.files = {role: f"/models/Lora/{role}.safetensors" for role in ("subject", "style")}
+        self.own_apply = self.networks.network_apply_weights
+
+    def start(self):
+        self.switch.take_networks(self.files, {})
+        self.switch.attach()
+        return self
+
+    def forward(self):
+        for module in self.model:
+            self.networks.network_apply_weights(module)
+        return [module.weight - 1000 for module in self.model]
+
+
+def choose(*choices):
+    return dict(zip(LAYERS, choices, strict=True))
+
+
+def test_each_layer_gets_its_choice_beside_the_other_networks():
+    host = Host().start()
+    host.switch.apply(choose(Choice.SUBJECT, Choice.STYLE, Choice.BOTH))
+    assert host.forward() == [11, 101, 111, 10, 110]
+
+
+def test_a_norm_follows_its_layer_and_the_text_encoder_its_rule():
+    host = Host(text_encoder=("style",)).start()
+    host.switch.apply(choose(Choice.STYLE, Choice.STYLE, Choice.STYLE))
+    assert host.forward() == [101, 101, 101, 0, 100]
+
+
+def test_only_layers_that_switch_are_rewritten():
+    host = Host().start()
+    host.switch.apply(choose(*[Choice.SUBJECT] * 3))
+    host.forward()
+    host.networks.rewritten.clear()
+    for _ in range(5):
+        host.forward()
+    host.switch.apply({LAYERS[1]: Choice.STYLE})
+    host.forward()
+    assert host.networks.rewritten == [NAMES[1]]
+
+
+def test_afterwards_the_host_puts_every_layer_right_by_itself():
+    host = Host().start()
+    host.switch.apply(choose(Choice.SUBJECT, Choice.STYLE, Choice.BOTH))
+    host.forward()
+    host.switch.detach()
+    host.switch.detach()
+    assert host.networks.network_apply_weights == host.own_apply
+    host.networks.loaded_networks[:] = []
+    assert host.forward() == [0] * 5
+
+
+def test_what_a_dead_run_left_is_undone_by_the_next():
+    host = Host().start()
+    again = A1111Switch(host.networks, LAYERS, [], ())
+    again.take_networks(host.files, {})
+    again.attach()
+    again.detach()
+    assert host.networks.network_apply_weights == host.own_apply
+
+
+def test_a_layer_that_the_host_cannot_merge_stops_the_run_and_is_not_taken_for_done():
+    host = Host().start()
+    host.networks.broken.add(("style", NAMES[1]))
+    host.switch.apply(choose(*[Choice.STYLE] * 3))
+    with pytest.raises(HostError, match=f"could not apply the LoRA style to the layer {NAMES[1]}"):
+        host.forward()
+    host.switch.detach()
+    assert host.model[1].network_current_names == ()
+    host.networks.loaded_networks[:] = []
+    assert host.forward() == [0] * 5
+
+
+def test_a_fault_in_a_callback_stops_the_run_at_the_next_forward():
+    host = Host().start()
+    host.switch.apply(choose(*[Choice.STYLE] * 3))
+    host.forward()
+    host.switch.fail(ValueError("stop"))
+    with pytest.raises(ValueError, match="stop"):
+        host.forward()
+
+
+def test_the_hosts_functional_mode_adds_the_chosen_networks_to_the_output():
+    host = Host().start()
+    host.switch.apply(choose(Choice.SUBJECT, Choice.STYLE, Choice.BOTH))
+    assert [host.networks.network_forward(module, 0, None) for module in host.model] == [11, 101, 111, 10, 110]
+    assert host.networks.loaded_networks == [host.other, host.subject, host.style]
+
+
+def test_a_network_the_host_did_not_load_is_named():
+    host = Host()
+    host.networks.loaded_networks[:] = [host.other, host.subject]
+    with pytest.raises(HostError, match=r"did not load the style LoRA /models/Lora/style.safetensors"):
+        host.switch.take_networks(host.files, {})
+
+
+@pytest.mark.parametrize(("dialect", "in_header", "reads"), [("kohya", False, True), ("kohya", True, False), ("diffusers PEFT", False, False)])
+def test_only_underscore_names_are_left_to_the_hosts_loader(dialect, in_header, reads):
+    assert host_reads(SimpleNamespace(dialect=dialect, scale_from_metadata=in_header)) is reads
