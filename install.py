@@ -17,6 +17,9 @@ HERE = Path(__file__).resolve().parent
 VENV = HERE / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
+TORCH = "torch==2.13.0"
+"""Installed first and by itself: beside a range that admits it, pip would take the newest torch, a CUDA build of gigabytes."""
+
 
 def set_up(extra: str) -> None:
     """Make .venv and install the dependencies of pyproject.toml's optional group `extra`, once per state of that file."""
@@ -24,11 +27,13 @@ def set_up(extra: str) -> None:
         print(f"Making {VENV}", flush=True)
         venv.create(VENV, with_pip=True)
     stamp = VENV / f"klora-{extra}.stamp"
-    state = hashlib.sha256((HERE / "pyproject.toml").read_bytes()).hexdigest()
+    state = hashlib.sha256(TORCH.encode() + (HERE / "pyproject.toml").read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == state:
         return
     print("Installing the dependencies (the first time this takes some minutes)", flush=True)
-    run([PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", f"{HERE}[{extra}]"])
+    install = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run([*install, TORCH])
+    run([*install, "--editable", f"{HERE}[{extra}]"])
     stamp.write_text(state)
 
 
