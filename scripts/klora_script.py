@@ -18,6 +18,7 @@ class KLoraScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
+        xyz.register()
         controls = ui.build(is_img2img, "img2img" if is_img2img else "txt2img")
         self.infotext_fields = controls.infotext_fields
         self.paste_field_names = controls.paste_field_names
@@ -70,4 +71,3 @@ def tell(p, error):
 
 script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
 script_callbacks.on_app_started(api.register)
-script_callbacks.on_before_ui(xyz.register)
