@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from klora.core.scores import FileProfile
-from klora.core.topk import LayerProfile
+from klora.core.profiles import FileProfile, LayerProfile
 
 FORMAT = "klora-profile-3"
 """Change it with anything that changes a profile's numbers or layout: entries of another format are never read."""

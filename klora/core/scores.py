@@ -8,21 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import device as Device
 
 from klora.core.deltas import Delta
 from klora.core.layer_pass import Result, Work, over_layers, scoring_device
-from klora.core.topk import LayerProfile, profile, table_k, top_sum
+from klora.core.profiles import FileProfile, LayerProfile, table_k
+from klora.core.score_cache import ScoreCache
+from klora.core.topk import profile, top_sum
 from klora.errors import Cancelled, PairError
-
-if TYPE_CHECKING:
-    from klora.core.score_cache import ScoreCache
-
-__all__ = ["FileProfile", "LayerProfile", "LayerScore", "LoraSource", "PairScores", "profile_file", "score_pair", "scoring_device"]
 
 Progress = Callable[[int, int], object]
 IsCancelled = Callable[[], bool]
@@ -72,24 +69,6 @@ class LayerScore:
     subject_frobenius: float
     style_frobenius: float
     only: Literal["subject", "style"] | None
-
-
-@dataclass(frozen=True)
-class FileProfile:
-    """All that is known to score one file with any partner.
-
-    Attributes:
-        layers: {layer: profile} of all its layers.
-        extra_sums: {(layer, K): Top-K sum} where a pair's K was not in the profile.
-    """
-
-    layers: Mapping[str, LayerProfile]
-    extra_sums: Mapping[tuple[str, int], float] = field(default_factory=dict)
-
-    def top_sum(self, name: str, k: int) -> float | None:
-        """Sum of the k largest |ΔW| of a layer, None if not known."""
-        known = self.layers[name].top_sum(k)
-        return self.extra_sums.get((name, k)) if known is None else known
 
 
 @dataclass(frozen=True)

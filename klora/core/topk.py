@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from klora.core.deltas import Delta, Dense, Hadamard, Kronecker, LowRank
+from klora.core.profiles import TABLE_LENGTH, LayerProfile, table_k
 
 Magnitudes = NDArray[Any]
-
-TABLE_LENGTH = 128
-"""A profile answers K = rank · partner's rank for partners up to this rank."""
 
 BLOCK_NUMEL = 1 << 18
 """Entries in one block on the CPU: 1 MiB stays in the cache between the product and the passes over it."""
@@ -34,41 +32,6 @@ SAMPLE_NUMEL = 4096
 
 BOUND_MARGIN = 1.001
 """Lets a float32 dot product exceed the product of its norms by rounding."""
-
-
-@dataclass(frozen=True)
-class LayerProfile:
-    """What one LoRA's file gives to score one layer with any partner. Values include |scale|, no user multiplier.
-
-    Attributes:
-        rank: the rank that counts for K in eq. (5); None for a delta stored full.
-        numel: entries of ΔW.
-        abs_sum: Σ|ΔW|.
-        squared_sum: Σ ΔW², the squared Frobenius norm.
-        top_sums: float64 (128,): sums of the K largest |ΔW|, `top_sums[n - 1]` at K = `table_k(rank, n)`.
-    """
-
-    rank: int | None
-    numel: int
-    abs_sum: float
-    squared_sum: float
-    top_sums: NDArray[np.float64]
-
-    def top_sum(self, k: int) -> float | None:
-        """Sum of the k largest |ΔW|, or None if the profile does not tell."""
-        if k >= self.numel:
-            return self.abs_sum
-        if self.abs_sum == 0:
-            return 0.0
-        n = math.isqrt(k) if self.rank is None else k // self.rank if self.rank else 0
-        if not 1 <= n <= TABLE_LENGTH or table_k(self.rank, n) != k:
-            return None
-        return float(self.top_sums[n - 1])
-
-
-def table_k(rank: int | None, partner_rank: int) -> int:
-    """K-LoRA eq. (5): K for a partner of this rank; a delta without a rank counts with its partner's."""
-    return (partner_rank if rank is None else rank) * partner_rank
 
 
 def profile(delta: Delta, buffer: Tensor) -> LayerProfile:

@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from klora.core import score_cache
+from klora.core.profiles import FileProfile, LayerProfile
 from klora.core.score_cache import ScoreCache
-from klora.core.scores import FileProfile
-from klora.core.topk import LayerProfile
 
 CONTENT = "c" * 64
 

@@ -12,9 +12,9 @@ from memory_lora import MemoryLora, low_rank
 
 from klora.core import layer_pass
 from klora.core.deltas import Dense, LowRank, dense
+from klora.core.profiles import TABLE_LENGTH
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import profile_file, score_pair
-from klora.core.topk import TABLE_LENGTH
 from klora.errors import Cancelled, LoraFileError, PairError
 
 

@@ -12,7 +12,8 @@ from memory_lora import low_rank
 
 from klora.core import topk
 from klora.core.deltas import Dense, Hadamard, Kronecker, LowRank
-from klora.core.topk import TABLE_LENGTH, LayerProfile, new_buffer, profile, table_k, top_sum
+from klora.core.profiles import TABLE_LENGTH, LayerProfile, table_k
+from klora.core.topk import new_buffer, profile, top_sum
 
 CPU = torch.device("cpu")
 
