@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from klora.analysis import BASE_NAMES, Analysis, Progress, analyze
 from klora.core.score_cache import ScoreCache
-from klora.errors import HostError, PairError
+from klora.errors import HostError, KLoraError, PairError
 from klora.hosts.diffusers import DiffusersSwitch, Lora, base_of, denoiser_of, text_encoders_with
 from klora.session import Session
-from klora.settings import Settings
+from klora.settings import SPECS, Settings, as_text
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,28 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
         pipeline.scheduler = _scheduler(options.scheduler).from_config(pipeline.scheduler.config)
     request = Request(options.prompt, options.seed, options.steps, options.size, options.negative, options.guidance)
     picture = fused_picture(pipeline, analysis, settings, request)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(options.out)
+    _save(picture, options.out, _parameters(request, analysis, settings))
     print(f"wrote {options.out}")
+
+
+def _parameters(request: Request, analysis: Analysis, settings: Settings) -> str:
+    """What made a picture, as the WebUIs write it into their pictures."""
+    own = {SPECS[role].infotext: lora.path.stem for role, lora in (("subject", analysis.subject), ("style", analysis.style))}
+    own |= {SPECS[name].infotext: as_text(name, value) for name, value in settings.changed().items() if SPECS[name].kind != "lora"}
+    size = f"{request.size[0]}x{request.size[1]}"
+    fields = {"Steps": str(request.steps), "Seed": str(request.seed), "Size": size, **own}
+    negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
+    return f"{request.prompt}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in fields.items())
+
+
+def _save(picture: Image.Image, path: Path, parameters: str) -> None:
+    text = PngInfo()
+    text.add_itxt("parameters", parameters)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, pnginfo=text)
+    except (OSError, ValueError) as error:
+        raise KLoraError(f"Cannot write {path}: {error}. Choose another file name or folder, ending in .png.") from error
 
 
 def load_pipeline(model: Path, config: Path | None = None) -> Any:

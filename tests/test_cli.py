@@ -79,10 +79,14 @@ def test_generate_makes_a_picture_from_a_saved_model_and_says_what_is_missing(tm
     pipeline.save_pretrained(model)
     write_kohya(subject, pipeline.unet, base="sdxl", rank=2, network_alpha=1, seed=1, strength=0.5)
     write_peft(style, pipeline.unet, base="sdxl", rank=2, seed=2, strength=0.5)
-    options = ["--subject", str(subject), "--style", str(style), "--prompt", "a cat", "--steps", "2", "--size", "64x64", "--out", str(out)]
+    options = ["--subject", str(subject), "--style", str(style), "--prompt", "a cat", "--steps", "2", "--size", "64x64"]
+    options += ["--beta", "0.9", "--out", str(out)]
     assert main(["generate", "--model", str(model), *options]) == 0
     with Image.open(out) as image:
         assert image.size == (64, 64)
+        assert image.text["parameters"] == (
+            "a cat\nSteps: 2, Seed: 0, Size: 64x64, K-LoRA subject: subject, K-LoRA style: style, K-LoRA beta: 0.9"
+        )
     assert main(["generate", "--model", str(model), *options, "--scheduler", "NoSuchScheduler"]) == 1
     assert "no scheduler 'NoSuchScheduler'" in capsys.readouterr().err
     shutil.rmtree(model)
