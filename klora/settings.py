@@ -140,7 +140,7 @@ class Settings:
     def parse_api(cls, args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> Settings:
         """Settings from the arguments of the always-on script: one dict, or values in the order of the fields.
 
-        A dict means enabled unless it says `"enabled": false`.
+        A dict means enabled unless it says `"enabled": false`. What else the arguments of a run without K-LoRA say does not matter.
 
         Args:
             overrides: values by name that win over the arguments before anything is checked (the X/Y/Z plot's).
@@ -153,7 +153,10 @@ class Settings:
                                          "give one dict with the names instead."})
         named = args and isinstance(args[0], Mapping)
         values = {"enabled": True, **args[0]} if named else dict(zip(SPECS, args, strict=False))
-        return cls.parse({**values, **(overrides or {})})
+        merged = {**values, **(overrides or {})}
+        if merged.get("enabled", False) is False:
+            return cls()
+        return cls.parse(merged)
 
     def changed(self) -> dict[str, Any]:
         """The fields that differ from their defaults, in order."""

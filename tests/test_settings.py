@@ -25,6 +25,15 @@ def test_a_dict_means_enabled_unless_it_says_no():
     assert not Settings.parse_api([]).enabled
 
 
+def test_a_run_without_klora_is_not_refused_for_what_the_controls_hold():
+    assert Settings.parse_api([False, "gone", "gone", "x"]) == Settings.parse_api([{"enabled": False, "alpha": "x"}]) == Settings()
+
+
+def test_an_axis_of_the_plot_wins_before_anything_is_checked():
+    settings = Settings.parse_api([True, "", "ink", 1, 1, "K-LoRA", "s", "x"], {"subject": "cat", "alpha": "2"})
+    assert (settings.subject, settings.alpha) == ("cat", 2)
+
+
 def test_positional_equals_dict():
     assert Settings.parse_api([True, "cat", "ink", 0.8]) == Settings.parse_api([{**PAIR, "subject_weight": 0.8}])
 
