@@ -23,6 +23,11 @@ class Choice(IntEnum):
     SUBJECT = 1
     BOTH = 2
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The LoRAs that are applied, in this order."""
+        return {Choice.STYLE: ("style",), Choice.SUBJECT: ("subject",), Choice.BOTH: ("subject", "style")}[self]
+
 
 @dataclass(frozen=True)
 class Course:

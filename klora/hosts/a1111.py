@@ -17,7 +17,6 @@ from klora.core.blocks import leader_of
 from klora.core.selectors import Choice
 from klora.errors import HostError
 
-ROLES = {Choice.SUBJECT: ("subject",), Choice.STYLE: ("style",), Choice.BOTH: ("subject", "style")}
 DENOISER = "diffusion_model"
 
 
@@ -138,7 +137,7 @@ class A1111Switch:
         if name is None or not name.startswith(DENOISER):
             return [*self._others, *self._on_text_encoder]
         choice = self._choices.get(self._layer_of.get(name, ""))
-        return self._others if choice is None else [*self._others, *(self._pair[role] for role in ROLES[choice])]
+        return self._others if choice is None else [*self._others, *(self._pair[role] for role in choice.roles)]
 
     @contextmanager
     def _loaded(self, wanted: list[Any]) -> Iterator[None]:

@@ -21,8 +21,6 @@ from klora.errors import HostError
 TEXT_ENCODERS = {"sdxl": {"te1": "text_encoder", "te2": "text_encoder_2"}, "flux": {"te1": "text_encoder", "t5": "text_encoder_2"}}
 """Base model -> part of a LoRA file -> attribute of the pipeline."""
 
-ROLES = {Choice.SUBJECT: ("subject",), Choice.STYLE: ("style",), Choice.BOTH: ("subject", "style")}
-
 
 @dataclass(frozen=True)
 class Lora:
@@ -148,7 +146,7 @@ class DiffusersSwitch:
     def apply(self, choices: Mapping[str, Choice]) -> None:
         for layer, choice in choices.items():
             for name in (layer, *self._followers.get(layer, ())):
-                self._merger.put(self._modules[name], name, [self._open[role] for role in ROLES[choice]])
+                self._merger.put(self._modules[name], name, [self._open[role] for role in choice.roles])
 
     def detach(self) -> None:
         self._stack.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from fastapi import HTTPException
@@ -32,7 +31,6 @@ class Run:
         self.settings = settings
         self.hosts_loras = {role: loras.find(getattr(settings, role), role) for role in ("subject", "style")}
         self.files: dict[str, LoraFile] = {role: read_lora(lora.path) for role, lora in self.hosts_loras.items()}
-        self.sessions: list[Session] = []
         self._session: Session | None = None
         self._scores: PairScores | None = None
         self._offset = 0
@@ -115,13 +113,6 @@ class Run:
         p.setup_conds = within_switch("setup_conds")
         p.sample = within_switch("sample")
 
-    def release(self) -> None:
-        """Let `p` go; harmless when it was done before."""
-        self.end_pass()
-        for name in OVERRIDDEN:
-            self.p.__dict__.pop(name, None)
-        self.p.__dict__.pop("klora_run", None)
-
     def _add_tags(self, data: Any) -> None:
         """Have the host load the pair as it loads <lora:name:weight>, after the prompt's own networks; not what it cannot read."""
         from modules.extra_networks import ExtraNetworkParams
@@ -191,7 +182,6 @@ class Run:
             steps, self._offset = run, 0
         self._order = max(1, self.p.sampler.config.total_steps(run) // run)
         self._session = Session(self._plan(steps), self._switch)
-        self.sessions.append(self._session)
         self._session.__enter__()
 
     def _schedule_of_pass(self) -> tuple[int, int, int]:
@@ -243,8 +233,7 @@ class Run:
         if self._session is not None:
             self._session.close()
             self._session = None
-        with suppress(AttributeError):
-            self._switch.detach()
+        self._switch.detach()
 
     def fail(self, error: BaseException) -> None:
         """Make the run stop with `error` at the next place from which the host lets it out."""
