@@ -3,6 +3,7 @@
 from modules import script_callbacks, scripts
 
 from klora.errors import Cancelled
+from klora.hosts.detect import UnknownHost
 from klora.settings import Settings
 from klora.webui import api, ui, xyz
 from klora.webui.generation import Run, refuse, release
@@ -35,6 +36,9 @@ class KLoraScript(scripts.Script):
             p.klora_run = run
         except Cancelled:
             return
+        except UnknownHost as error:
+            print(f"K-LoRA: {error}")
+            p.comment(str(error))
         except Exception as error:  # noqa: BLE001 the host would go on without K-LoRA and without a word
             tell(p, error)
 

@@ -8,32 +8,48 @@ it right by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from klora.core.blocks import leader_of
+from klora.core.lora_file import LoraFile
 from klora.core.selectors import Choice
 from klora.errors import HostError
+from klora.hosts.base import Member, Pair
 
 DENOISER = "diffusion_model"
 
 
-class A1111Switch:
-    """`LayerSwitch` of A1111's UNet; its text encoders get the roles they are told.
+class A1111:
+    """`WebUI` of A1111.
 
-    Attributes:
-        applies: how many times the host's apply was called for a layer, to be compared with the plan.
+    Args:
+        networks: the module of the host's Lora extension.
     """
 
-    def __init__(self, networks: Any, layers: Sequence[str], carried: Collection[str], text_encoder: Sequence[str]) -> None:
+    def __init__(self, networks: Any) -> None:
+        self._networks = networks
+
+    def base_of(self, model: Any) -> str | None:
+        return "sdxl" if getattr(model, "is_sdxl", False) else None
+
+    def switch(self, model: Any, pair: Pair) -> A1111Switch:
+        return A1111Switch(self._networks, pair)
+
+
+class A1111Switch:
+    """`PairSwitch` of A1111's UNet; its text encoders get the members that are told to be on them."""
+
+    def __init__(self, networks: Any, pair: Pair) -> None:
         self.applies = 0
         self._networks = networks
-        self._text_encoder = tuple(text_encoder)
-        self._layer_of = {_network_name(name): name for name in layers}
-        for name in carried:
-            self._layer_of.setdefault(_network_name(name), leader_of(name, layers))
+        self._members = pair.members
+        self._readable = pair.readable
+        self._layer_of = {_network_name(name): name for name in pair.layers}
+        for name in pair.carried:
+            self._layer_of.setdefault(_network_name(name), leader_of(name, pair.layers))
         self._names_of: dict[str, list[str]] = {}
         for network_name, layer in self._layer_of.items():
             self._names_of.setdefault(layer, []).append(network_name)
@@ -45,27 +61,42 @@ class A1111Switch:
         self._failure: BaseException | None = None
         self._originals: dict[str, Callable] = {}
 
-    def take_networks(self, files: Mapping[str, Path], rewritten: Mapping[str, Any]) -> None:
-        """Tell the pair from the other networks that the host has just loaded.
+    def tags(self) -> Sequence[tuple[str, float]]:
+        return [(member.name, member.weight) for member in self._members if host_reads(member.file)]
 
-        Args:
-            files: role -> LoRA file.
-            rewritten: role -> a network loaded from a rewritten file, for a dialect that the host cannot read.
-
-        Raises:
-            HostError: the host did not load one of the two.
-        """
-        own_files = {_place(path) for path in files.values()}
+    def networks_loaded(self) -> None:
+        own_files = {_place(member.file.path) for member in self._members}
         loaded = {_place(net.network_on_disk.filename): net for net in self._networks.loaded_networks}
         self._others = [net for net in self._networks.loaded_networks if _place(net.network_on_disk.filename) not in own_files]
-        self._pair = {role: rewritten.get(role) or loaded.get(_place(path)) for role, path in files.items()}
-        for role, net in self._pair.items():
-            if net is None:
-                raise HostError(f"The WebUI did not load the {role} LoRA {files[role]}: its console says why.")
-        chosen = [self._pair[role] for role in self._text_encoder]
+        self._pair = {member.role: self._network(member, loaded) for member in self._members}
+        chosen = [self._pair[member.role] for member in self._members if member.on_text_encoder]
         self._on_text_encoder = [net for net in chosen if not all(key.startswith(DENOISER) for key in net.modules)]
         self._networks.loaded_networks[:] = [*self._others, *self._pair.values()]
         self._settled.clear()
+
+    def _network(self, member: Member, loaded: Mapping[str, Any]) -> Any:
+        """The host's network of a member: loaded by the host, or by its loader from a copy that it can read."""
+        path = member.file.path
+        if host_reads(member.file):
+            if _place(path) not in loaded:
+                raise HostError(f"The WebUI did not load the {member.role} LoRA {path}: its console says why.")
+            return loaded[_place(path)]
+        name = f"K-LoRA {member.name}"
+        on_disk = self._networks.network.NetworkOnDisk(name, str(self._readable(member.file)))
+        net = self._networks.load_network(name, on_disk)
+        net.network_on_disk.filename = str(path)
+        net.te_multiplier = net.unet_multiplier = member.weight
+        net.dyn_dim = None
+        net.mentioned_name = None
+        return net
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self.attach()
+        try:
+            yield
+        finally:
+            self.detach()
 
     def attach(self) -> None:
         for name, ours in (("network_apply_weights", self._apply), ("network_forward", self._forward)):
@@ -86,7 +117,6 @@ class A1111Switch:
             self._settled.difference_update(self._names_of[layer])
 
     def fail(self, error: BaseException) -> None:
-        """Stop the run at the next forward: what is raised inside the host's callbacks never gets out."""
         self._failure = error
 
     def detach(self) -> None:
@@ -96,8 +126,7 @@ class A1111Switch:
         self._choices.clear()
         self._settled.clear()
 
-    def forget_pair(self) -> None:
-        """Leave only the prompt's own networks to the host."""
+    def leave(self) -> None:
         self._networks.loaded_networks[:] = self._others
 
     def _apply(self, module: Any) -> None:
@@ -150,7 +179,7 @@ class A1111Switch:
             loaded[:] = before
 
 
-def host_reads(lora: Any) -> bool:
+def host_reads(lora: LoraFile) -> bool:
     """Whether A1111's loader understands a file's keys as they are: it knows kohya's underscore names, and no scale in the header."""
     return lora.dialect.startswith("kohya") and not lora.scale_from_metadata
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
+from klora.core.lora_file import LoraFile
 from klora.core.selectors import Choice
 
 
@@ -22,3 +26,81 @@ class LayerSwitch(Protocol):
 
     def detach(self) -> None:
         """Give the denoiser back bit for bit."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One LoRA of the pair as a WebUI is to load it.
+
+    Attributes:
+        role: "subject" or "style".
+        name: what the WebUI calls it.
+        weight: the user's multiplier.
+        on_text_encoder: whether its text-encoder part applies.
+    """
+
+    role: str
+    name: str
+    file: LoraFile
+    weight: float
+    on_text_encoder: bool
+
+
+class PairSwitch(LayerSwitch, Protocol):
+    """The pair in one generation of a WebUI, from loading to sampling.
+
+    Attributes:
+        applies: how many weights were written for the pair, to be compared with the plan.
+    """
+
+    applies: int
+
+    def tags(self) -> Sequence[tuple[str, float]]:
+        """Name and weight of what the WebUI itself is to load, as by <lora:name:weight>, after the prompt's own networks."""
+
+    def networks_loaded(self) -> None:
+        """The WebUI has loaded, perhaps again, the prompt's networks and `tags`: add the pair to them.
+
+        Raises:
+            HostError: the WebUI did not load one of the two.
+        """
+
+    def held(self) -> AbstractContextManager[None]:
+        """Around the WebUI's text encoding, and around its sampling."""
+
+    def leave(self) -> None:
+        """Give what is left of the run to the prompt's own networks alone."""
+
+    def fail(self, error: BaseException) -> None:
+        """Stop the run with `error` at the next evaluation: what is raised inside a WebUI's callbacks never gets out."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a WebUI's adapter is told of a run.
+
+    Attributes:
+        members: subject and style, in the order in which both are applied.
+        layers: the canonical layers of the plan.
+        carried: norms and lone biases of either file; each follows its leading layer.
+        readable: a copy of a file that the WebUI's loader understands.
+    """
+
+    members: tuple[Member, ...]
+    layers: Sequence[str]
+    carried: Collection[str]
+    readable: Callable[[LoraFile], Path]
+
+
+class WebUI(Protocol):
+    """An adapter to one kind of WebUI."""
+
+    def base_of(self, model: Any) -> str | None:
+        """"sdxl" or "flux", None for a checkpoint of any other kind."""
+
+    def switch(self, model: Any, pair: Pair) -> PairSwitch:
+        """The pair's hold on the loaded checkpoint.
+
+        Raises:
+            HostError: this checkpoint's storage cannot take LoRAs layer by layer.
+        """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
@@ -13,7 +14,8 @@ from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import PairScores, score_pair
 from klora.errors import HostError, KLoraError
-from klora.hosts.a1111 import A1111Switch, host_reads
+from klora.hosts.base import Member, Pair
+from klora.hosts.detect import find_webui
 from klora.session import Session
 from klora.settings import Settings
 from klora.webui import infotext, loras, paths
@@ -27,8 +29,13 @@ class Run:
     """K-LoRA in one processing object `p` of the host. Its hold on `p` are attributes of that very object, which `release` deletes."""
 
     def __init__(self, p: Any, settings: Settings) -> None:
+        import networks
+        from modules import shared
+
         self.p = p
         self.settings = settings
+        self._model = shared.sd_model
+        self._webui = find_webui(networks, self._model)
         self.hosts_loras = {role: loras.find(getattr(settings, role), role) for role in ("subject", "style")}
         self.files: dict[str, LoraFile] = {role: read_lora(lora.path) for role, lora in self.hosts_loras.items()}
         self._session: Session | None = None
@@ -38,19 +45,17 @@ class Run:
         self._check()
 
     def _check(self) -> None:
-        from modules import shared
-
         subject, style = self.files["subject"], self.files["style"]
         if self.p.disable_extra_networks:
             raise KLoraError("This run has extra networks switched off, which K-LoRA needs: switch them on, or K-LoRA off.")
         if self.hosts_loras["subject"].path == self.hosts_loras["style"].path:
             raise KLoraError(f"Subject and style are the same LoRA, {self.settings.subject}: choose another one for one of them.")
         check_pair(subject, style)
-        is_sdxl = getattr(shared.sd_model, "is_sdxl", False)
-        if subject.base != "sdxl" or not is_sdxl:
+        loaded = self._webui.base_of(self._model)
+        if subject.base != loaded:
             raise KLoraError(
                 f"The LoRAs {subject.path.name} and {style.path.name} are for {BASE_NAMES[subject.base]} and the loaded checkpoint is "
-                f"{'SDXL' if is_sdxl else 'not SDXL'}: in this WebUI K-LoRA needs an SDXL checkpoint and SDXL LoRAs."
+                f"{BASE_NAMES.get(loaded or '', 'neither SDXL nor FLUX.1')}: load {_one(subject.base)} checkpoint, or choose LoRAs made for this one."
             )
 
     def prepare(self) -> None:
@@ -60,7 +65,6 @@ class Run:
             KLoraError: with the sentence for the user.
             Cancelled: the user interrupted the scoring.
         """
-        import networks
         from modules import shared
 
         state = shared.state
@@ -75,14 +79,20 @@ class Run:
             cancelled=lambda: state.interrupted or state.stopping_generation,
         )  # fmt: skip
         state.textinfo, state.sampling_step = None, 0
-        names = [layer.name for layer in self._scores.layers]
-        self._switch = A1111Switch(networks, names, {*subject.carried, *style.carried}, self.settings.text_encoder_roles())
-        self._networks = networks
-        self._model = shared.sd_model
+        self._switch = self._webui.switch(self._model, self._pair(self._scores))
         for warning in pair_warnings(subject, style, self._plan(20)):
             self.p.comment(warning)
         self.p.extra_generation_params.update(infotext.parameters(self.settings, self.hosts_loras["subject"], self.hosts_loras["style"]))
         self._hold()
+
+    def _pair(self, scores: PairScores) -> Pair:
+        roles = self.settings.text_encoder_roles()
+        return Pair(
+            tuple(Member(role, self.hosts_loras[role].name, file, self._weight(role), role in roles) for role, file in self.files.items()),
+            [layer.name for layer in scores.layers],
+            {name for file in self.files.values() for name in file.carried},
+            readable_copy,
+        )
 
     def _hold(self) -> None:
         p = self.p
@@ -100,11 +110,11 @@ class Run:
 
         def within_switch(name: str) -> Callable:
             def call(*args: Any, **kwargs: Any) -> Any:
-                self._switch.attach()
-                try:
-                    return originals[name](*args, **kwargs)
-                finally:
-                    self.end_pass()
+                with self._switch.held():
+                    try:
+                        return originals[name](*args, **kwargs)
+                    finally:
+                        self.end_pass()
 
             return call
 
@@ -114,12 +124,21 @@ class Run:
         p.sample = within_switch("sample")
 
     def _add_tags(self, data: Any) -> None:
-        """Have the host load the pair as it loads <lora:name:weight>, after the prompt's own networks; not what it cannot read."""
+        """Have the host load the pair once, after the prompt's own networks."""
         from modules.extra_networks import ExtraNetworkParams
 
-        for role, lora in self.hosts_loras.items():
-            if host_reads(self.files[role]):
-                data["lora"].append(ExtraNetworkParams(items=[lora.name, str(self._weight(role))]))
+        own = [params for params in data["lora"] if not self._is_of_pair(params)]
+        if len(own) < len(data["lora"]):
+            self.p.comment("K-LoRA: the prompt names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen there.")
+        data["lora"] = own
+        data["lora"] += [ExtraNetworkParams(items=[name, str(weight)]) for name, weight in self._switch.tags()]
+
+    def _is_of_pair(self, params: Any) -> bool:
+        """Whether <lora:…> of the prompt names a file of the pair, by the name or the alias that the host knows."""
+        import networks
+
+        named = networks.available_network_aliases.get(params.positional[0]) if params.positional else None
+        return named is not None and any(Path(named.filename) == lora.path for lora in self.hosts_loras.values())
 
     def _weight(self, role: str) -> float:
         return self.settings.subject_weight if role == "subject" else self.settings.style_weight
@@ -138,22 +157,11 @@ class Run:
         if activated is getattr(self.p, "hr_extra_network_data", None) and self.settings.hires == "off":
             self.end_pass()
             return
-        rewritten = {role: self._load_rewritten(role) for role, file in self.files.items() if not host_reads(file)}
-        self._switch.take_networks({role: lora.path for role, lora in self.hosts_loras.items()}, rewritten)
+        if self._at_other_model():
+            self._stop("at the model change")
+            return
+        self._switch.networks_loaded()
         self._clean_hashes()
-
-    def _load_rewritten(self, role: str) -> Any:
-        """A network from a copy of the file in keys that the host's loader knows."""
-        import network
-
-        lora, weight = self.hosts_loras[role], self._weight(role)
-        name = f"K-LoRA {lora.name}"
-        net = self._networks.load_network(name, network.NetworkOnDisk(name, str(readable_copy(self.files[role]))))
-        net.network_on_disk.filename = str(lora.path)
-        net.te_multiplier = net.unet_multiplier = weight
-        net.dyn_dim = None
-        net.mentioned_name = None
-        return net
 
     def _clean_hashes(self) -> None:
         """Take the pair out of the prompt's "Lora hashes" (ours are under names of our own), unless the prompt has it too."""
@@ -183,6 +191,7 @@ class Run:
         self._order = max(1, self.p.sampler.config.total_steps(run) // run)
         self._session = Session(self._plan(steps), self._switch)
         self._session.__enter__()
+        self._session.step(self._offset)
 
     def _schedule_of_pass(self) -> tuple[int, int, int]:
         """(steps of the whole schedule, first step that runs, number of steps that run), as the host's samplers count them."""
@@ -206,14 +215,23 @@ class Run:
 
     def at_call(self, params: Any) -> None:
         """The denoiser is about to be evaluated: switch to the step that this evaluation belongs to."""
-        from modules import shared
-
         if self._session is None:
             return
-        if shared.sd_model is not self._model:
-            self._stop_at_other_model(params)
+        if self._at_other_model():
+            self._stop(f"at the model change before step {self._offset + params.denoiser.step // self._order + 1}")
             return
         self._session.step(self._index(params))
+
+    def _at_other_model(self) -> bool:
+        from modules import shared
+
+        return shared.sd_model is not self._model
+
+    def _stop(self, where: str) -> None:
+        """Go on without K-LoRA, and write that into the picture."""
+        self.end_pass()
+        self._switch.leave()
+        self.p.extra_generation_params["K-LoRA stopped"] = where
 
     def _index(self, params: Any) -> int:
         """The step of an evaluation: by counting calls, or, for a sampler without a fixed number, by the place of its noise level."""
@@ -222,11 +240,6 @@ class Run:
             return self._offset + denoiser.step // self._order
         sigmas = self.p.sampler.get_sigmas(self.p, self._session.plan.steps if self._session else 1)[:-1]
         return int((sigmas > float(params.sigma.max()) * 1.0001).sum())
-
-    def _stop_at_other_model(self, params: Any) -> None:
-        self.end_pass()
-        self._switch.forget_pair()
-        self.p.extra_generation_params["K-LoRA stopped"] = f"at the model change before step {self._offset + params.denoiser.step // self._order + 1}"
 
     def end_pass(self) -> None:
         """Detach from the networks; harmless when it was done before."""
@@ -241,6 +254,10 @@ class Run:
             self._switch.fail(error)
         else:
             refuse(self.p, error)
+
+
+def _one(base: str) -> str:
+    return {"sdxl": "an SDXL", "flux": "a FLUX.1"}[base]
 
 
 class GenerationRefused(HTTPException):

@@ -3,6 +3,7 @@
 tests/hosts/test_a1111.py holds the same promises against a running host.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from klora.core.selectors import Choice
 from klora.errors import HostError
 from klora.hosts.a1111 import A1111Switch, host_reads
+from klora.hosts.base import Member, Pair
 
 LAYERS = ["input_blocks.4.1.proj_in", "input_blocks.4.1.proj_out", "middle_block.1.proj_in"]
 NAMES = ["diffusion_model_" + layer.replace(".", "_") for layer in LAYERS]
@@ -49,6 +51,11 @@ def network(name, added, places):
     return SimpleNamespace(name=name, network_on_disk=on_disk, modules=dict.fromkeys(places, added))
 
 
+def member(role, on_text_encoder):
+    file = SimpleNamespace(path=Path(f"/models/Lora/{role}.safetensors"), dialect="kohya", scale_from_metadata=False)
+    return Member(role, role, file, 1.0, on_text_encoder)
+
+
 class Host:
     """A host with a model of a few layers, the pair loaded after one other network."""
 
@@ -59,12 +66,12 @@ class Host:
         self.other, self.subject = network("other", 1, NAMES), network("subject", 10, [*NAMES, NORM, ENCODER])
         self.style = network("style", 100, [*NAMES, ENCODER])
         self.networks.loaded_networks[:] = [self.other, self.subject, self.style]
-        self.switch = A1111Switch(self.networks, LAYERS, ["middle_block.1.norm"], text_encoder)
-        self.files = {role: f"/models/Lora/{role}.safetensors" for role in ("subject", "style")}
+        self.pair = Pair(tuple(member(role, role in text_encoder) for role in ("subject", "style")), LAYERS, ["middle_block.1.norm"], None)
+        self.switch = A1111Switch(self.networks, self.pair)
         self.own_apply = self.networks.network_apply_weights
 
     def start(self):
-        self.switch.take_networks(self.files, {})
+        self.switch.networks_loaded()
         self.switch.attach()
         return self
 
@@ -115,8 +122,8 @@ def test_afterwards_the_host_puts_every_layer_right_by_itself():
 
 def test_what_a_dead_run_left_is_undone_by_the_next():
     host = Host().start()
-    again = A1111Switch(host.networks, LAYERS, [], ())
-    again.take_networks(host.files, {})
+    again = A1111Switch(host.networks, host.pair)
+    again.networks_loaded()
     again.attach()
     again.detach()
     assert host.networks.network_apply_weights == host.own_apply
@@ -154,7 +161,7 @@ def test_a_network_the_host_did_not_load_is_named():
     host = Host()
     host.networks.loaded_networks[:] = [host.other, host.subject]
     with pytest.raises(HostError, match=r"did not load the style LoRA /models/Lora/style.safetensors"):
-        host.switch.take_networks(host.files, {})
+        host.switch.networks_loaded()
 
 
 @pytest.mark.parametrize(("dialect", "in_header", "reads"), [("kohya", False, True), ("kohya", True, False), ("diffusers PEFT", False, False)])

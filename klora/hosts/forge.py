@@ -1,0 +1,94 @@
+"""Forge (lllyasviel): patches under file names, merged by a loader that all clones of a UNet share.
+
+`unet.lora_patches` is {(file name, strength, strength of the model, online): {weight key: patches}}. The loader merges on its backup of
+the original weights when the list of these names differs from that of the last merge (backend/patcher/lora.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from klora.hosts.base import Pair
+from klora.hosts.patchers import PatcherSwitch, Patches
+
+MERGED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class ForgeSwitch(PatcherSwitch):
+    """`PairSwitch` of Forge. In online mode a layer reads its patches in every forward pass, and switching them is all there is to do."""
+
+    def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
+        super().__init__(networks, model, pair)
+        self._name = ""
+
+    @property
+    def _online(self) -> bool:
+        from backend.args import dynamic_args
+
+        return bool(dynamic_args.get("online_lora", False)) and self._model.forge_objects.unet.model.storage_dtype not in MERGED_DTYPES
+
+    def _patches_of(self, patcher: Any) -> Patches:
+        found: Patches = {}
+        for patches in patcher.lora_patches.values():
+            for key, added in patches.items():
+                found.setdefault(key, []).extend(added)
+        return found
+
+    def _add(self, patcher: Any, filename: str, weight: float, patches: Patches) -> None:
+        patcher.lora_patches[(filename, weight, 1.0, self._online)] = patches
+
+    def _mark(self, unet: Any) -> None:
+        self._name = f"K-LoRA {uuid4()}"
+        self._put(unet, {})
+        unet.lora_loader.loaded_hash = self._name
+
+    def _put(self, unet: Any, patches: Patches) -> None:
+        unet.lora_patches[(self._name, 1.0, 1.0, self._online)] = patches
+
+    def _is_merged(self, unet: Any) -> bool:
+        return unet.lora_loader.loaded_hash == str(list(unet.lora_patches.keys()))
+
+    def _merge(self, unet: Any, patches: Patches) -> None:
+        if self._online:
+            self._switch_online(unet, patches)
+        else:
+            self._remerge(unet, patches)
+
+    def _switch_online(self, unet: Any, patches: Patches) -> None:
+        from backend import utils
+
+        for key, added in patches.items():
+            layer, name, _ = utils.get_attr_with_parent(unet.model, key)
+            if not hasattr(layer, "forge_online_loras"):
+                layer.forge_online_loras = {}
+                unet.lora_loader.online_backup.append(layer)
+            utils.nested_move_to_device(added, device=unet.current_device, dtype=unet.model.computation_dtype)
+            layer.forge_online_loras[name] = added
+
+    def _remerge(self, unet: Any, patches: Patches) -> None:
+        """The host's own merge, told that these weights are all there is: it puts their originals back and merges on them."""
+        shared_loader = unet.lora_loader
+        part = type(shared_loader)(unet.model)
+        part.backup = {key: shared_loader.backup[key] for key in patches if key in shared_loader.backup}
+        wanted = {key: added for key, added in patches.items() if added}
+        try:
+            with _cache_kept():
+                part.refresh({(self._name, 1.0, 1.0, False): wanted}, offload_device=unet.offload_device, force_refresh=True)
+        finally:
+            for key, weight in part.backup.items():
+                shared_loader.backup.setdefault(key, weight)
+
+
+@contextmanager
+def _cache_kept() -> Iterator[None]:
+    """A merge of a few layers frees next to nothing: no reason to empty the GPU's cache in the next forward pass."""
+    from backend import memory_management
+
+    before = memory_management.signal_empty_cache
+    yield
+    memory_management.signal_empty_cache = before

@@ -1,0 +1,250 @@
+"""What Forge and its relatives share: LoRAs are patches on clones of a UNet patcher, which the host merges when it loads the clone.
+
+A pass works on a clone of its own, marked so that the host takes whatever it loads next for something else and merges that on the
+original weights: nothing has to be undone, whether a run ends well, is interrupted or dies.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from torch import Tensor
+
+from klora.core.blocks import leader_of
+from klora.core.deltas import dense
+from klora.core.lora_file import LoraFile
+from klora.core.selectors import Choice
+from klora.core.topology import flux_modules
+from klora.errors import HostError
+from klora.hosts.base import Member, Pair
+
+DENOISER = "diffusion_model."
+FUSED = {module.native: module.layers for module in flux_modules() if module.pieces}
+
+Patches = dict[str, list[Any]]
+"""{weight key of the model: patches in the order in which they are merged}. A patch opens with strength, value, strength of the
+model and, where the host knows fused weights, offset: (0, first row, number of rows) or None for the whole weight."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One LoRA as the host's loader understood it, at its weight."""
+
+    unet: Patches
+    clip: Patches
+
+
+class PatcherSwitch(ABC):
+    """`PairSwitch` on a Forge-like patcher.
+
+    Args:
+        networks: the module of the host's Lora extension.
+        model: the loaded checkpoint, `shared.sd_model`.
+    """
+
+    def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
+        self.applies = 0
+        self._networks = networks
+        self._model = model
+        self._pair = pair
+        self._loaded: dict[str, Loaded] = {}
+        self._layers_of: dict[str, tuple[str, ...]] = {}
+        self._keys_of: dict[str, list[str]] = {}
+        self._others: Patches = {}
+        self._choices: dict[str, Choice] = {}
+        self._failure: BaseException | None = None
+        self._gate = self._make_gate()
+
+    def tags(self) -> Sequence[tuple[str, float]]:
+        return ()
+
+    def held(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def leave(self) -> None:
+        self._choices.clear()
+
+    def fail(self, error: BaseException) -> None:
+        self._failure = error
+
+    def networks_loaded(self) -> None:
+        if not self._loaded:
+            self._loaded = {member.role: self._load(member) for member in self._pair.members}
+            self._find_layers()
+        objects = self._model.forge_objects
+        for member in self._pair.members:
+            added = self._loaded[member.role].clip
+            if member.on_text_encoder and added:
+                objects.clip = objects.clip.clone()
+                self._add(objects.clip.patcher, str(member.file.path), member.weight, added)
+        self._model.forge_objects_after_applying_lora = objects.shallow_copy()
+        self._model.current_lora_hash = f"K-LoRA {uuid4()}"
+
+    def attach(self) -> None:
+        unet = self._model.forge_objects.unet.clone()
+        unet.add_conditioning_modifier(self._gate)
+        self._others = self._patches_of(unet)
+        self._choices.clear()
+        self._mark(unet)
+        self._model.forge_objects.unet = unet
+
+    def apply(self, choices: Mapping[str, Choice]) -> None:
+        self._choices.update(choices)
+        keys = {key for layer in choices for key in self._keys_of.get(layer, ())}
+        unet = self._unet_in_force()
+        if self._is_merged(unet):
+            self._merge(unet, {key: [*self._others.get(key, ()), *self._chosen(key)] for key in sorted(keys)})
+        else:
+            every = {key: self._chosen(key) for layer in self._choices for key in self._keys_of.get(layer, ())}
+            self._put(unet, {key: patches for key, patches in every.items() if patches})
+        self.applies += len(keys)
+
+    def detach(self) -> None:
+        self._choices.clear()
+
+    @property
+    @abstractmethod
+    def _online(self) -> bool:
+        """Whether the host keeps LoRAs beside the weights and adds them in every forward pass."""
+
+    @abstractmethod
+    def _patches_of(self, patcher: Any) -> Patches:
+        """All patches of a patcher, as lists of their own."""
+
+    @abstractmethod
+    def _add(self, patcher: Any, filename: str, weight: float, patches: Patches) -> None:
+        """Add one LoRA's patches to a patcher that the host has not loaded, as its own loader does."""
+
+    @abstractmethod
+    def _mark(self, unet: Any) -> None:
+        """Make the host merge this clone when it loads it, and whatever it loads after it."""
+
+    @abstractmethod
+    def _put(self, unet: Any, patches: Patches) -> None:
+        """Make these the pair's patches of a clone that the host has not loaded."""
+
+    @abstractmethod
+    def _is_merged(self, unet: Any) -> bool:
+        """Whether the host has loaded the marked clone, or a clone of it."""
+
+    @abstractmethod
+    def _merge(self, unet: Any, patches: Patches) -> None:
+        """Make these all patches of the given weights of a loaded clone, and of no other weight."""
+
+    def _make_gate(self) -> Callable[..., tuple]:
+        """A conditioning modifier, which the host calls before every evaluation and lets exceptions out of.
+
+        A plain function, because clones of a patcher copy their options deeply.
+        """
+
+        def gate(*arguments: Any) -> tuple:
+            if self._failure is not None:
+                raise self._failure
+            return arguments
+
+        return gate
+
+    def _unet_in_force(self) -> Any:
+        unet = self._model.forge_objects.unet
+        if self._gate not in unet.model_options.get("conditioning_modifiers", ()):
+            raise HostError("Another extension has put a UNet of its own in the place of K-LoRA's: switch that extension off, or K-LoRA.")
+        return unet
+
+    def _load(self, member: Member) -> Loaded:
+        """What the host's loader makes of a file, on patchers without any other LoRA."""
+        path = str(member.file.path if self._host_reads(member.file) else self._pair.readable(member.file))
+        load, original = self._networks.load_lora_for_models, self._model.forge_objects_original
+        mode = {"online_mode": self._online} if "online_mode" in inspect.signature(load).parameters else {}
+        tensors = dict(self._networks.load_lora_state_dict(path))
+        unet, clip = load(original.unet, original.clip, tensors, member.weight, member.weight, filename=path, **mode)
+        loaded = Loaded(self._patches_of(unet), self._patches_of(clip.patcher))
+        if not loaded.unet and member.weight:
+            raise HostError(f"The WebUI did not load the {member.role} LoRA {member.file.path}: its console says why.")
+        return loaded
+
+    def _host_reads(self, lora: LoraFile) -> bool:
+        """Whether the host's loader understands a file's keys as they are; it knows no scale in the header."""
+        known = lora.dialect.startswith("kohya") or (lora.base == "flux" and lora.dialect == "diffusers PEFT")
+        return known and not lora.scale_from_metadata
+
+    def _find_layers(self) -> None:
+        """Which layers of the plan each weight holds; a norm or a bias goes with its leading layer."""
+        layers = set(self._pair.layers)
+        for key in dict.fromkeys(key for loaded in self._loaded.values() for key in loaded.unet):
+            path = key.removeprefix(DENOISER).rpartition(".")[0]
+            own = tuple(layer for layer in FUSED.get(path, (path,)) if layer in layers)
+            self._layers_of[key] = own or (leader_of(path, self._pair.layers),)
+            for layer in self._layers_of[key]:
+                self._keys_of.setdefault(layer, []).append(key)
+
+    def _chosen(self, key: str) -> list[Any]:
+        """The pair's patches of a weight, whose rows may be of different LoRAs."""
+        choices = {layer: self._choices[layer] for layer in self._layers_of[key] if layer in self._choices}
+        if len(set(choices.values())) <= 1:
+            roles = next(iter(choices.values())).roles if choices else ()
+            return [patch for role in roles for patch in self._loaded[role].unet.get(key, ())]
+        return [patch for layer, choice in choices.items() for role in choice.roles for patch in self._rows_of(role, key, layer)]
+
+    def _rows_of(self, role: str, key: str, layer: str) -> Iterator[Any]:
+        """A LoRA's patches of the rows of one piece of a fused weight; none where its rows of that piece are all zero."""
+        info = self._file(role).layers.get(layer)
+        if info is None:
+            return
+        start, count = self._first_row(layer), info.shape[0]
+        for patch in self._loaded[role].unet.get(key, ()):
+            strength, value, strength_model, offset, *rest = patch
+            if offset is None:
+                cut = self._cut(role, value, layer, slice(start, start + count))
+                yield type(patch)((strength, cut, strength_model, (0, start, count), *rest))
+            elif offset[1] == start:
+                yield patch
+
+    def _first_row(self, layer: str) -> int:
+        """q, k and v are as high as the network is wide; a single block's MLP input lies below them (flux/modules/layers.py)."""
+        pieces = FUSED[layer.partition(":")[0]]
+        return pieces.index(layer) * self._model.forge_objects.unet.model.diffusion_model.hidden_size
+
+    def _file(self, role: str) -> LoraFile:
+        return next(member.file for member in self._pair.members if member.role == role)
+
+    def _cut(self, role: str, value: Any, layer: str, rows: slice) -> Any:
+        """The value of a patch for some rows of its weight: of a low-rank pair the rows of `up`, of any other kind the delta's."""
+        adapter = hasattr(value, "weights")
+        kind, parts = (value.name, value.weights) if adapter else (value[0], value[1]) if len(value) == 2 else ("diff", value)
+        if kind == "lora":
+            up, down, alpha, mid, dora, *rest = parts
+            if dora is None or dora.shape[0] == up.shape[0]:
+                cut = (up[rows], down, alpha, mid, None if dora is None else dora[rows], *rest)
+                return type(value)(value.loaded_keys, cut) if adapter else (kind, cut)
+        elif kind == "diff":
+            return ("diff", (parts[0][rows],))
+        return ("diff", (self._delta(role, layer),))
+
+    def _delta(self, role: str, layer: str) -> Tensor:
+        file = self._file(role)
+        with file.open() as reader:
+            if reader.magnitude(layer) is not None or reader.input_factor(layer) is not None:
+                raise HostError(
+                    f"The layer {layer} of the {role} LoRA {file.path.name} is a DoRA or GLoRA of a fused weight, whose rows cannot be given to "
+                    "two LoRAs: export it in the split keys of diffusers, or take the selector LoRA Switch or Fixed."
+                )
+            return dense(reader(layer))
+
+
+class OnePatchDict(PatcherSwitch):
+    """A patcher that keeps the patches of all LoRAs in one dict, `patches`, in the order of the prompt."""
+
+    def _patches_of(self, patcher: Any) -> Patches:
+        return {key: list(patches) for key, patches in patcher.patches.items()}
+
+    def _add(self, patcher: Any, filename: str, weight: float, patches: Patches) -> None:
+        patcher.patches = {key: [*patcher.patches.get(key, ()), *patches.get(key, ())] for key in {**patcher.patches, **patches}}
+
+    def _put(self, unet: Any, patches: Patches) -> None:
+        unet.patches = {key: [*self._others.get(key, ()), *patches.get(key, ())] for key in {**self._others, **patches}}
