@@ -22,7 +22,7 @@ CLOCKS = [
     ("Euler", 1, [0]),
     ("Euler", 12, list(range(12))),
 ]
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "Lanczos", "hr_additional_modules": ["Use same choices"]}
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "None", "hr_additional_modules": ["Use same choices"]}
 
 
 @pytest.fixture(scope="module")
