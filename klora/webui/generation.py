@@ -42,6 +42,7 @@ class Run:
         self._scores: PairScores | None = None
         self._offset = 0
         self._order = 1
+        self._warnings: list[str] = []
         self._check()
 
     def _check(self) -> None:
@@ -81,7 +82,7 @@ class Run:
         state.textinfo, state.sampling_step = None, 0
         self._switch = self._webui.switch(self._model, self._pair(self._scores))
         for warning in pair_warnings(subject, style, self._plan(20)):
-            self.p.comment(warning)
+            self._warn(warning)
         self.p.extra_generation_params.update(infotext.parameters(self.settings, self.hosts_loras["subject"], self.hosts_loras["style"]))
         self._hold()
 
@@ -93,6 +94,16 @@ class Run:
             {name for file in self.files.values() for name in file.carried},
             readable_copy,
         )
+
+    def _warn(self, sentence: str) -> None:
+        self.p.comment(sentence)
+        if sentence not in self._warnings:
+            self._warnings.append(sentence)
+
+    def tell_warnings(self, processed: Any) -> None:
+        """Put the warnings into the info of the answer, not of the pictures: the host shows comments in its page, but its API has none."""
+        if self._warnings:
+            processed.extra_generation_params = {**processed.extra_generation_params, "K-LoRA warnings": " ".join(self._warnings)}
 
     def _hold(self) -> None:
         p = self.p
@@ -129,7 +140,7 @@ class Run:
 
         own = [params for params in data["lora"] if not self._is_of_pair(params)]
         if len(own) < len(data["lora"]):
-            self.p.comment("K-LoRA: the prompt names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen there.")
+            self._warn("K-LoRA: the prompt names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen there.")
         data["lora"] = own
         data["lora"] += [ExtraNetworkParams(items=[name, str(weight)]) for name, weight in self._switch.tags()]
 
