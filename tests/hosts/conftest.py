@@ -1,16 +1,28 @@
-"""Every test here runs against the host that KLORA_HOST_URL names."""
+"""Every test here runs against the stand-in, and against the host that KLORA_HOST_URL names if it names one."""
 
 import pytest
 from host import RunningHost, same
+from standin import StandIn
+
+from klora.webui import paths
 
 RUNNING = RunningHost.from_environment()
 
 
-@pytest.fixture(scope="module", params=["running"])
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory):
+    return StandIn(tmp_path_factory.mktemp("webui"))
+
+
+@pytest.fixture(scope="module", params=["stand-in", *(["running"] if RUNNING else [])])
 def host(request):
-    if RUNNING is None:
-        pytest.skip("KLORA_HOST_URL names no running WebUI")
-    return RUNNING
+    if request.param == "running":
+        yield RUNNING
+        return
+    standin = request.getfixturevalue("standin")
+    with standin.in_place(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "EXTENSION", standin.folder)
+        yield standin
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,13 @@ Link the folder above into the WebUI's extensions before starting it.
 - GET /klora-probe/v1/applied: {"calls": [{layer: [network names]}, ...], "applies": number of layers rewritten} since the last GET:
   which networks every layer really has, after every evaluation of the denoiser.
 - POST /klora-probe/v1/fault {"place", "call", "kind"}: the host's own function at that place raises, once, at its n-th call from now.
-  GET: {"armed": whether it has yet to happen}.
+  GET: {"armed": whether it has yet to happen}. GET /klora-probe/v1/counts: {place: its calls since the last GET}.
 - POST /klora-probe/v1/reload: as the button "Reload UI". GET /klora-probe/v1/started: when these scripts were loaded.
 """
 
 import sys
 import time
+from collections import Counter
 from functools import wraps
 
 import network_lora
@@ -23,20 +24,22 @@ STARTED = time.time()
 KINDS = {"RuntimeError": RuntimeError, "OutOfMemoryError": torch.OutOfMemoryError}
 
 calls = []
-counted = {"applies": 0}
+counted = Counter()
 fault = {}
 undo = []
 
 
 def wrap(owner, name, made):
     original = getattr(owner, name)
-    setattr(owner, name, wraps(original)(made(original)))
+    replacement = wraps(original)(made(original))
+    replacement.of_klora_probe = True
+    setattr(owner, name, replacement)
     undo.append(lambda: setattr(owner, name, original))
 
 
 def counting(original):
     def rewritten(module):
-        counted["applies"] += 1
+        counted["applies"] += module.network_layer_name.startswith("diffusion_model_")
         return original(module)
 
     return rewritten
@@ -45,6 +48,7 @@ def counting(original):
 def faulty(place):
     def made(original):
         def call(*args, **kwargs):
+            counted[place] += 1
             if fault.get("place") == place:
                 fault["call"] -= 1
                 if fault["call"] == 0:
@@ -58,16 +62,16 @@ def faulty(place):
     return made
 
 
-def wrap_once(place):
-    """The places of a checkpoint and of the K-LoRA extension can be wrapped only when these are loaded."""
-    owner, name = {
-        "text encoder": (type(shared.sd_model), "get_learned_conditioning"),
-        "forward": (type(shared.sd_model), "apply_model"),
-        "decode": (type(shared.sd_model), "decode_first_stage"),
-        "callback": (getattr(sys.modules.get("klora.session"), "Session", None), "step"),
-    }[place]
-    if not hasattr(getattr(owner, name), "__wrapped__"):
-        wrap(owner, name, faulty(place))
+def wrap_late_places():
+    """Those of a checkpoint and of the K-LoRA extension can be wrapped only when these are loaded."""
+    model, session = type(shared.sd_model), sys.modules["klora.session"].Session
+    late = {
+        "text encoder": (model, "get_learned_conditioning"), "forward": (model, "apply_model"), "decode": (model, "decode_first_stage"),
+        "callback": (session, "step"),
+    }  # fmt: skip
+    for place, (owner, name) in late.items():
+        if not hasattr(getattr(owner, name), "of_klora_probe"):
+            wrap(owner, name, faulty(place))
 
 
 def on_cfg_denoised(_params):
@@ -79,15 +83,20 @@ def on_cfg_denoised(_params):
 
 
 def applied():
-    answer = {"calls": list(calls), "applies": counted["applies"]}
+    answer = {"calls": list(calls), "applies": counted.pop("applies", 0)}
     calls.clear()
-    counted["applies"] = 0
+    return answer
+
+
+def counts():
+    wrap_late_places()
+    answer = {place: count for place, count in counted.items() if place != "applies"}
+    counted.clear()
     return answer
 
 
 def arm(request: dict = Body(...)):  # noqa: B008
-    if request["place"] not in EARLY:
-        wrap_once(request["place"])
+    wrap_late_places()
     fault.update(request)
 
 
@@ -95,6 +104,7 @@ def on_app_started(_demo, app):
     app.add_api_route("/klora-probe/v1/applied", applied, methods=["GET"])
     app.add_api_route("/klora-probe/v1/fault", arm, methods=["POST"])
     app.add_api_route("/klora-probe/v1/fault", lambda: {"armed": bool(fault)}, methods=["GET"])
+    app.add_api_route("/klora-probe/v1/counts", counts, methods=["GET"])
     app.add_api_route("/klora-probe/v1/reload", shared.state.request_restart, methods=["POST"])
     app.add_api_route("/klora-probe/v1/started", lambda: {"started": STARTED}, methods=["GET"])
 
@@ -104,15 +114,11 @@ def on_script_unloaded():
         undo.pop()()
 
 
-EARLY = {
-    "load": (networks, "load_network"),
-    "apply": (networks, "network_apply_weights"),
-    "restore": (networks, "network_restore_weights_from_backup"),
-    "merge": (network_lora.NetworkModuleLora, "calc_updown"),
-}
 wrap(networks, "network_restore_weights_from_backup", counting)
-for at, seam in EARLY.items():
-    wrap(*seam, faulty(at))
+wrap(networks, "network_restore_weights_from_backup", faulty("restore"))
+wrap(networks, "network_apply_weights", faulty("apply"))
+wrap(networks, "load_network", faulty("load"))
+wrap(network_lora.NetworkModuleLora, "calc_updown", faulty("merge"))
 script_callbacks.on_script_unloaded(on_script_unloaded)
 script_callbacks.on_cfg_denoised(on_cfg_denoised)
 script_callbacks.on_app_started(on_app_started)
