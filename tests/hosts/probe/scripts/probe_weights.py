@@ -1,0 +1,57 @@
+"""For the tests against a running WebUI of any kind: what every weight of the denoiser really is, at every evaluation.
+
+GET /klora-probe/v1/weights answers a list, one entry an evaluation since the last GET: {layer: [checksum of each stacked piece]}, of the
+weights as the forward pass uses them, whether they are merged or changed in passing.
+"""
+
+import zlib
+
+import torch
+from modules import script_callbacks, shared
+
+calls = []
+STACKED = (".qkv", ".linear1")
+
+
+def denoiser():
+    objects = getattr(shared.sd_model, "forge_objects", None)
+    return objects.unet.model.diffusion_model if objects else shared.sd_model.model.diffusion_model
+
+
+def effective(layer):
+    """The weight after what the host adds to it in every forward pass."""
+    weight = layer.weight.detach()
+    if patches := getattr(layer, "forge_online_loras", {}).get("weight"):
+        from backend.patcher.lora import merge_lora_to_weight
+
+        return merge_lora_to_weight(patches, weight, computation_dtype=torch.float32)
+    for function in getattr(layer, "weight_function", ()):
+        weight = function(weight.to(torch.float32, copy=True))
+    return weight
+
+
+def checksums(name, weight, width):
+    heights = [width, width, width, max(len(weight) - 3 * width, 0)] if name.endswith(STACKED) else [len(weight)]
+    pieces = weight.contiguous().view(torch.uint8).reshape(len(weight), -1).split([height for height in heights if height])
+    return [zlib.crc32(piece.numpy().tobytes()) for piece in pieces]
+
+
+@torch.inference_mode()
+def on_cfg_after_cfg(_params):
+    model = denoiser()
+    width = getattr(model, "hidden_size", 0)
+    layers = {name: layer for name, layer in model.named_modules() if getattr(layer, "weight", None) is not None and layer.weight.dim() > 1}
+    calls.append({name: checksums(name, effective(layer), width) for name, layer in layers.items()})
+
+
+def on_app_started(_demo, app):
+    def weights():
+        answer = list(calls)
+        calls.clear()
+        return answer
+
+    app.add_api_route("/klora-probe/v1/weights", weights, methods=["GET"])
+
+
+script_callbacks.on_cfg_after_cfg(on_cfg_after_cfg)
+script_callbacks.on_app_started(on_app_started)

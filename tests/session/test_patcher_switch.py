@@ -1,0 +1,230 @@
+"""The adapters of the Forge family on stand-ins of their patchers. tests/hosts holds the same promises against running hosts."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from forge_family import WIDTH, ClassicPatcher, ComfyPatcher, ForgePatcher, Networks, backend, checkpoint
+
+from klora.core.blocks import leader_of
+from klora.core.selectors import Choice
+from klora.errors import HostError
+from klora.hosts.base import Member, Pair
+from klora.hosts.detect import UnknownHost, find_webui
+
+PROJ, QKV = "diffusion_model.double_blocks.0.proj.weight", "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+NORM = "diffusion_model.double_blocks.0.norm.weight"
+LAYERS = ["double_blocks.0.proj", *(f"double_blocks.0.img_attn.qkv:{piece}" for piece in "qkv")]
+KINDS = {"Forge": (ForgePatcher, False), "Forge online": (ForgePatcher, True), "Neo": (ComfyPatcher, False), "Neo online": (ComfyPatcher, True),
+         "Neo half offloaded": (ComfyPatcher, False), "classic": (ClassicPatcher, False)}  # fmt: skip
+
+
+def low_rank(rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return ("lora", (torch.randn(rows, 2, generator=generator), torch.randn(2, WIDTH, generator=generator), None, None, None))
+
+
+def delta(value):
+    return value[1][0] @ value[1][1]
+
+
+SUBJECT = {PROJ: low_rank(WIDTH, 1), QKV: low_rank(3 * WIDTH, 2), NORM: ("diff", (torch.full((WIDTH,), 0.5),))}
+STYLE = {PROJ: low_rank(WIDTH, 3), QKV: {piece: low_rank(WIDTH, 4 + i) for i, piece in enumerate("qkv")}}
+
+
+def patches(values):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from ((key, (0, i * WIDTH, WIDTH), piece) for i, piece in enumerate(value.values()))
+        else:
+            yield key, None, value
+
+
+def member(role, weight=1.0, dialect="kohya"):
+    shapes = {layer: SimpleNamespace(shape=(WIDTH, WIDTH)) for layer in LAYERS}
+    file = SimpleNamespace(path=Path(f"/loras/{role}"), dialect=dialect, scale_from_metadata=False, base="flux", layers=shapes)
+    return Member(role, role, file, weight, True)
+
+
+class Host:
+    """A host of a kind with the pair chosen, and one more LoRA of the prompt loaded."""
+
+    def __init__(self, name, monkeypatch, weight=1.0):
+        kind, self.online = KINDS[name]
+        for path, module in backend(self.online).items():
+            monkeypatch.setitem(sys.modules, path, module)
+        self.model = checkpoint(kind)
+        unet = self.model.forge_objects_original.unet.model
+        unet.half_offloaded = name == "Neo half offloaded"
+        unet.storage_dtype = torch.float8_e4m3fn if self.online else torch.float32
+        self.fused = kind is not ClassicPatcher
+        known = (PROJ, QKV) if self.fused else (PROJ,)
+        files = {f"/loras/{role}": {"unet": [patch for patch in patches(values) if patch[0] in (*known, NORM)], "clip": [(PROJ, None, values[PROJ])]}
+                 for role, values in (("subject", SUBJECT), ("style", STYLE))}  # fmt: skip
+        self.networks = Networks({**files, "/loras/other": {"unet": [(PROJ, None, low_rank(WIDTH, 9))]}})
+        self.layers = LAYERS if self.fused else LAYERS[:1]
+        self.pair = Pair((member("subject", weight), member("style", weight)), self.layers, ["double_blocks.0.norm"], lambda file: file.path)
+        self.original = {key: self.weight(key).clone() for key in (PROJ, QKV, NORM)}
+        self.new_run()
+
+    def new_run(self):
+        self.switch = find_webui(self.networks, self.model).switch(self.model, self.pair)
+
+    def weight(self, key):
+        return self.model.forge_objects.unet.weight(key)
+
+    def added(self, key):
+        return self.weight(key) - self.original[key]
+
+    def activate(self):
+        """What the host does before the hook after its networks are loaded: everything anew if the hash is another one."""
+        if self.model.current_lora_hash != "[]":
+            self.model.current_lora_hash = "[]"
+            self.model.forge_objects_after_applying_lora = self.model.forge_objects_original.shallow_copy()
+        self.model.forge_objects = self.model.forge_objects_after_applying_lora.shallow_copy()
+
+    def begin(self, **choices):
+        self.activate()
+        self.switch.networks_loaded()
+        self.model.forge_objects = self.model.forge_objects_after_applying_lora.shallow_copy()
+        self.switch.attach()
+        self.switch.apply(self.choices(**choices))
+        self.model.forge_objects.unet.load()
+
+    def choices(self, proj=Choice.SUBJECT, q=Choice.SUBJECT, k=Choice.SUBJECT, v=Choice.SUBJECT):
+        return dict(zip(self.layers, (proj, q, k, v), strict=False))
+
+    def plain(self):
+        self.activate()
+        self.model.forge_objects.unet.load()
+        return {key: self.weight(key) for key in self.original}
+
+
+@pytest.fixture(params=KINDS)
+def host(request, monkeypatch):
+    return Host(request.param, monkeypatch)
+
+
+def close(a, b):
+    return torch.allclose(a, b, atol=1e-6)
+
+
+def test_every_layer_starts_with_its_choice_and_a_norm_follows_its_leader(host):
+    host.begin(proj=Choice.SUBJECT)
+    assert close(host.added(PROJ), delta(SUBJECT[PROJ]))
+    assert close(host.added(NORM), torch.full((WIDTH,), 0.5))
+    host.switch.apply({LAYERS[0]: Choice.STYLE})
+    assert close(host.added(PROJ), delta(STYLE[PROJ]))
+    leader = leader_of("double_blocks.0.norm", host.layers)
+    host.switch.apply({leader: Choice.STYLE})
+    assert close(host.added(NORM), torch.zeros(WIDTH))
+    host.switch.apply({LAYERS[0]: Choice.BOTH})
+    assert close(host.added(PROJ), delta(SUBJECT[PROJ]) + delta(STYLE[PROJ]))
+
+
+def test_rows_of_a_fused_weight_come_from_a_fused_and_a_split_file(host):
+    if not host.fused:
+        pytest.skip("forge-classic has no FLUX")
+    host.begin(q=Choice.STYLE, k=Choice.SUBJECT, v=Choice.BOTH)
+    for _ in range(2):
+        q, k, v = host.added(QKV).split(WIDTH)
+        own = delta(SUBJECT[QKV]).split(WIDTH)
+        assert close(q, delta(STYLE[QKV]["q"]))
+        assert close(k, own[1])
+        assert close(v, own[2] + delta(STYLE[QKV]["v"]))
+        host.switch.apply({LAYERS[1]: Choice.STYLE, LAYERS[2]: Choice.SUBJECT})
+    host.switch.apply(dict.fromkeys(LAYERS[1:], Choice.SUBJECT))
+    assert close(host.added(QKV), delta(SUBJECT[QKV]))
+
+
+def test_what_runs_next_finds_the_original_weights(host):
+    host.begin(proj=Choice.STYLE)
+    host.switch.apply({LAYERS[0]: Choice.SUBJECT})
+    host.switch.detach()
+    host.switch.detach()
+    assert all(torch.equal(weight, host.original[key]) for key, weight in host.plain().items())
+
+
+def test_the_next_pass_starts_with_its_own_choices(host):
+    host.begin(proj=Choice.SUBJECT)
+    host.switch.apply({LAYERS[0]: Choice.STYLE})
+    host.begin(proj=Choice.SUBJECT)
+    assert close(host.added(PROJ), delta(SUBJECT[PROJ]))
+
+
+@pytest.mark.parametrize("where", ["loading", "switching"])
+def test_what_runs_after_a_merge_that_died_finds_the_original_weights(host, where):
+    if host.online:
+        pytest.skip("nothing is merged in online mode")
+    unet = host.model.forge_objects_original.unet.model
+    host.plain()
+    if where == "loading":
+        unet.fail_at = NORM
+        with pytest.raises(torch.OutOfMemoryError):
+            host.begin()
+    else:
+        host.begin(proj=Choice.STYLE)
+        unet.fail_at = PROJ
+        with pytest.raises(torch.OutOfMemoryError):
+            host.switch.apply({LAYERS[0]: Choice.SUBJECT})
+    unet.fail_at = None
+    if where == "loading" and isinstance(host.model.forge_objects.unet, ComfyPatcher):
+        host.model.forge_objects.unet.model.current_weight_patches_uuid = None
+    assert all(torch.equal(weight, host.original[key]) for key, weight in host.plain().items())
+
+
+def test_the_text_encoder_gets_the_members_that_are_told_to_be_on_it(host):
+    host.begin()
+    host.model.forge_objects.clip.patcher.load()
+    original = host.model.forge_objects_original.clip.patcher
+    both = host.model.forge_objects.clip.patcher.weight(PROJ)
+    original.load()
+    assert close(both - original.weight(PROJ), delta(SUBJECT[PROJ]) + delta(STYLE[PROJ]))
+
+
+def test_a_fault_gets_out_at_the_next_evaluation(host):
+    host.begin()
+    gate = host.model.forge_objects.unet.model_options["conditioning_modifiers"][0]
+    assert gate(1, 2) == (1, 2)
+    host.switch.fail(ValueError("stop"))
+    with pytest.raises(ValueError, match="stop"):
+        gate(1, 2)
+
+
+def test_a_unet_that_is_not_ours_any_more_is_an_error_and_no_silent_picture(host):
+    host.begin()
+    host.model.forge_objects.unet = host.model.forge_objects_original.unet.clone()
+    with pytest.raises(HostError, match="Another extension has put a UNet"):
+        host.switch.apply({LAYERS[0]: Choice.STYLE})
+
+
+def test_another_extensions_clone_of_ours_is_switched(host):
+    host.activate()
+    host.switch.networks_loaded()
+    host.switch.attach()
+    host.switch.apply(host.choices())
+    host.model.forge_objects.unet = host.model.forge_objects.unet.clone()
+    host.model.forge_objects.unet.load()
+    host.switch.apply({LAYERS[0]: Choice.STYLE})
+    assert close(host.added(PROJ), delta(STYLE[PROJ]))
+
+
+def test_a_file_that_the_host_refuses_is_named(host):
+    host.networks.files["/loras/style"] = {}
+    with pytest.raises(HostError, match=r"did not load the style LoRA /loras/style"):
+        host.begin()
+
+
+def test_an_unknown_host_says_what_was_looked_for():
+    model = SimpleNamespace(forge_objects=SimpleNamespace(unet=SimpleNamespace()))
+    with pytest.raises(UnknownHost, match="Looked for and not found"):
+        find_webui(SimpleNamespace(), model)
+
+
+def test_nunchaku_is_refused(monkeypatch):
+    host = Host("Neo", monkeypatch)
+    host.model.forge_objects.unet.model.diffusion_model.loras = []
+    with pytest.raises(HostError, match="Nunchaku"):
+        host.new_run()
