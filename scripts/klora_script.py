@@ -49,6 +49,7 @@ class KLoraScript(scripts.Script):
         within(p, lambda run: run.begin_pass())
 
     def postprocess(self, p, processed, *args):
+        within(p, lambda run: run.tell_warnings(processed))
         release(p)
 
 

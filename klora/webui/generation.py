@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ class Run:
         self.p = p
         self.settings = settings
         self._model = shared.sd_model
+        self._checkpoint = _checkpoint_of(self._model)
+        self._stopped = False
         self._webui = find_webui(networks, self._model)
         self.hosts_loras = {role: loras.find(getattr(settings, role), role) for role in ("subject", "style")}
         self.files: dict[str, LoraFile] = {role: read_lora(lora.path) for role, lora in self.hosts_loras.items()}
@@ -42,6 +43,7 @@ class Run:
         self._scores: PairScores | None = None
         self._offset = 0
         self._order = 1
+        self._warnings: list[str] = []
         self._check()
 
     def _check(self) -> None:
@@ -81,7 +83,7 @@ class Run:
         state.textinfo, state.sampling_step = None, 0
         self._switch = self._webui.switch(self._model, self._pair(self._scores))
         for warning in pair_warnings(subject, style, self._plan(20)):
-            self.p.comment(warning)
+            self._warn(warning)
         self.p.extra_generation_params.update(infotext.parameters(self.settings, self.hosts_loras["subject"], self.hosts_loras["style"]))
         self._hold()
 
@@ -93,6 +95,16 @@ class Run:
             {name for file in self.files.values() for name in file.carried},
             readable_copy,
         )
+
+    def _warn(self, sentence: str) -> None:
+        self.p.comment(sentence)
+        if sentence not in self._warnings:
+            self._warnings.append(sentence)
+
+    def tell_warnings(self, processed: Any) -> None:
+        """Put the warnings into the info of the answer, not of the pictures: the host shows comments in its page, but its API has none."""
+        if self._warnings:
+            processed.extra_generation_params = {**processed.extra_generation_params, "K-LoRA warnings": " ".join(self._warnings)}
 
     def _hold(self) -> None:
         p = self.p
@@ -108,20 +120,24 @@ class Run:
         def cached_params(*args: Any, **kwargs: Any) -> tuple:
             return (*originals["cached_params"](*args, **kwargs), self._conditioning_key())
 
-        def within_switch(name: str) -> Callable:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                with self._switch.held():
-                    try:
-                        return originals[name](*args, **kwargs)
-                    finally:
-                        self.end_pass()
+        def setup_conds(*args: Any, **kwargs: Any) -> Any:
+            if self._session is not None:
+                self._stop_at_other_model()
+                return originals["setup_conds"](*args, **kwargs)
+            with self._switch.held():
+                return originals["setup_conds"](*args, **kwargs)
 
-            return call
+        def sample(*args: Any, **kwargs: Any) -> Any:
+            with self._switch.held():
+                try:
+                    return originals["sample"](*args, **kwargs)
+                finally:
+                    self.end_pass()
 
         p.parse_extra_network_prompts = parse_extra_network_prompts
         p.cached_params = cached_params
-        p.setup_conds = within_switch("setup_conds")
-        p.sample = within_switch("sample")
+        p.setup_conds = setup_conds
+        p.sample = sample
 
     def _add_tags(self, data: Any) -> None:
         """Have the host load the pair once, after the prompt's own networks."""
@@ -129,7 +145,7 @@ class Run:
 
         own = [params for params in data["lora"] if not self._is_of_pair(params)]
         if len(own) < len(data["lora"]):
-            self.p.comment("K-LoRA: the prompt names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen there.")
+            self._warn("K-LoRA: the prompt names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen there.")
         data["lora"] = own
         data["lora"] += [ExtraNetworkParams(items=[name, str(weight)]) for name, weight in self._switch.tags()]
 
@@ -146,7 +162,7 @@ class Run:
     def _conditioning_key(self) -> tuple:
         """What makes this run's text conditioning differ from another's, for the host's cache of it."""
         pair = tuple((str(lora.path), lora.path.stat().st_mtime_ns, self._weight(role)) for role, lora in self.hosts_loras.items())
-        return ("K-LoRA", pair, self.settings.text_encoder_roles())
+        return ("K-LoRA", pair, self.settings.text_encoder_roles(), self._stopped)
 
     def networks_loaded(self, activated: Any) -> None:
         """The host has activated the networks of a pass: tell the pair from the prompt's own, and keep it out of the infotext.
@@ -160,6 +176,7 @@ class Run:
         if self._at_other_model():
             self._stop("at the model change")
             return
+        self._follow_model()
         self._switch.networks_loaded()
         self._clean_hashes()
 
@@ -215,20 +232,34 @@ class Run:
 
     def at_call(self, params: Any) -> None:
         """The denoiser is about to be evaluated: switch to the step that this evaluation belongs to."""
-        if self._session is None:
-            return
-        if self._at_other_model():
-            self._stop(f"at the model change before step {self._offset + params.denoiser.step // self._order + 1}")
-            return
-        self._session.step(self._index(params))
+        self._stop_at_other_model()
+        if self._session is not None:
+            self._session.step(self._index(params))
 
     def _at_other_model(self) -> bool:
+        """Whether the host has loaded another checkpoint, be it into the same model."""
         from modules import shared
 
-        return shared.sd_model is not self._model
+        return _checkpoint_of(shared.sd_model) != self._checkpoint
+
+    def _stop_at_other_model(self) -> None:
+        """A refiner takes over within a pass: the host loads it, encodes the text anew, and goes on sampling."""
+        if self._session is not None and self._at_other_model():
+            done = self.p.sampler.model_wrap_cfg.step
+            self._stop(f"at the model change before step {self._offset + done // self._order + 1}")
+
+    def _follow_model(self) -> None:
+        """After a refiner the host may load the checkpoint of the run into a new model."""
+        from modules import shared
+
+        self._stopped = False
+        if shared.sd_model is not self._model and self._scores is not None:
+            self._model = shared.sd_model
+            self._switch = self._webui.switch(self._model, self._pair(self._scores))
 
     def _stop(self, where: str) -> None:
         """Go on without K-LoRA, and write that into the picture."""
+        self._stopped = True
         self.end_pass()
         self._switch.leave()
         self.p.extra_generation_params["K-LoRA stopped"] = where
@@ -254,6 +285,10 @@ class Run:
             self._switch.fail(error)
         else:
             refuse(self.p, error)
+
+
+def _checkpoint_of(model: Any) -> str | None:
+    return getattr(getattr(model, "sd_checkpoint_info", None), "filename", None)
 
 
 def _one(base: str) -> str:

@@ -1,0 +1,370 @@
+"""The promises of K-LoRA in a WebUI, through its HTTP API. README, "Developing", tells how to run them against a running one.
+
+    KLORA_HOST_URL=http://127.0.0.1:7860 KLORA_HOST_FOLDER=/path/to/webui pytest tests/hosts
+"""
+
+import re
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from host import as_base64, pixels, same, tag
+from safetensors.torch import load_file, save_file
+
+from klora.analysis import analyze
+from klora.core.topology import sdxl_modules
+from klora.settings import Settings
+
+
+@pytest.mark.parametrize("weight", [1, 0.8, -0.5, 0])
+def test_one_lora_alone_is_the_hosts_own_tag(host, weight):
+    expected = host.picture(prompt="a cat" + tag(host.subject, weight))
+    assert same(host.picture({**host.pair, "selector": "Subject only", "subject_weight": weight}), expected)
+    expected = host.picture(prompt="a cat" + tag(host.style, weight))
+    assert same(host.picture({**host.pair, "selector": "Style only", "style_weight": weight}), expected)
+
+
+def test_direct_merge_is_both_tags(host):
+    expected = host.picture(prompt="a cat" + tag(host.subject) + tag(host.style))
+    assert same(host.picture({**host.pair, "selector": "Direct merge"}), expected)
+
+
+def test_klora_repeats_exactly_and_is_none_of_the_others(host, plain, fused):
+    assert same(fused, host.picture(host.pair))
+    for selector in ("Subject only", "Style only", "Direct merge", "Random", "LoRA Switch"):
+        assert not same(fused, host.picture({**host.pair, "selector": selector}))
+    assert not same(fused, plain)
+
+
+def plan_of(host, steps, **settings):
+    return analyze(host.file(host.subject), host.file(host.style), Settings.parse(settings), steps=steps).plan
+
+
+def expected_names(host, plan, step):
+    names, layers = [host.style, host.subject], [host.facts.probed_name(layer) for layer in plan.layer_names]
+    return {layer: [names[choice]] for layer, choice in zip(layers, plan.selection[step], strict=True)}
+
+
+def assert_applied(host, calls, plan, clock):
+    assert len(calls) == len(clock)
+    for seen, step in zip(calls, clock, strict=True):
+        wanted = expected_names(host, plan, step)
+        assert {layer: seen[layer] for layer in wanted} == wanted
+        assert not any(names for layer, names in seen.items() if layer not in wanted)
+
+
+SAMPLERS = [
+    ("Euler a", 4), ("DPM++ 2M", 4), ("DPM++ 2M SDE", 4), ("Heun", 4), ("DPM++ SDE", 4), ("DPM2 a", 3), ("Restart", 6), ("UniPC", 4), ("PLMS", 4),
+    ("DDIM", 4), ("Euler a", 1), ("Euler a", 30),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sampler", "steps"), SAMPLERS)
+@pytest.mark.parametrize("schedule", ["s", "s*"])
+def test_every_layer_has_what_the_plan_says_at_every_evaluation(host, sampler, steps, schedule):
+    host.picture()
+    host.applied()
+    host.picture({**host.pair, "schedule": schedule}, sampler_name=sampler, steps=steps)
+    calls, applies = host.applied()
+    plan = plan_of(host, steps, schedule=schedule)
+    assert_applied(host, calls, plan, host.facts.clocks[sampler, steps])
+    switches = sum(map(len, plan.switches()))
+    assert applies <= len(plan.layer_names) + switches
+
+
+@pytest.mark.parametrize(("rule", "steps", "clock"), [("continue", 6, [2, 3, 4, 5]), ("restart", 4, [0, 1, 2, 3])])
+def test_hires_pass_follows_its_rule(host, rule, steps, clock):
+    host.applied()
+    hires = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "Latent"}
+    first = host.picture({**host.pair, "hires": rule}, **hires)
+    calls, _ = host.applied()
+    assert_applied(host, calls[:4], plan_of(host, 4), [0, 1, 2, 3])
+    assert_applied(host, calls[4:], plan_of(host, steps), clock)
+    assert same(first, host.picture({**host.pair, "hires": rule}, **hires))
+
+
+def test_hires_off_leaves_both_out_of_the_second_pass(host):
+    host.applied()
+    host.picture({**host.pair, "hires": "off"}, enable_hr=True, hr_scale=1.5, denoising_strength=0.6, hr_upscaler="Latent")
+    calls, _ = host.applied()
+    assert_applied(host, calls[:4], plan_of(host, 4), [0, 1, 2, 3])
+    assert not any(any(call.values()) for call in calls[4:])
+
+
+def test_img2img_continues_where_the_noise_level_stands(host, plain):
+    host.applied()
+    host.picture(host.pair, init_images=[as_base64(plain)], denoising_strength=0.5)
+    calls, _ = host.applied()
+    assert_applied(host, calls, plan_of(host, 4), [1, 2, 3])
+
+
+@pytest.mark.parametrize("fields", [
+    {"prompt": "a [cat:dog:0.5]"}, {"prompt": "a cat AND a dog"}, {"cfg_scale": 1}, {"prompt": "a cat " * 60}, {"n_iter": 2}, {"batch_size": 2},
+    {"s_min_uncond": 4.0},
+])  # fmt: skip
+def test_prompts_and_batches_of_all_kinds_keep_the_clock(host, fields):
+    host.applied()
+    host.pictures(host.pair, **fields)
+    calls, _ = host.applied()
+    runs = fields.get("n_iter", 1)
+    for run in range(runs):
+        assert_applied(host, calls[4 * run : 4 * run + 4], plan_of(host, 4), [0, 1, 2, 3])
+
+
+def test_skip_early_cfg_keeps_the_clock(host):
+    with host.options(skip_early_cond=0.5):
+        host.applied()
+        host.picture(host.pair)
+        assert_applied(host, host.applied()[0], plan_of(host, 4), [0, 1, 2, 3])
+
+
+def test_other_tags_of_the_prompt_apply_on_all_layers_beside_the_pair(host):
+    expected = host.picture(prompt="a cat" + tag(host.other, 0.5) + tag(host.subject))
+    assert same(host.picture({**host.pair, "selector": "Subject only"}, prompt="a cat" + tag(host.other, 0.5)), expected)
+
+
+def warnings(answer):
+    return answer["info"]["extra_generation_params"]["K-LoRA warnings"]
+
+
+def test_a_chosen_lora_that_the_prompt_has_too_applies_once_and_that_is_said(host, fused):
+    answer = host.answer(host.pair, prompt="a cat" + tag(host.subject, 0.3))
+    assert same(pixels(answer["images"][0]), fused)
+    assert "it is applied once, by K-LoRA" in warnings(answer)
+    assert "K-LoRA warnings" not in answer["info"]["infotexts"][0]
+    assert "K-LoRA warnings" not in host.answer(host.pair)["info"]["extra_generation_params"]
+
+
+@contextmanager
+def in_the_lora_folder(host, **files):
+    """{name: tensors} as LoRA files that the host lists."""
+    paths = [host.file(host.subject).with_name(f"{name}.safetensors") for name in files]
+    try:
+        for path, tensors in zip(paths, files.values(), strict=True):
+            save_file({key: value.clone() for key, value in tensors.items()}, path)
+        host.call("/sdapi/v1/refresh-loras", {})
+        yield
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        host.call("/sdapi/v1/refresh-loras", {})
+
+
+@pytest.mark.parametrize("word", ["lcm", "sdxl_lightning_4step", "Hyper-SDXL-8steps", "turbo", "dmd2"])
+def test_an_accelerator_as_a_style_is_said(host, word):
+    name = f"klora_test_{word}"
+    with in_the_lora_folder(host, **{name: load_file(host.file(host.style))}):
+        assert f"The style LoRA {name}.safetensors looks like an accelerator" in warnings(host.answer({**host.pair, "style": name}))
+
+
+def test_infotext_names_both_with_their_hashes_and_what_is_not_default_and_nothing_else(host):
+    _, info = host.pictures({**host.pair, "alpha": 2, "gamma": "off"})
+    prompt, parameters = info.split("\n", 1)
+    assert prompt == "a cat"
+    assert f"K-LoRA subject: {host.subject}, K-LoRA subject hash: " in parameters
+    assert f"K-LoRA style: {host.style}, K-LoRA style hash: " in parameters
+    assert "K-LoRA alpha: 2, K-LoRA gamma: off" in parameters
+    assert "Lora hashes" not in parameters
+    assert parameters.count("K-LoRA") == 6
+
+
+def test_infotext_given_to_the_api_makes_the_same_picture(host):
+    arrays, info = host.pictures({**host.pair, "schedule": "s*", "subject_weight": 0.8, "text_encoder": "none", "gamma": 0.7, "beta": 0.9})
+    status, answer = host.call("/sdapi/v1/txt2img", {"infotext": info})
+    assert status == 200
+    assert same(arrays[0], pixels(answer["images"][0]))
+
+
+REFUSED = [
+    ({"subject": "no-such"}, "no LoRA named 'no-such' (subject)"),
+    ({"style": ""}, "no style LoRA is chosen"),
+    ({"alhpa": 1}, "did you mean 'alpha'?"),
+    ({"alpha": "high"}, "'alpha' (α) is a number from -100 to 100"),
+    ({"selector": "klora"}, "did you mean 'K-LoRA'?"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), REFUSED)
+def test_a_wrong_request_answers_4xx_with_the_sentence_and_no_picture(host, settings, sentence):
+    status, answer = host.request({**host.pair, **settings})
+    assert status == 422
+    assert sentence in answer["detail"]
+    assert "images" not in answer
+
+
+def test_one_lora_as_both_is_refused(host):
+    status, answer = host.request({"subject": host.style, "style": host.style})
+    assert status == 422
+    assert "the same LoRA" in answer["detail"]
+
+
+def test_positional_arguments_equal_the_dict(host):
+    assert same(host.picture([True, host.subject, host.style, 0.8]), host.picture({**host.pair, "subject_weight": 0.8}))
+
+
+@pytest.mark.parametrize("end", ["interrupt", "skip"])
+def test_a_run_cut_short_leaves_nothing_behind(host, end):
+    thread = threading.Thread(target=lambda: host.request(host.pair, steps=40))
+    thread.start()
+    while not host.applied()[0]:
+        time.sleep(0.1)
+    host.call(f"/sdapi/v1/{end}", {})
+    thread.join()
+
+
+def test_a_lora_in_diffusers_keys_fuses_as_in_kohyas(host):
+    names = {"lora_unet_" + module.native.replace(".", "_"): "unet." + module.diffusers[0] for module in sdxl_modules()}
+    tensors = load_file(host.file(host.subject))
+    rank = {key.split(".")[0]: value.shape[0] for key, value in tensors.items() if key.endswith("lora_down.weight")}
+    diffusers, kohya = {}, {}
+    for key, value in tensors.items():
+        stem, _, leaf = key.partition(".")
+        if stem not in names:
+            continue
+        scale = float(tensors[stem + ".alpha"]) / rank[stem]
+        if leaf == "lora_down.weight":
+            kohya[key] = diffusers[names[stem] + ".lora_A.weight"] = value
+        elif leaf == "lora_up.weight":
+            kohya[key] = diffusers[names[stem] + ".lora_B.weight"] = (value.float() * scale).to(value.dtype)
+    with in_the_lora_folder(host, klora_test_diffusers=diffusers, klora_test_kohya=kohya):
+        names = ("klora_test_diffusers", "klora_test_kohya")
+        pictures = [host.picture({"subject": name, "style": host.style}) for name in names for _ in range(2)]
+        assert all(same(pictures[0], other) for other in pictures[1:])
+
+
+def plot(host):
+    scripts = host.call("/sdapi/v1/script-info")[1]
+    return next(script for script in scripts if script["name"] == "x/y/z plot" and not script["is_img2img"])
+
+
+def axis(host, label):
+    return plot(host)["args"][0]["choices"].index(label)
+
+
+def grid(host, x, x_values, y="Nothing", y_values=""):
+    text, words = (x_values, []) if isinstance(x_values, str) else ("", x_values)
+    args = [axis(host, x), text, words, axis(host, y), y_values, [], 0, "", [], True, True, True, False, False, False, False, 0, False]
+    return {"script_name": "x/y/z plot", "script_args": args}
+
+
+def test_xyz_over_selector_gives_the_pictures_of_the_selectors(host):
+    selectors = ["K-LoRA", "Subject only", "Style only"]
+    arrays, _ = host.pictures(host.pair, **grid(host, "[K-LoRA] Selector", selectors, "Seed", "42,43"))
+    singles = [host.picture({**host.pair, "selector": name}, seed=seed) for seed in (42, 43) for name in selectors]
+    assert all(same(a, b) for a, b in zip(arrays[-6:], singles, strict=True))
+
+
+def test_xyz_refuses_all_bad_values_before_the_first_picture(host):
+    status, answer = host.request(host.pair, **grid(host, "[K-LoRA] γ", "auto,high"))
+    assert status >= 400
+    assert "'gamma' (γ) is auto or off or a number" in answer["errors"]
+
+
+def test_analyze_answers_the_plan_of_the_command_line(host):
+    status, answer = host.call("/klora/v1/analyze", {**host.pair, "steps": 7, "schedule": "s*"})
+    assert status == 200
+    assert answer["selection"] == plan_of(host, 7, schedule="s*").selection.tolist()
+    status, answer = host.call("/klora/v1/analyze", {**host.pair, "steps": 0})
+    assert status == 422
+    assert "'steps' is a whole number" in answer["detail"]
+    assert host.call("/klora/v1/analyze", {"subject": "../../config", "style": host.style})[0] == 422
+
+
+def test_schema_and_list_are_in_the_hosts_openapi_page(host):
+    assert {"/klora/v1/schema", "/klora/v1/loras", "/klora/v1/analyze"} <= set(host.call("/openapi.json")[1]["paths"])
+    assert host.call("/klora/v1/schema")[1]["title"] == "K-LoRA"
+    assert {host.subject, host.style} <= {lora["name"] for lora in host.call("/klora/v1/loras")[1]}
+
+
+def test_two_clients_at_once_each_get_what_they_would_alone(host, plain, fused):
+    pictures = {"K-LoRA": [], "plain": []}
+
+    def client(first):
+        for name in (first, *pictures) * 2:
+            pictures[name].append(host.picture(host.pair if name == "K-LoRA" else None))
+
+    clients = [threading.Thread(target=client, args=[first]) for first in pictures]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    assert len(pictures["K-LoRA"]) == len(pictures["plain"]) == 6
+    assert all(same(picture, fused) for picture in pictures["K-LoRA"])
+    assert all(same(picture, plain) for picture in pictures["plain"])
+
+
+def test_after_reload_ui_all_is_as_before(host, plain, fused):
+    host.reload()
+    assert same(host.picture(host.pair), fused)
+    assert same(host.picture(), plain)
+    labels = plot(host)["args"][0]["choices"]
+    assert len(labels) == len(set(labels))
+    assert "[K-LoRA] Selector" in labels
+
+
+@pytest.fixture(scope="module", params=["of its own", "of the other one"])
+def second_checkpoint(request, host):
+    """A checkpoint whose weights differ a little, and whose configuration file is its own or that of the first: the host
+    loads the first kind as a new model and the second kind into the model that is there. Yields its name."""
+    first = host.folder / "models" / "Stable-diffusion" / host.checkpoint
+    tensors = {key: value + value.std(unbiased=False) * 0.05 if value.is_floating_point() else value for key, value in load_file(first).items()}
+    path = first.with_name("klora_test_second.safetensors") if request.param == "of its own" else first.with_suffix(".ckpt")
+    try:
+        if request.param == "of its own":
+            save_file(tensors, path)
+            path.with_suffix(".yaml").write_bytes(first.with_suffix(".yaml").read_bytes())
+        else:
+            torch.save({"state_dict": tensors}, path, _use_new_zipfile_serialization=False)
+        host.call("/sdapi/v1/refresh-checkpoints", {})
+        yield path.name
+    finally:
+        path.unlink(missing_ok=True)
+        if request.param == "of its own":
+            path.with_suffix(".yaml").unlink(missing_ok=True)
+        host.call("/sdapi/v1/refresh-checkpoints", {})
+
+
+def test_the_refiner_stops_klora_at_the_model_change(host, fused, second_checkpoint):
+    refiner = {"refiner_checkpoint": second_checkpoint, "refiner_switch_at": 0.5}
+    host.picture(**refiner)
+    host.applied()
+    arrays, info = host.pictures(host.pair, **refiner)
+    calls, _ = host.applied()
+    assert len(calls) == 4
+    first = int(re.search(r"K-LoRA stopped: at the model change before step (\d)", info)[1]) - 1
+    assert 0 < first < 4
+    assert_applied(host, calls[:first], plan_of(host, 4), list(range(first)))
+    assert not any(any(call.values()) for call in calls[first:])
+    assert same(arrays[0], host.picture(host.pair, **refiner))
+    assert not same(arrays[0], fused)
+    assert same(host.picture(host.pair), fused)
+
+
+def test_after_a_refiner_the_next_picture_of_the_batch_starts_with_klora_again(host, second_checkpoint):
+    refiner = {"refiner_checkpoint": second_checkpoint, "refiner_switch_at": 0.5}
+    first, second = host.pictures(host.pair, n_iter=2, **refiner)[0][-2:]
+    assert same(first, host.picture(host.pair, **refiner))
+    assert same(second, host.picture(host.pair, **refiner, seed=43))
+
+
+def test_a_refiners_conditioning_is_not_taken_for_that_of_a_run_on_its_checkpoint(host, second_checkpoint):
+    elsewhere = {"override_settings": {"sd_model_checkpoint": second_checkpoint}}
+    expected = host.picture(host.pair, **elsewhere)
+    host.picture(host.pair, refiner_checkpoint=second_checkpoint, refiner_switch_at=0.5)
+    assert same(host.picture(host.pair, **elsewhere), expected)
+
+
+def test_another_checkpoint_between_runs_changes_nothing_for_the_first(host, plain, fused, second_checkpoint):
+    elsewhere = {"override_settings": {"sd_model_checkpoint": second_checkpoint}}
+    other = host.picture(**elsewhere)
+    assert not same(other, plain)
+    other_fused = host.picture(host.pair, **elsewhere)
+    assert not same(other_fused, other)
+    assert same(host.picture(host.pair), fused)
+    assert same(host.picture(), plain)
+    with host.options(sd_model_checkpoint=second_checkpoint):
+        assert same(host.picture(), other)
+        assert same(host.picture(host.pair), other_fused)
+    assert same(host.picture(host.pair), fused)

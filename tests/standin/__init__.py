@@ -1,0 +1,112 @@
+"""A stand-in of AUTOMATIC1111 for machines without one, driven by the same tests as a running one (tests/hosts).
+
+`webui/` has the modules, under the host's names, that the extension and the probe import: written from what was measured on a running
+host, nothing of it is the host's code. The pictures are computed from the weights in force at every evaluation, bit by bit, so what an
+extension leaves behind shows.
+"""
+
+import importlib
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from fastapi.testclient import TestClient
+from host import Host
+from safetensors.torch import save_file
+
+TESTS = Path(__file__).parents[1]
+WEBUI = Path(__file__).parent / "webui"
+PROBES = sorted((TESTS / "hosts" / "probe" / "scripts").glob("*.py"))
+SCRIPTS = (TESTS.parent / "scripts" / "klora_script.py", *PROBES, WEBUI / "scripts" / "xyz_grid.py")
+OF_WEBUI = ("modules", "gradio", "network", "networks", "network_lora", "klora.webui.ui")
+
+
+def is_of_webui(name):
+    return name in OF_WEBUI or name.startswith("modules.")
+
+
+class StandIn(Host):
+    """A host in this process. Its modules are importable only while it is `in_place`.
+
+    Args:
+        folder: an empty one, for its checkpoint and its LoRAs.
+    """
+
+    def __init__(self, folder):
+        super().__init__("a1111", folder, "xl_subject", "xl_style", "xl_style_attn", "tiny_sdxl.safetensors")
+        self._modules = {}
+        with self.in_place():
+            self._write_files()
+            self._start()
+
+    @contextmanager
+    def in_place(self):
+        before = {name: sys.modules.pop(name) for name in list(sys.modules) if is_of_webui(name)}
+        sys.modules.update(self._modules)
+        sys.path.insert(0, str(WEBUI))
+        try:
+            yield self
+        finally:
+            sys.path.remove(str(WEBUI))
+            self._modules = {name: sys.modules.pop(name) for name in list(sys.modules) if is_of_webui(name)}
+            sys.modules.update(before)
+
+    def call(self, path, body=None):
+        answer = self._client.get(path) if body is None else self._client.post(path, json=body)
+        shared = sys.modules["modules.shared"]
+        if shared.state.restart_requested:
+            shared.state.restart_requested = False
+            sys.modules["modules.script_callbacks"].call("script_unloaded")
+            self._load_scripts()
+        return answer.status_code, answer.json()
+
+    def _write_files(self):
+        sd_models = importlib.import_module("modules.sd_models")
+        checkpoint = self.folder / "models" / "Stable-diffusion" / self.checkpoint
+        for path in (checkpoint, self.folder / "models" / "Lora" / "any"):
+            path.parent.mkdir(parents=True)
+        checkpoint.with_suffix(".yaml").write_text("of the stand-in")
+        generator = torch.Generator().manual_seed(1)
+        layers = sd_models.Model(None).layers()
+        save_file({f"{name}.weight": torch.randn(layer.weight.shape, generator=generator) * 0.3 for name, layer in layers.items()}, checkpoint)
+        linear = [name for name, layer in layers.items() if isinstance(layer, sd_models.Linear) and "time_embed" not in name]
+        attention = [name for name in linear if ".attn" in name]
+        loras = [(self.subject, linear, 4, 2.0), (self.style, linear, 2, 2.0), (self.other, attention, 3, 3.0)]
+        for seed, (name, changed, rank, alpha) in enumerate(loras):
+            self._write_lora(name, changed, rank, alpha, torch.Generator().manual_seed(seed))
+
+    def _write_lora(self, name, layers, rank, alpha, generator):
+        width, tensors = sys.modules["modules.sd_models"].WIDTH, {}
+        for layer in layers:
+            stem = kohya_name(layer)
+            tensors[f"{stem}.lora_down.weight"] = torch.randn(rank, width, generator=generator) * 0.3
+            tensors[f"{stem}.lora_up.weight"] = torch.randn(width, rank, generator=generator) * torch.rand(1, generator=generator)
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+        save_file(tensors, self.folder / "models" / "Lora" / f"{name}.safetensors")
+
+    def _start(self):
+        shared, sd_models = importlib.import_module("modules.shared"), importlib.import_module("modules.sd_models")
+        shared.cmd_opts.folder = self.folder
+        shared.opts.sd_model_checkpoint = self.checkpoint
+        sd_models.list_models()
+        sd_models.reload_model_weights()
+        importlib.import_module("networks").list_available_networks()
+        self._load_scripts()
+
+    def _load_scripts(self):
+        scripts, callbacks = importlib.import_module("modules.scripts"), importlib.import_module("modules.script_callbacks")
+        scripts.scripts_data.clear()
+        callbacks.callbacks.clear()
+        for path in SCRIPTS:
+            scripts.load(path)
+        app = importlib.import_module("modules.api").Api().app
+        callbacks.call("app_started", None, app)
+        self._client = TestClient(app, raise_server_exceptions=False)
+
+
+def kohya_name(layer):
+    part, _, path = layer.partition(".")
+    if part == "model":
+        return "lora_unet_" + path.removeprefix("diffusion_model.").replace(".", "_")
+    return f"lora_{part}_text_model_encoder_layers_0_mlp_" + {"c_fc": "fc1", "c_proj": "fc2"}.get(path.rpartition(".")[2], path.rpartition(".")[2])

@@ -1,0 +1,104 @@
+"""The host's HTTP routes as far as the tests use them, with its error answers."""
+
+import base64
+import io
+
+from fastapi import Body, FastAPI, Request
+from fastapi.exceptions import HTTPException
+from fastapi.responses import JSONResponse
+from PIL import Image
+
+from modules import infotext_utils, processing, scripts, sd_models, shared
+
+FIELDS = {
+    "Steps": ("steps", int), "Sampler": ("sampler_name", str), "CFG scale": ("cfg_scale", float), "Seed": ("seed", int), "Size-1": ("width", int),
+    "Size-2": ("height", int),
+}  # fmt: skip
+
+
+class Api:
+    def __init__(self):
+        self.app = FastAPI()
+        self.runners = {is_img2img: scripts.ScriptRunner(is_img2img) for is_img2img in (False, True)}
+        self._answer_errors()
+        routes = {
+            ("POST", "txt2img"): lambda request=Body(...): self._generate(request, False),  # noqa: B008
+            ("POST", "img2img"): lambda request=Body(...): self._generate(request, True),  # noqa: B008
+            ("POST", "interrupt"): shared.state.interrupt,
+            ("POST", "skip"): shared.state.skip,
+            ("GET", "options"): lambda: vars(shared.opts),
+            ("POST", "options"): self._set_options,
+            ("POST", "refresh-loras"): self._refresh_loras,
+            ("POST", "refresh-checkpoints"): sd_models.list_models,
+            ("GET", "script-info"): lambda: [info for runner in self.runners.values() for info in runner.info()],
+        }
+        for (method, name), endpoint in routes.items():
+            self.app.add_api_route(f"/sdapi/v1/{name}", endpoint, methods=[method], response_model=None)
+
+    def _answer_errors(self):
+        def answer(_request: Request, error: Exception):
+            fault = {"error": type(error).__name__, "detail": getattr(error, "detail", ""), "body": "", "errors": str(error)}
+            return JSONResponse(fault, getattr(error, "status_code", 500))
+
+        @self.app.middleware("http")
+        async def catch(request, call_next):
+            try:
+                return await call_next(request)
+            except Exception as error:  # noqa: BLE001 as the host does
+                return answer(request, error)
+
+        self.app.exception_handler(HTTPException)(answer)
+
+    def _refresh_loras(self):
+        import networks
+
+        with shared.queue_lock:
+            networks.list_available_networks()
+
+    def _set_options(self, request=Body(...)):  # noqa: B008
+        with shared.queue_lock:
+            vars(shared.opts).update(request)
+            sd_models.reload_model_weights()
+
+    def _generate(self, request, is_img2img):
+        runner = self.runners[is_img2img]
+        args = list(runner.default_args)
+        if infotext := request.pop("infotext", None):
+            self._apply_infotext(request, infotext, runner, args)
+        if title := request.pop("script_name", None):
+            script = runner.named(title)
+            args[script.args_from:script.args_to] = request.pop("script_args")
+            args[0] = runner.selectable_scripts.index(script) + 1
+        for title, given in request.pop("alwayson_scripts", {}).items():
+            script = runner.named(title)
+            if script is None:
+                raise HTTPException(422, f"always on script {title} not found")
+            count = min(script.args_to - script.args_from, len(given["args"]))
+            args[script.args_from:script.args_from + count] = given["args"][:count]
+        if is_img2img:
+            request["init_images"] = [Image.open(io.BytesIO(base64.b64decode(image))) for image in request["init_images"]]
+        kind = processing.StableDiffusionProcessingImg2Img if is_img2img else processing.StableDiffusionProcessingTxt2Img
+        with shared.queue_lock:
+            p = kind(**{name: value for name, value in request.items() if name in processing.DEFAULTS})
+            p.scripts, p.script_args = runner, args
+            shared.state.begin()
+            processed = runner.run(p) or processing.process_images(p)
+        return {"images": [as_base64(image) for image in processed.images], "parameters": {}, "info": processed.js()}
+
+    def _apply_infotext(self, request, infotext, runner, args):
+        prompt, _, last = infotext.rpartition("\n")
+        params = infotext_utils.read(last)
+        prompt, _, negative = prompt.partition("\nNegative prompt: ")
+        read = {"prompt": prompt, "negative_prompt": negative, **{field: of(params[name]) for name, (field, of) in FIELDS.items() if name in params}}
+        request.update({name: value for name, value in read.items() if name not in request})
+        for component, source in runner.infotext_fields:
+            value = source(params) if callable(source) else params.get(source)
+            if value is not None:
+                kind = type(component.value)
+                args[runner.inputs.index(component)] = value if isinstance(value, kind) else kind(value)
+
+
+def as_base64(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode()

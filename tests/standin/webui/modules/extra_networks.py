@@ -1,0 +1,41 @@
+"""<name:items> of a prompt."""
+
+import re
+from collections import defaultdict
+
+from modules.errors import reported
+
+TAG = re.compile(r"<(\w+):([^>]+)>")
+extra_network_registry = {}
+
+
+class ExtraNetworkParams:
+    def __init__(self, items=None):
+        self.items = items or []
+        split = [item.split("=", 1) for item in self.items]
+        self.positional = [parts[0] for parts in split if len(parts) == 1]
+        self.named = dict(parts for parts in split if len(parts) == 2)
+
+    def __eq__(self, other):
+        return self.items == other.items
+
+
+def parse_prompts(prompts):
+    """The prompts without their tags, and the tags of the first one."""
+    data = defaultdict(list)
+    for name, items in TAG.findall(prompts[0]) if prompts else ():
+        data[name].append(ExtraNetworkParams(items.split(":")))
+    return [TAG.sub("", prompt) for prompt in prompts], data
+
+
+def activate(p, data):
+    for name, network in extra_network_registry.items():
+        with reported(f"activating {name}"):
+            network.activate(p, list(data.get(name, [])))
+    p.scripts.after_extra_networks_activate(p, batch_number=p.iteration, prompts=p.prompts, seeds=p.seeds, extra_network_data=data)
+
+
+def deactivate(p, _data):
+    for name, network in extra_network_registry.items():
+        with reported(f"deactivating {name}"):
+            network.deactivate(p)

@@ -1,0 +1,38 @@
+"""Options, the state of the job under way, the folder, and the loaded checkpoint."""
+
+from threading import Lock
+from types import SimpleNamespace
+
+DEFAULTS = {
+    "sd_model_checkpoint": None, "lora_functional": False, "lora_in_memory_limit": 0, "lora_add_hashes_to_infotext": True, "fp8_storage": "Disable",
+    "cache_fp16_weight": False, "skip_early_cond": 0.0, "s_min_uncond": 0.0, "img2img_fix_steps": False, "CLIP_stop_at_last_layers": 1,
+    "persistent_cond_cache": True, "refiner_switch_by_sample_steps": False,
+}  # fmt: skip
+
+
+class State:
+    def __init__(self):
+        self.begin()
+        self.restart_requested = False
+
+    def begin(self):
+        self.interrupted = self.skipped = self.stopping_generation = False
+        self.sampling_step = self.sampling_steps = 0
+        self.textinfo = None
+
+    def interrupt(self):
+        self.interrupted = True
+
+    def skip(self):
+        self.skipped = True
+
+    def request_restart(self):
+        self.interrupt()
+        self.restart_requested = True
+
+
+opts = SimpleNamespace(**DEFAULTS)
+cmd_opts = SimpleNamespace(api_auth=None, folder=None)
+state = State()
+sd_model = None
+queue_lock = Lock()
