@@ -6,7 +6,7 @@ from host import same, tag
 
 @pytest.fixture(scope="module")
 def plain(host):
-    """The host's first way back from fp8 rounds some of the model to half precision, without K-LoRA too: so not before it."""
+    """Of the checkpoint loaded anew: its very first load differs from any later one by a grey level, without K-LoRA too."""
     with host.options(fp8_storage="Enable"):
         pass
     return host.picture()
