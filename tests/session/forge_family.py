@@ -1,5 +1,7 @@
 """Stand-ins of the Forge family's patchers, which keep their rules: when a clone is merged, what is backed up, who reads which dict."""
 
+import importlib
+import sys
 from operator import attrgetter
 from types import ModuleType, SimpleNamespace
 from uuid import uuid4
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 WIDTH = 4
-MERGED, ONLINE = False, True
+CPU = torch.device("cpu")
 
 
 class Qkv(nn.Module):
@@ -63,8 +65,9 @@ def merged(patches, weight):
 class Patcher:
     """Common to all: clones share the model; the host loads the clone that it samples with."""
 
-    load_device = offload_device = current_device = torch.device("cpu")
+    load_device = offload_device = current_device = CPU
     weight_inplace_update = False
+    fused = True
 
     def __init__(self, model):
         self.model = model
@@ -131,7 +134,7 @@ class ForgePatcher(Patcher):
             own.setdefault(key, []).append([strength_patch, value, 1.0, offset, None])
         self.lora_patches[(filename, strength_patch, 1.0, online_mode)] = own
 
-    def load(self):
+    def load_it(self):
         if self.model.loaded is not self:
             self.model.loaded = self
             self.lora_loader.refresh(self.lora_patches, self.offload_device)
@@ -169,7 +172,7 @@ class ComfyPatcher(Patcher):
             self.patches.setdefault(key, []).append(self.shape(strength_patch, value, offset, online_mode))
         self.patches_uuid = uuid4()
 
-    def load(self):
+    def load_it(self):
         if self.model.current_weight_patches_uuid == self.patches_uuid:
             return
         for key, backup in self.backup.items():
@@ -202,6 +205,8 @@ class ComfyPatcher(Patcher):
 class ClassicPatcher(Patcher):
     """forge-classic: loading another clone undoes the last one from that one's own backup. It has no fused weights."""
 
+    fused = False
+
     def __init__(self, model):
         super().__init__(model)
         self.patches, self.backup = {}, {}
@@ -218,7 +223,7 @@ class ClassicPatcher(Patcher):
             raise torch.OutOfMemoryError("merge")
         return merged(patches, weight)
 
-    def load(self):
+    def load_it(self):
         if self.model.loaded is self:
             return
         if self.model.loaded is not None:
@@ -271,7 +276,7 @@ class Networks(SimpleNamespace):
 
     def load(self, model, clip, tensors, strength_model, strength_clip, filename="default", online_mode=False):
         made, text = model.clone(), clip.clone()
-        more = {} if isinstance(model, ClassicPatcher) else {"online_mode": online_mode}
+        more = {"online_mode": online_mode} if model.fused else {}
         if not tensors.get("unet"):
             return model, clip
         made.add_patches(filename=filename, patches=tensors["unet"], strength_patch=strength_model, **more)
@@ -297,3 +302,63 @@ def backend(online):
         "memory_management": module("backend.memory_management", signal_empty_cache=False),
     }
     return {"backend": module("backend", **parts), **{f"backend.{name}": part for name, part in parts.items()}}
+
+
+def real_kind(folder):
+    """The patcher of a forge-classic or reForge checkout in `folder`, on the CPU, with its own merge; only who loads it when is ours."""
+    sys.path.insert(0, folder)
+    args_parser = importlib.import_module("ldm_patched.modules.args_parser")
+    args_parser.args.always_cpu = True
+    real = importlib.import_module("ldm_patched.modules.model_patcher").ModelPatcher
+    adapters = importlib.import_module("ldm_patched.modules.weight_adapter") if hasattr(real, "patch_weight_to_device") else None
+
+    class RealPatcher(real):
+        fused = adapters is not None
+
+        def __init__(self, model, load_device=CPU, offload_device=CPU, *args, **more):
+            super().__init__(model, load_device, offload_device, *args, **more)
+
+        def clone(self):
+            made = super().clone()
+            if type(made) is not type(self):
+                made.__class__ = type(self)
+            return made
+
+        add_conditioning_modifier = Patcher.add_conditioning_modifier
+
+        def add_patches(self, *, filename, patches, strength_patch, online_mode=False):
+            super().add_patches({(key, offset) if offset else key: self.value(value) for key, offset, value in patches}, strength_patch)
+
+        def value(self, value):
+            kind, parts = value
+            return adapters.LoRAAdapter(set(), (*parts, None)) if adapters and kind == "lora" else (parts if kind == "diff" else value)
+
+        def calculate_weight(self, patches, weight, key, *args, **more):
+            self.fail_at(key)
+            return super().calculate_weight(patches, weight, key, *args, **more)
+
+        def patch_weight_to_device(self, key, *args, **more):
+            self.fail_at(key)
+            return super().patch_weight_to_device(key, *args, **more)
+
+        def fail_at(self, key):
+            if self.model.fail_at == key:
+                raise torch.OutOfMemoryError("merge")
+
+        if not fused:
+            del patch_weight_to_device
+
+        def load_it(self):
+            if adapters:
+                self.partially_load(self.load_device, extra_memory=1e32)
+                return
+            if self.model.loaded is not self:
+                if self.model.loaded is not None:
+                    self.model.loaded.unpatch_model(self.offload_device)
+                self.model.loaded = self
+                self.patch_model(self.load_device)
+
+        def weight(self, key):
+            return attrgetter(key)(self.model)
+
+    return RealPatcher

@@ -1,12 +1,16 @@
-"""The adapters of the Forge family on stand-ins of their patchers. tests/hosts holds the same promises against running hosts."""
+"""The adapters of the Forge family on stand-ins of their patchers. tests/hosts holds the same promises against running hosts.
 
+KLORA_PATCHER_FOLDER=/path/to/webui adds the real patcher of a forge-classic or reForge folder, which needs no running host.
+"""
+
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from forge_family import WIDTH, ClassicPatcher, ComfyPatcher, ForgePatcher, Networks, backend, checkpoint
+from forge_family import WIDTH, ClassicPatcher, ComfyPatcher, ForgePatcher, Networks, backend, checkpoint, real_kind
 
 from klora.core.blocks import leader_of
 from klora.core.selectors import Choice
@@ -19,6 +23,8 @@ NORM = "diffusion_model.double_blocks.0.norm.weight"
 LAYERS = ["double_blocks.0.proj", *(f"double_blocks.0.img_attn.qkv:{piece}" for piece in "qkv")]
 KINDS = {"Forge": (ForgePatcher, False), "Forge online": (ForgePatcher, True), "Neo": (ComfyPatcher, False), "Neo online": (ComfyPatcher, True),
          "Neo half offloaded": (ComfyPatcher, False), "classic": (ClassicPatcher, False)}  # fmt: skip
+if folder := os.environ.get("KLORA_PATCHER_FOLDER"):
+    KINDS["real"] = (real_kind(folder), False)
 
 
 def low_rank(rows, seed):
@@ -59,7 +65,7 @@ class Host:
         unet = self.model.forge_objects_original.unet.model
         unet.half_offloaded = name == "Neo half offloaded"
         unet.storage_dtype = torch.float8_e4m3fn if self.online else torch.float32
-        self.fused = kind is not ClassicPatcher
+        self.fused = kind.fused
         known = (PROJ, QKV) if self.fused else (PROJ,)
         files = {f"/loras/{role}": {"unet": [patch for patch in patches(values) if patch[0] in (*known, NORM)], "clip": [(PROJ, None, values[PROJ])]}
                  for role, values in (("subject", SUBJECT), ("style", STYLE))}  # fmt: skip
@@ -91,14 +97,14 @@ class Host:
         self.model.forge_objects = self.model.forge_objects_after_applying_lora.shallow_copy()
         self.switch.attach()
         self.switch.apply(self.choices(**choices))
-        self.model.forge_objects.unet.load()
+        self.model.forge_objects.unet.load_it()
 
     def choices(self, proj=Choice.SUBJECT, q=Choice.SUBJECT, k=Choice.SUBJECT, v=Choice.SUBJECT):
         return dict(zip(self.layers, (proj, q, k, v), strict=False))
 
     def plain(self):
         self.activate()
-        self.model.forge_objects.unet.load()
+        self.model.forge_objects.unet.load_it()
         return {key: self.weight(key) for key in self.original}
 
 
@@ -177,10 +183,10 @@ def test_what_runs_after_a_merge_that_died_finds_the_original_weights(host, wher
 
 def test_the_text_encoder_gets_the_members_that_are_told_to_be_on_it(host):
     host.begin()
-    host.model.forge_objects.clip.patcher.load()
+    host.model.forge_objects.clip.patcher.load_it()
     original = host.model.forge_objects_original.clip.patcher
     both = host.model.forge_objects.clip.patcher.weight(PROJ)
-    original.load()
+    original.load_it()
     assert close(both - original.weight(PROJ), delta(SUBJECT[PROJ]) + delta(STYLE[PROJ]))
 
 
@@ -206,7 +212,7 @@ def test_another_extensions_clone_of_ours_is_switched(host):
     host.switch.attach()
     host.switch.apply(host.choices())
     host.model.forge_objects.unet = host.model.forge_objects.unet.clone()
-    host.model.forge_objects.unet.load()
+    host.model.forge_objects.unet.load_it()
     host.switch.apply({LAYERS[0]: Choice.STYLE})
     assert close(host.added(PROJ), delta(STYLE[PROJ]))
 
