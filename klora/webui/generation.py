@@ -17,11 +17,10 @@ from klora.hosts.base import Member, Pair
 from klora.hosts.detect import find_webui
 from klora.session import Session
 from klora.settings import Settings
-from klora.webui import infotext, loras, paths
+from klora.webui import clock, infotext, loras, paths
 from klora.webui.rewritten import readable_copy
 
 OVERRIDDEN = ("init", "parse_extra_network_prompts", "cached_params", "setup_conds", "sample")
-UNBOUNDED_SAMPLERS = ("DPM adaptive",)
 
 
 class Run:
@@ -42,7 +41,7 @@ class Run:
         self._session: Session | None = None
         self._scores: PairScores | None = None
         self._offset = 0
-        self._order = 1
+        self._steps_of_pass = 1
         self._warnings: list[str] = []
         self._check()
 
@@ -202,10 +201,9 @@ class Run:
         self.end_pass()
         if self._is_hires() and self.settings.hires == "off":
             return
-        steps, self._offset, run = self._schedule_of_pass()
+        steps, self._offset, self._steps_of_pass = self._schedule_of_pass()
         if self.settings.hires == "restart":
-            steps, self._offset = run, 0
-        self._order = max(1, self.p.sampler.config.total_steps(run) // run)
+            steps, self._offset = self._steps_of_pass, 0
         self._session = Session(self._plan(steps), self._switch)
         self._session.__enter__()
         self._session.step(self._offset)
@@ -245,8 +243,7 @@ class Run:
     def _stop_at_other_model(self) -> None:
         """A refiner takes over within a pass: the host loads it, encodes the text anew, and goes on sampling."""
         if self._session is not None and self._at_other_model():
-            done = self.p.sampler.model_wrap_cfg.step
-            self._stop(f"at the model change before step {self._offset + done // self._order + 1}")
+            self._stop(f"at the model change before step {self._step_of(self.p.sampler.model_wrap_cfg.step) + 1}")
 
     def _follow_model(self) -> None:
         """After a refiner the host may load the checkpoint of the run into a new model."""
@@ -266,11 +263,14 @@ class Run:
 
     def _index(self, params: Any) -> int:
         """The step of an evaluation: by counting calls, or, for a sampler without a fixed number, by the place of its noise level."""
-        denoiser = params.denoiser
-        if self.p.sampler.config.name not in UNBOUNDED_SAMPLERS:
-            return self._offset + denoiser.step // self._order
+        if self.p.sampler.config.name not in clock.UNBOUNDED:
+            return self._step_of(params.denoiser.step)
         sigmas = self.p.sampler.get_sigmas(self.p, self._session.plan.steps if self._session else 1)[:-1]
         return int((sigmas > float(params.sigma.max()) * 1.0001).sum())
+
+    def _step_of(self, evaluation: int) -> int:
+        sampler, steps = self.p.sampler.config, self._steps_of_pass
+        return self._offset + clock.step_of(evaluation, sampler.name, steps=steps, order=max(1, sampler.total_steps(steps) // steps))
 
     def end_pass(self) -> None:
         """Detach from the networks; harmless when it was done before."""
