@@ -1,11 +1,18 @@
 """What the plan of the host's pair says, against what the probe saw."""
 
+from functools import cache
+
 from klora.analysis import analyze
 from klora.settings import Settings
 
 
 def plan_of(host, steps, seed=0, **settings):
-    return analyze(host.file(host.subject), host.file(host.style), Settings.parse(settings), steps=steps, seed=seed).plan
+    return planned(host.file(host.subject), host.file(host.style), steps, seed, tuple(settings.items()))
+
+
+@cache
+def planned(subject, style, steps, seed, settings):
+    return analyze(subject, style, Settings.parse(dict(settings)), steps=steps, seed=seed).plan
 
 
 def expected_names(host, plan, step):
