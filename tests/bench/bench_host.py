@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hosts"))
 
-from host import Host
+from host import RunningHost
 
 
 def seconds(make):
@@ -29,7 +29,7 @@ def main():
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    host = Host.from_environment()
+    host = RunningHost.from_environment()
     if host is None:
         sys.exit("Set KLORA_HOST_URL and KLORA_HOST_FOLDER to a running WebUI.")
     common = {"steps": options.steps, "width": options.size, "height": options.size}

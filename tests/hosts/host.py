@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from facts import FACTS
 from PIL import Image
 
@@ -58,6 +59,8 @@ class Host(ABC):
 
     def applied(self):
         """What the probe saw since it was last asked: networks of every layer at every evaluation, and the layers rewritten."""
+        if self.facts.probed_name is None:
+            pytest.skip("the layers of this host keep no names of networks: test_weights.py looks at their weights")
         status, answer = self.call("/klora-probe/v1/applied")
         assert status == 200, "link tests/hosts/probe into the WebUI's extensions and start it again"
         return answer["calls"], answer["applies"]
@@ -97,7 +100,7 @@ class Host(ABC):
 
 
 class RunningHost(Host):
-    """One that KLORA_HOST_URL and KLORA_HOST_FOLDER name; KLORA_HOST_KIND says what it is (a1111)."""
+    """One that KLORA_HOST_URL and KLORA_HOST_FOLDER name; KLORA_HOST_KIND says what it is (a1111, the default, or forge)."""
 
     @classmethod
     def from_environment(cls):

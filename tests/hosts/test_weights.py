@@ -4,51 +4,36 @@ The reference is the running host itself: its weights under <lora:subject:1> and
 """
 
 import pytest
-from host import Host
+from host import tag
+from plans import plan_of
 
-from klora.analysis import analyze
 from klora.core.lora_file import read_lora
-from klora.settings import Settings
-
-HOST = Host.from_environment()
-pytestmark = pytest.mark.skipif(HOST is None, reason="KLORA_HOST_URL names no running WebUI")
 
 PIECES = {"q": 0, "k": 1, "v": 2, "mlp": 3}
-CLOCKS = [
-    ("Euler", 4, [0, 1, 2, 3]),
-    ("DPM++ 2M", 4, [0, 1, 2, 3]),
-    ("Heun", 4, [0, 0, 1, 1, 2, 2, 3]),
-    ("DPM++ SDE", 4, [0, 0, 1, 1, 2, 2, 3]),
-    ("Euler", 1, [0]),
-    ("Euler", 12, list(range(12))),
-]
+SAMPLERS = [("Euler", 4), ("DPM++ 2M", 4), ("Heun", 4), ("DPM++ SDE", 4), ("Euler", 1), ("Euler", 12)]
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "None", "hr_additional_modules": ["Use same choices"]}
 
 
 @pytest.fixture(scope="module")
-def fields():
+def fields(host):
     """What a request to this host needs beside the defaults, for its base model."""
-    flux = read_lora(HOST.file(HOST.subject)).base == "flux"
+    flux = read_lora(host.file(host.subject)).base == "flux"
     return {"sampler_name": "Euler", **({"scheduler": "Simple", "cfg_scale": 1} if flux else {})}
 
 
-def weights_of(klora=None, **request):
-    HOST.call("/klora-probe/v1/weights")
-    HOST.pictures(klora, **request)
-    status, calls = HOST.call("/klora-probe/v1/weights")
+def weights_of(host, klora=None, **request):
+    host.call("/klora-probe/v1/weights")
+    host.pictures(klora, **request)
+    status, calls = host.call("/klora-probe/v1/weights")
     assert status == 200, "link tests/hosts/probe into the WebUI's extensions and start it again"
     return calls
 
 
 @pytest.fixture(scope="module")
-def references(fields):
+def references(host, fields):
     """{Choice: checksums of all layers}: style alone, subject alone, both; and None for neither."""
-    tags = {0: f"<lora:{HOST.style}:1>", 1: f"<lora:{HOST.subject}:1>", 2: f"<lora:{HOST.subject}:1><lora:{HOST.style}:1>", None: ""}
-    return {choice: weights_of(prompt="a cat" + text, **{**fields, "steps": 1})[0] for choice, text in tags.items()}
-
-
-def plan_of(steps, **settings):
-    return analyze(HOST.file(HOST.subject), HOST.file(HOST.style), Settings.parse(settings), steps=steps).plan
+    tags = {0: tag(host.style), 1: tag(host.subject), 2: tag(host.subject) + tag(host.style), None: ""}
+    return {choice: weights_of(host, prompt="a cat" + text, **{**fields, "steps": 1})[0] for choice, text in tags.items()}
 
 
 def checksum(weights, layer):
@@ -68,39 +53,38 @@ def assert_follows(calls, plan, clock, references):
         assert {path: seen[path] for path in seen if path not in ours} == {path: references[None][path] for path in seen if path not in ours}
 
 
-@pytest.mark.parametrize(("sampler", "steps", "clock"), CLOCKS)
+@pytest.mark.parametrize(("sampler", "steps"), SAMPLERS)
 @pytest.mark.parametrize("schedule", ["s", "s*"])
-def test_every_weight_is_the_chosen_loras_at_every_evaluation(sampler, steps, clock, schedule, fields, references):
-    calls = weights_of({**HOST.pair, "schedule": schedule}, **{**fields, "sampler_name": sampler, "steps": steps})
-    assert_follows(calls, plan_of(steps, schedule=schedule), clock, references)
+def test_every_weight_is_the_chosen_loras_at_every_evaluation(host, sampler, steps, schedule, fields, references):
+    calls = weights_of(host, {**host.pair, "schedule": schedule}, **{**fields, "sampler_name": sampler, "steps": steps})
+    assert_follows(calls, plan_of(host, steps, schedule=schedule), host.facts.clocks[sampler, steps], references)
 
 
 @pytest.mark.parametrize("selector", ["Fixed", "Random", "LoRA Switch", "Direct merge"])
-def test_selectors_of_all_kinds(selector, fields, references):
-    calls = weights_of({**HOST.pair, "selector": selector}, **{**fields, "steps": 6})
-    plan = analyze(HOST.file(HOST.subject), HOST.file(HOST.style), Settings.parse({"selector": selector}), steps=6, seed=42).plan
-    assert_follows(calls, plan, range(6), references)
+def test_selectors_of_all_kinds(host, selector, fields, references):
+    calls = weights_of(host, {**host.pair, "selector": selector}, **{**fields, "steps": 6})
+    assert_follows(calls, plan_of(host, 6, seed=42, selector=selector), range(6), references)
 
 
 @pytest.mark.parametrize(("rule", "steps", "clock"), [("continue", 6, [2, 3, 4, 5]), ("restart", 4, [0, 1, 2, 3])])
-def test_the_hires_pass_follows_its_rule(rule, steps, clock, fields, references):
-    calls = weights_of({**HOST.pair, "hires": rule}, **fields, **HIRES)
-    assert_follows(calls[:4], plan_of(4), [0, 1, 2, 3], references)
-    assert_follows(calls[4:], plan_of(steps), clock, references)
+def test_the_hires_pass_follows_its_rule(host, rule, steps, clock, fields, references):
+    calls = weights_of(host, {**host.pair, "hires": rule}, **fields, **HIRES)
+    assert_follows(calls[:4], plan_of(host, 4), [0, 1, 2, 3], references)
+    assert_follows(calls[4:], plan_of(host, steps), clock, references)
 
 
-def test_hires_off_leaves_both_out_of_the_second_pass(fields, references):
-    calls = weights_of({**HOST.pair, "hires": "off"}, **fields, **HIRES)
-    assert_follows(calls[:4], plan_of(4), [0, 1, 2, 3], references)
+def test_hires_off_leaves_both_out_of_the_second_pass(host, fields, references):
+    calls = weights_of(host, {**host.pair, "hires": "off"}, **fields, **HIRES)
+    assert_follows(calls[:4], plan_of(host, 4), [0, 1, 2, 3], references)
     assert all(call == references[None] for call in calls[4:])
 
 
-def test_every_picture_of_several_batches_starts_anew(fields, references):
-    calls = weights_of(HOST.pair, **fields, n_iter=2, batch_size=2)
+def test_every_picture_of_several_batches_starts_anew(host, fields, references):
+    calls = weights_of(host, host.pair, **fields, n_iter=2, batch_size=2)
     for batch in (calls[:4], calls[4:]):
-        assert_follows(batch, plan_of(4), [0, 1, 2, 3], references)
+        assert_follows(batch, plan_of(host, 4), [0, 1, 2, 3], references)
 
 
-def test_afterwards_every_weight_is_the_checkpoints(fields, references):
-    weights_of(HOST.pair, **fields)
-    assert all(call == references[None] for call in weights_of(**fields))
+def test_afterwards_every_weight_is_the_checkpoints(host, fields, references):
+    weights_of(host, host.pair, **fields)
+    assert all(call == references[None] for call in weights_of(host, **fields))

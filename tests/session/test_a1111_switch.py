@@ -1,6 +1,6 @@
 """The A1111 adapter on a stand-in of the host's `networks`, which keeps its rules: what a layer has is remembered on the layer.
 
-tests/hosts/test_a1111.py holds the same promises against a running host.
+tests/hosts holds the promises of whole pictures against a stand-in and against running hosts.
 """
 
 from pathlib import Path
@@ -97,18 +97,6 @@ def test_a_norm_follows_its_layer_and_the_text_encoder_its_rule():
     assert host.forward() == [101, 101, 101, 0, 100]
 
 
-def test_only_layers_that_switch_are_rewritten():
-    host = Host().start()
-    host.switch.apply(choose(*[Choice.SUBJECT] * 3))
-    host.forward()
-    host.networks.rewritten.clear()
-    for _ in range(5):
-        host.forward()
-    host.switch.apply({LAYERS[1]: Choice.STYLE})
-    host.forward()
-    assert host.networks.rewritten == [NAMES[1]]
-
-
 def test_afterwards_the_host_puts_every_layer_right_by_itself():
     host = Host().start()
     host.switch.apply(choose(Choice.SUBJECT, Choice.STYLE, Choice.BOTH))
@@ -139,22 +127,6 @@ def test_a_layer_that_the_host_cannot_merge_stops_the_run_and_is_not_taken_for_d
     assert host.model[1].network_current_names == ()
     host.networks.loaded_networks[:] = []
     assert host.forward() == [0] * 5
-
-
-def test_a_fault_in_a_callback_stops_the_run_at_the_next_forward():
-    host = Host().start()
-    host.switch.apply(choose(*[Choice.STYLE] * 3))
-    host.forward()
-    host.switch.fail(ValueError("stop"))
-    with pytest.raises(ValueError, match="stop"):
-        host.forward()
-
-
-def test_the_hosts_functional_mode_adds_the_chosen_networks_to_the_output():
-    host = Host().start()
-    host.switch.apply(choose(Choice.SUBJECT, Choice.STYLE, Choice.BOTH))
-    assert [host.networks.network_forward(module, 0, None) for module in host.model] == [11, 101, 111, 10, 110]
-    assert host.networks.loaded_networks == [host.other, host.subject, host.style]
 
 
 def test_a_network_the_host_did_not_load_is_named():

@@ -1,8 +1,11 @@
 """Small stand-ins for the parts of a host that klora.webui meets: gradio, its components, and the Lora extension's `networks`."""
 
-import json
-import re
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
+
+from standin.webui.gradio import Block, Component, Dropdown, Slider
+from standin.webui.modules import infotext_utils as Infotext
+
+__all__ = ["Block", "Component", "Dropdown", "Infotext", "InputAccordion", "NetworkOnDisk", "Networks", "Slider", "module"]
 
 
 class NetworkOnDisk:
@@ -35,34 +38,6 @@ class Networks(ModuleType):
         self.available_networks.update({entry.name: entry for entry in self.on_disk})
 
 
-class Component:
-    def __init__(self, value=None, **settings):
-        self.value, self.settings, self.clicked = value, settings, None
-        self.__dict__.update(settings)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def click(self, fn, inputs, outputs, **_):
-        self.clicked = SimpleNamespace(fn=fn, inputs=inputs, outputs=outputs)
-
-
-class Dropdown(Component):
-    pass
-
-
-class Slider(Component):
-    pass
-
-
-class Block(Component):
-    def __init__(self, label=None, **settings):
-        super().__init__(None, label=label, **settings)
-
-
 class InputAccordion(Component):
     def __init__(self, value, **settings):
         super().__init__(value, **settings)
@@ -73,28 +48,3 @@ def module(name, **contents):
     made = ModuleType(name)
     made.__dict__.update(contents)
     return made
-
-
-class Infotext:
-    """How the host writes and reads the last line of a picture's parameters."""
-
-    @staticmethod
-    def write(params):
-        def shown(value):
-            return json.dumps(value, ensure_ascii=False) if set(str(value)) & set(",:\n") else str(value)
-
-        return ", ".join(f"{name}: {shown(value)}" for name, value in params.items())
-
-    @staticmethod
-    def read(line):
-        found, rest = {}, line
-        while rest:
-            name, _, rest = rest.lstrip().partition(":")
-            rest = rest.lstrip()
-            if match := re.match(r'("(?:\\.|[^"\\])+")(?:,|$)', rest):
-                text, rest = json.loads(match[1]), rest[match.end():]
-            else:
-                text, _, rest = rest.partition(",")
-            size = re.match(r"^(\d+)x(\d+)$", text)
-            found.update({f"{name}-1": size[1], f"{name}-2": size[2]} if size else {name: text})
-        return found

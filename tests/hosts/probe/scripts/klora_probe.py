@@ -39,7 +39,7 @@ def wrap(owner, name, made):
 
 def counting(original):
     def rewritten(module):
-        counted["applies"] += module.network_layer_name.startswith("diffusion_model_")
+        counted["applies"] += getattr(module, "network_layer_name", "").startswith("diffusion_model_")
         return original(module)
 
     return rewritten

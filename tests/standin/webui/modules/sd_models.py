@@ -15,7 +15,7 @@ from modules import shared
 
 WIDTH = 16
 CHUNK = 75
-BLOCKS = {"input_blocks": [4, 5, 7], "middle_block": [None], "output_blocks": [0, 1, 4]}
+BLOCKS = {"input_blocks": [4, 7], "middle_block": [None], "output_blocks": [0, 4]}
 """Some of the places where SDXL's UNet has transformers; here each has one block."""
 
 TRANSFORMER = (

@@ -1,0 +1,82 @@
+"""A second checkpoint: as a refiner within a run, and between runs."""
+
+import re
+
+import pytest
+import torch
+from host import same
+from plans import assert_applied, plan_of
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture(scope="module", params=["of its own", "of the other one"])
+def second_checkpoint(request, host):
+    """A checkpoint whose weights differ a little, and whose configuration file is its own or that of the first: the host
+    loads the first kind as a new model and the second kind into the model that is there. Yields its name."""
+    first = host.folder / "models" / "Stable-diffusion" / host.checkpoint
+    tensors = {key: value + value.std(unbiased=False) * 0.05 if value.is_floating_point() else value for key, value in load_file(first).items()}
+    path = first.with_name("klora_test_second.safetensors") if request.param == "of its own" else first.with_suffix(".ckpt")
+    try:
+        if request.param == "of its own":
+            save_file(tensors, path)
+            path.with_suffix(".yaml").write_bytes(first.with_suffix(".yaml").read_bytes())
+        else:
+            torch.save({"state_dict": tensors}, path, _use_new_zipfile_serialization=False)
+        host.call("/sdapi/v1/refresh-checkpoints", {})
+        yield path.name
+    finally:
+        path.unlink(missing_ok=True)
+        if request.param == "of its own":
+            path.with_suffix(".yaml").unlink(missing_ok=True)
+        host.call("/sdapi/v1/refresh-checkpoints", {})
+
+
+@pytest.fixture(scope="module")
+def plain(host, second_checkpoint):
+    """Of the checkpoint loaded anew: its very first load differs from any later one by a grey level in A1111, without K-LoRA too."""
+    host.picture(override_settings={"sd_model_checkpoint": second_checkpoint})
+    return host.picture()
+
+
+def test_the_refiner_stops_klora_at_the_model_change(host, fused, second_checkpoint):
+    refiner = {"refiner_checkpoint": second_checkpoint, "refiner_switch_at": 0.5}
+    host.picture(**refiner)
+    host.applied()
+    arrays, info = host.pictures(host.pair, **refiner)
+    calls, _ = host.applied()
+    assert len(calls) == 4
+    first = int(re.search(r"K-LoRA stopped: at the model change before step (\d)", info)[1]) - 1
+    assert 0 < first < 4
+    assert_applied(host, calls[:first], plan_of(host, 4), list(range(first)))
+    assert not any(any(call.values()) for call in calls[first:])
+    assert same(arrays[0], host.picture(host.pair, **refiner))
+    assert not same(arrays[0], fused)
+    assert same(host.picture(host.pair), fused)
+
+
+def test_after_a_refiner_the_next_picture_of_the_batch_starts_with_klora_again(host, second_checkpoint):
+    refiner = {"refiner_checkpoint": second_checkpoint, "refiner_switch_at": 0.5}
+    first, second = host.pictures(host.pair, n_iter=2, **refiner)[0][-2:]
+    assert same(first, host.picture(host.pair, **refiner))
+    assert same(second, host.picture(host.pair, **refiner, seed=43))
+
+
+def test_a_refiners_conditioning_is_not_taken_for_that_of_a_run_on_its_checkpoint(host, second_checkpoint):
+    elsewhere = {"override_settings": {"sd_model_checkpoint": second_checkpoint}}
+    expected = host.picture(host.pair, **elsewhere)
+    host.picture(host.pair, refiner_checkpoint=second_checkpoint, refiner_switch_at=0.5)
+    assert same(host.picture(host.pair, **elsewhere), expected)
+
+
+def test_another_checkpoint_between_runs_changes_nothing_for_the_first(host, plain, fused, second_checkpoint):
+    elsewhere = {"override_settings": {"sd_model_checkpoint": second_checkpoint}}
+    other = host.picture(**elsewhere)
+    assert not same(other, plain)
+    other_fused = host.picture(host.pair, **elsewhere)
+    assert not same(other_fused, other)
+    assert same(host.picture(host.pair), fused)
+    assert same(host.picture(), plain)
+    with host.options(sd_model_checkpoint=second_checkpoint):
+        assert same(host.picture(), other)
+        assert same(host.picture(host.pair), other_fused)
+    assert same(host.picture(host.pair), fused)
