@@ -30,6 +30,9 @@ GPU_BLOCK_NUMEL = 1 << 25
 SAMPLE_NUMEL = 4096
 """Entries from which the first bound is guessed."""
 
+MODERATE_EXPONENT = 12
+"""Four factors of a Hadamard product below 2^12 make entries below 2^48, whose squares' sum over 2^30 entries stays below 2^127."""
+
 BOUND_MARGIN = 1.001
 """Lets a float32 dot product exceed the product of its norms by rounding."""
 
@@ -83,7 +86,7 @@ def _scan(delta: Delta, k: int, buffer: Tensor) -> _Scan:
 
 
 def _moderate(delta: Delta) -> Delta:
-    """The same ΔW from factors whose product neither overflows float32 nor sinks into its denormals.
+    """The same ΔW from factors whose product, and its square, neither overflow float32 nor sink into its denormals.
 
     Powers of two move from the factors to `scale`, a float64, so nothing is rounded.
     """
@@ -95,7 +98,7 @@ def _moderate(delta: Delta) -> Delta:
             continue
         low, high = (float(value) for value in torch.aminmax(factor))
         exponent = math.frexp(max(-low, high))[1]
-        if abs(exponent) > 20:
+        if abs(exponent) > MODERATE_EXPONENT:
             moved[field.name] = (factor.double() * 2.0**-exponent).float()
             scale *= 2.0**exponent
     return replace(delta, scale=scale, **moved)

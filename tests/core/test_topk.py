@@ -6,7 +6,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from memory_lora import low_rank
 
@@ -83,8 +83,12 @@ def small_blocks(numel):
     return patch.multiple(topk, BLOCK_NUMEL=numel, GPU_BLOCK_NUMEL=numel, SAMPLE_NUMEL=8)
 
 
+LARGE = torch.tensor([[-574196.0]])
+
+
 @settings(max_examples=400, deadline=None)
 @given(delta=deltas(), block=st.sampled_from([1, 7, 32, 200, 1 << 18]))
+@example(delta=Hadamard(LARGE, LARGE, LARGE, LARGE, 1.0, 1), block=1)
 def test_profile_equals_float64(delta, block):
     falling, rounding = reference(delta)
     with small_blocks(block):
