@@ -1,4 +1,4 @@
-"""The K-LoRA script of AUTOMATIC1111: life cycle and error boundary; everything else is in the package klora."""
+"""The K-LoRA script of the WebUIs: life cycle and error boundary; everything else is in the package klora."""
 
 from modules import script_callbacks, scripts
 
