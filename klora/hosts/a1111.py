@@ -43,7 +43,6 @@ class A1111Switch:
     """`PairSwitch` of A1111's UNet; its text encoders get the members that are told to be on them."""
 
     def __init__(self, networks: Any, pair: Pair) -> None:
-        self.applies = 0
         self._networks = networks
         self._members = pair.members
         self._readable = pair.readable
@@ -143,7 +142,6 @@ class A1111Switch:
         before = dict(errors)
         with self._loaded(self._wanted(name)):
             original(module)
-        self.applies += 1
         if errors != before:
             self._undo(module)
             failed = ", ".join(sorted(net for net in errors if errors[net] != before.get(net)))

@@ -47,13 +47,7 @@ class Member:
 
 
 class PairSwitch(LayerSwitch, Protocol):
-    """The pair in one generation of a WebUI, from loading to sampling.
-
-    Attributes:
-        applies: how many weights were written for the pair, to be compared with the plan.
-    """
-
-    applies: int
+    """The pair in one generation of a WebUI, from loading to sampling."""
 
     def tags(self) -> Sequence[tuple[str, float]]:
         """Name and weight of what the WebUI itself is to load, as by <lora:name:weight>, after the prompt's own networks."""

@@ -49,7 +49,6 @@ class PatcherSwitch(ABC):
     """
 
     def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
-        self.applies = 0
         self._networks = networks
         self._model = model
         self._pair = pair
@@ -103,7 +102,6 @@ class PatcherSwitch(ABC):
         else:
             every = {key: self._chosen(key) for layer in self._choices for key in self._keys_of.get(layer, ())}
             self._put(unet, {key: patches for key, patches in every.items() if patches})
-        self.applies += len(keys)
 
     def detach(self) -> None:
         self._choices.clear()
