@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from klora.analysis import BASE_NAMES, check_pair, pair_warnings
-from klora.core.lora_file import LoraFile, read_lora
+from klora.core.lora_file import LoraFile
 from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import PairScores, score_pair
@@ -37,7 +37,7 @@ class Run:
         self._stopped = False
         self._webui = find_webui(networks, self._model)
         self.hosts_loras = {role: loras.find(getattr(settings, role), role) for role in ("subject", "style")}
-        self.files: dict[str, LoraFile] = {role: read_lora(lora.path) for role, lora in self.hosts_loras.items()}
+        self.files: dict[str, LoraFile] = {role: loras.read(lora.path) for role, lora in self.hosts_loras.items()}
         self._session: Session | None = None
         self._scores: PairScores | None = None
         self._offset = 0

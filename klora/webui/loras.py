@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from klora.core.lora_file import LoraFile, read_lora
 from klora.errors import SettingsError
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt")
@@ -83,6 +85,24 @@ def find_by_hash(shorthash: str, like: str = "") -> HostLora | None:
     unhashed = [lora for lora in known if not lora.shorthash]
     unhashed.sort(key=lambda lora: difflib.SequenceMatcher(None, lora.name.casefold(), like.casefold()).ratio(), reverse=True)
     return next((lora for lora in unhashed if hash_of(lora) == shorthash), None)
+
+
+def read(path: Path) -> LoraFile:
+    """As `read_lora`, without reading a file again that has not changed since. Kept are names and shapes, no tensors.
+
+    Raises:
+        LoraFileError: as `read_lora`.
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        return read_lora(path)
+    return _read(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, *_state: int) -> LoraFile:
+    return read_lora(path)
 
 
 def hash_of(lora: HostLora) -> str:

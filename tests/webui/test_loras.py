@@ -1,9 +1,11 @@
 """LoRAs are found by every name people use for them, and a wrong name says which ones are near."""
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from webui_host import NetworkOnDisk
 
-from klora.errors import SettingsError
+from klora.errors import LoraFileError, SettingsError
 from klora.webui import loras
 
 
@@ -85,3 +87,20 @@ def test_refresh_reads_the_folders_again(networks):
     assert loras.exactly("new") is None
     loras.refresh()
     assert loras.exactly("new").name == "new"
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(tmp_path):
+    path = tmp_path / "dog.safetensors"
+    save_file(a_lora(rank=4), path)
+    first = loras.read(path)
+    assert loras.read(path) is first
+    save_file(a_lora(rank=2), path)
+    assert [layer.rank for layer in loras.read(path).layers.values()] == [2]
+    path.unlink()
+    with pytest.raises(LoraFileError, match=r"dog\.safetensors"):
+        loras.read(path)
+
+
+def a_lora(rank):
+    layer = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    return {f"{layer}.lora_down.weight": torch.ones(rank, 640), f"{layer}.lora_up.weight": torch.ones(640, rank)}
