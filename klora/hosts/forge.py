@@ -6,7 +6,8 @@ the original weights when the list of these names differs from that of the last 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
@@ -72,8 +73,15 @@ class ForgeSwitch(PatcherSwitch):
 
     def _remerge(self, unet: Any, patches: Patches) -> None:
         """The host's own merge, told that these weights are all there is: it puts their originals back and merges on them."""
+        try:
+            self._refresh(unet, _Part(unet.model, patches), patches)
+        except RuntimeError:
+            self._refresh(unet, unet.model, patches)
+
+    def _refresh(self, unet: Any, model: Any, patches: Patches) -> None:
+        """Args: model: whose parameters the host moves out of the way when memory runs out, and walks through in any case."""
         shared_loader = unet.lora_loader
-        part = type(shared_loader)(unet.model)
+        part = type(shared_loader)(model)
         part.backup = {key: shared_loader.backup[key] for key in patches if key in shared_loader.backup}
         wanted = {key: added for key, added in patches.items() if added}
         try:
@@ -82,6 +90,20 @@ class ForgeSwitch(PatcherSwitch):
         finally:
             for key, weight in part.backup.items():
                 shared_loader.backup.setdefault(key, weight)
+
+
+class _Part:
+    """A model of which only some parameters are listed."""
+
+    def __init__(self, model: Any, names: Iterable[str]) -> None:
+        self._model = model
+        self._names = tuple(names)
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        return ((name, operator.attrgetter(name)(self._model)) for name in self._names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 @contextmanager
