@@ -1,4 +1,4 @@
-"""`python -m klora analyze | generate | demo`."""
+"""`python -m klora analyze | generate | demo | settings`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from klora.core.score_cache import ScoreCache
 from klora.errors import Cancelled, KLoraError
 from klora.report import preflight
 from klora.selection_map import draw_map
-from klora.settings import SPECS, Settings, as_text
+from klora.settings import SPECS, Settings, as_text, markdown_table
 
 PLAN_OPTIONS = ("selector", "schedule", "alpha", "beta", "k_scale", "gamma")
 """The settings that decide what is chosen; the others only matter where a picture is made."""
@@ -48,12 +48,14 @@ def cache_folder() -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="klora", description="K-LoRA: this subject in that style, from two LoRA files, without training.")
-    commands = parser.add_subparsers(required=True, metavar="analyze | generate | demo")
+    commands = parser.add_subparsers(required=True, metavar="analyze | generate | demo | settings")
     _analyze_command(commands.add_parser("analyze", help="score a pair of LoRA files and show which is chosen where and when"))
     _generate_command(commands.add_parser("generate", help="make a picture with a diffusers pipeline"))
     command = commands.add_parser("demo", help="make small models and LoRA pairs, and compare all selectors on them")
     command.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default ./demo)")
     command.set_defaults(run=_demo)
+    command = commands.add_parser("settings", help="print the table of all settings, as the README has it")
+    command.set_defaults(run=lambda _options: print(markdown_table()))
     return parser
 
 

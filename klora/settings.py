@@ -212,6 +212,21 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+def markdown_table() -> str:
+    """The settings as the README lists them."""
+    lines = ["| setting | values | default | |", "| --- | --- | --- | --- |"]
+    for name, spec in SPECS.items():
+        default = {"": "", "False": "false"}.get(str(DEFAULTS[name]), as_text(name, DEFAULTS[name]))
+        lines.append(f"| `{name}` | {_values(spec)} | {default} | {spec.help} |".replace("*", "\\*").replace("<", "\\<"))
+    return "\n".join(lines)
+
+
+def _values(spec: Spec) -> str:
+    if spec.kind == "number":
+        return ", ".join([*spec.choices, f"{spec.bounds[0]:g} to {spec.bounds[1]:g}"])
+    return {"flag": "true, false", "lora": "name of a LoRA"}.get(spec.kind, ", ".join(spec.choices))
+
+
 def _nearest(word: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
     near = difflib.get_close_matches(word.lower(), [k.lower() for k in known], 1, 0.5)
     names = {k.lower(): k for k in known}
