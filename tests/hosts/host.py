@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from klora.core.lora_file import read_lora
 
 SMALL = {"prompt": "a cat", "steps": 4, "width": 128, "height": 128, "seed": 42}
+SAME_MODULES = {"hr_additional_modules": ["Use same choices"]}
+"""What Forge must be told for a hires pass, and for an infotext, of which its API cannot read this one field (TypeError); others ignore it."""
 PROBE_MISSING = "link tests/hosts/probe into the WebUI's extensions and start it again"
 
 

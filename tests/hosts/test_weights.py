@@ -4,10 +4,10 @@ The reference is the running host itself: its weights under <lora:subject:1> and
 """
 
 import pytest
-from host import as_base64, same, tag
+from host import SAME_MODULES, as_base64, same, tag
 from plans import assert_follows, plan_of
 
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_additional_modules": ["Use same choices"]}
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, **SAME_MODULES}
 FOUR = [0, 1, 2, 3]
 
 
