@@ -189,6 +189,11 @@ def pixels(image):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
 
 
+def complaint(answer):
+    """What an error answer says, under A1111's name or Forge's two."""
+    return answer.get("errors") or answer.get("message") or answer["detail"]
+
+
 def as_base64(array):
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")

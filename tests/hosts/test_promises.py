@@ -7,7 +7,7 @@ import json
 import threading
 
 import pytest
-from host import SAME_MODULES, pixels, same, tag
+from host import SAME_MODULES, complaint, pixels, same, tag
 from safetensors.torch import load_file
 
 from klora.__main__ import main
@@ -128,7 +128,7 @@ def test_xyz_over_selector_gives_the_pictures_of_the_selectors(host):
 def test_xyz_refuses_all_bad_values_before_the_first_picture(host):
     status, answer = host.request(host.pair, **grid(host, "[K-LoRA] γ", "auto,high"))
     assert status >= 400
-    assert "'gamma' (γ) is auto or off or a number" in answer["errors"]
+    assert "'gamma' (γ) is auto or off or a number" in complaint(answer)
 
 
 def test_analyze_answers_the_plan_of_the_command_line(host, capsys):
