@@ -14,7 +14,7 @@ class Facts:
     Attributes:
         clocks: {base model: {(sampler, steps asked for): the step that each evaluation of the denoiser belongs to}}.
         upscalers: of the hires pass, with and without a way over pixels where the host has both.
-        places: of the probe's faults, with the number of faults in a row that the host itself does not get over.
+        places: of the probe's faults, with the number of faults in a row that no retry gets over.
         storages: {name: options} of checkpoints kept in fewer bits.
         storage_needs_reload: whether such options take effect only with another checkpoint.
         options: of every run.
@@ -78,9 +78,10 @@ A1111 = Facts(
 FORGE = Facts(
     {"sdxl": {**SDXL, **ANCESTRAL, **HEUNPP2, **OF_FORGE, ("DPM++ 2S a", 4): twice(4)}, "flux": {**COMMON, **HEUNPP2, **OF_FORGE_FLUX}},
     upscalers=("Latent", "None"),
-    places={**FAMILY_PLACES, "merge": 2},
+    places={**FAMILY_PLACES, "merge": 4},
     storages=FAMILY_STORAGES,
 )
+"""It retries a merge that fails, and K-LoRA has it merge once more with the whole model out of the way."""
 
 NEO = Facts(
     {

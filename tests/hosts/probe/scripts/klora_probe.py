@@ -4,7 +4,7 @@ Link the folder above into the WebUI's extensions before starting it.
 
 - POST /klora-probe/v1/fault {"place", "call", "kind", "times"}: the host's own function at that place fails at its n-th call from now, and at
   the next ones if "times" is more than 1; of the kind "interrupt" it does its work, and the run is interrupted.
-  GET: {"armed": whether it has yet to happen}. GET /klora-probe/v1/counts: {place: its calls since the last GET}.
+  GET: {"armed": whether it has yet to happen}; it will not any more. GET /klora-probe/v1/counts: {place: its calls since the last GET}.
 - POST /klora-probe/v1/reload: as the button "Reload UI". GET /klora-probe/v1/started: when these scripts were loaded.
 - GET /klora-probe/v1/applied, where layers keep the names of their networks: {"calls": [{layer: [network names]}, ...], "applies": number of
   layers rewritten} since the last GET: which networks every layer really has, after every evaluation of the denoiser.
@@ -87,9 +87,9 @@ def happen(place):
     if fault["call"] > 0:
         return
     fault["times"] -= 1
+    if fault["times"] < 0:
+        return
     kind = fault["kind"]
-    if not fault["times"]:
-        fault.clear()
     if kind in ERRORS:
         raise ERRORS[kind](f"a fault of the test in {place}")
     shared.state.interrupt()
@@ -129,9 +129,15 @@ def arm(request: dict = Body(...)):  # noqa: B008
     fault.update({"times": 1, **request})
 
 
+def disarm():
+    answer = {"armed": fault.get("call", 0) > 0}
+    fault.clear()
+    return answer
+
+
 def on_app_started(_demo, app):
     app.add_api_route("/klora-probe/v1/fault", arm, methods=["POST"])
-    app.add_api_route("/klora-probe/v1/fault", lambda: {"armed": bool(fault)}, methods=["GET"])
+    app.add_api_route("/klora-probe/v1/fault", disarm, methods=["GET"])
     app.add_api_route("/klora-probe/v1/counts", counts, methods=["GET"])
     app.add_api_route("/klora-probe/v1/reload", shared.state.request_restart, methods=["POST"])
     app.add_api_route("/klora-probe/v1/started", lambda: {"started": STARTED}, methods=["GET"])
