@@ -60,7 +60,10 @@ OF_FORGE_FLUX = {(name, 4): once(4) for name in ("IPNDM", "IPNDM_V", "DEIS", "DP
 OF_NEO = {(name, 4): once(4) for name in ("DPM++ 3M SDE", "ER SDE", "LCM", "Res Multistep", "DPM++ 2M CFG++", "Euler a CFG++", "Euler CFG++")}
 
 FAMILY_PLACES = {"load": 1, "text encoder": 1, "callback": 1, "merge": 1, "forward": 1, "decode": 1}
-FAMILY_STORAGES = {name: {"forge_unet_storage_dtype": name} for name in ("float8-e4m3fn", "float8-e4m3fn (fp16 LoRA)")}
+FAMILY_STORAGES = {
+    name: {"forge_unet_storage_dtype": name} for name in ("float8-e4m3fn", "float8-e4m3fn (fp16 LoRA)", "Automatic (fp16 LoRA)")
+}
+"""With "(fp16 LoRA)" LoRAs are online, in Forge for weights of 8 bits and fewer only."""
 
 A1111 = Facts(
     {"sdxl": {**SDXL, **ANCESTRAL}},
@@ -90,7 +93,7 @@ NEO = Facts(
     },
     upscalers=("None",),
     places=FAMILY_PLACES,
-    storages={**FAMILY_STORAGES, "Automatic (fp16 LoRA)": {"forge_unet_storage_dtype": "Automatic (fp16 LoRA)"}},
+    storages=FAMILY_STORAGES,
     options={"refiner_use_steps": True},
 )
 
