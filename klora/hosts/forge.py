@@ -88,8 +88,7 @@ class ForgeSwitch(PatcherSwitch):
             with _cache_kept():
                 part.refresh({(self._name, 1.0, 1.0, False): wanted}, offload_device=unet.offload_device, force_refresh=True)
         finally:
-            for key, weight in part.backup.items():
-                shared_loader.backup.setdefault(key, weight)
+            shared_loader.backup.update(part.backup)
 
 
 class _Part:

@@ -32,6 +32,11 @@ def main():
     host = RunningHost.from_environment()
     if host is None:
         sys.exit("Set KLORA_HOST_URL and KLORA_HOST_FOLDER to a running WebUI.")
+    with host.ready():
+        measure(host, options)
+
+
+def measure(host, options):
     common = {"steps": options.steps, "width": options.size, "height": options.size}
 
     def tags():

@@ -1,12 +1,14 @@
 """Every test here runs against the stand-in, and against the host that KLORA_HOST_URL names if it names one."""
 
 import pytest
+from facts import FACTS
 from host import RunningHost, same
 from standin import StandIn
 
 from klora.webui import paths
 
 RUNNING = RunningHost.from_environment()
+PRESENT = [FACTS["a1111"], *([RUNNING.facts] if RUNNING else [])]
 
 
 @pytest.fixture(scope="session")
@@ -14,15 +16,61 @@ def standin(tmp_path_factory):
     return StandIn(tmp_path_factory.mktemp("webui"))
 
 
+@pytest.fixture(scope="session")
+def running():
+    with RUNNING.ready():
+        yield RUNNING
+
+
 @pytest.fixture(scope="module", params=["stand-in", *(["running"] if RUNNING else [])])
 def host(request):
     if request.param == "running":
-        yield RUNNING
+        yield request.getfixturevalue("running")
         return
     standin = request.getfixturevalue("standin")
     with standin.in_place(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "EXTENSION", standin.folder)
         yield standin
+
+
+def pytest_generate_tests(metafunc):
+    """Samplers, places of faults and the like are those that the hosts of this run have; what only another one has is skipped."""
+    of_hosts = {
+        "timed": [timed for facts in PRESENT for clocks in facts.clocks.values() for timed in clocks],
+        "place": [place for facts in PRESENT for place in facts.places],
+        "upscaler": [upscaler for facts in PRESENT for upscaler in facts.upscalers],
+        "storage": [storage for facts in PRESENT for storage in facts.storages],
+    }
+    for name in set(of_hosts) & set(metafunc.fixturenames):
+        values = list(dict.fromkeys(of_hosts[name]))
+        metafunc.parametrize(f"any_{name}", values, ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else value)
+
+
+def of_this_host(value, known):
+    if value not in known:
+        pytest.skip("this host has none of it")
+    return value
+
+
+@pytest.fixture
+def timed(any_timed, host):
+    """(sampler, steps asked for)."""
+    return of_this_host(any_timed, host.clocks)
+
+
+@pytest.fixture
+def place(any_place, host):
+    return of_this_host(any_place, host.facts.places)
+
+
+@pytest.fixture
+def upscaler(any_upscaler, host):
+    return of_this_host(any_upscaler, host.facts.upscalers)
+
+
+@pytest.fixture
+def storage(any_storage, host):
+    return of_this_host(any_storage, host.facts.storages)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """What differs between the kinds of host, as measured on running ones."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Clocks = Mapping[tuple[str, int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -9,35 +12,89 @@ class Facts:
     """One kind of host.
 
     Attributes:
-        clocks: {(sampler, steps asked for): the step that each evaluation of the denoiser belongs to}.
-        probed_name: canonical layer -> its name in the probe's answer of networks; None where layers keep no names of networks,
-            and only their weights tell.
+        clocks: {base model: {(sampler, steps asked for): the step that each evaluation of the denoiser belongs to}}.
+        upscalers: of the hires pass, with and without a way over pixels where the host has both.
+        places: of the probe's faults, with the number of faults in a row that no retry gets over.
+        storages: {name: options} of checkpoints kept in fewer bits.
+        storage_needs_reload: whether such options take effect only with another checkpoint.
+        options: of every run.
+        configurations: whether a checkpoint has a configuration file beside it.
     """
 
-    clocks: Mapping[tuple[str, int], list[int]]
-    probed_name: Callable[[str], str] | None
+    clocks: Mapping[str, Clocks]
+    upscalers: tuple[str, ...]
+    places: Mapping[str, int]
+    storages: Mapping[str, Mapping[str, Any]]
+    storage_needs_reload: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+    configurations: bool = False
 
 
-CLOCKS = {
-    ("Euler a", 4): [0, 1, 2, 3],
-    ("DPM++ 2M", 4): [0, 1, 2, 3],
-    ("DPM++ 2M SDE", 4): [0, 1, 2, 3],
-    ("Heun", 4): [0, 0, 1, 1, 2, 2, 3],
-    ("DPM++ SDE", 4): [0, 0, 1, 1, 2, 2, 3],
-    ("DPM2 a", 3): [0, 0, 1, 1, 2],
-    ("Restart", 6): [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5],
-    ("UniPC", 4): [0, 1, 2, 3],
-    ("PLMS", 4): [0, 1, 2, 3],
-    ("DDIM", 4): [0, 1, 2],
-    ("Euler", 1): [0],
-    ("Euler", 4): [0, 1, 2, 3],
-    ("Euler", 12): list(range(12)),
-    ("Euler a", 1): [0],
-    ("Euler a", 30): list(range(30)),
+FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "sdxl": {"sampler_name": "Euler a", "scheduler": "Automatic"},
+    "flux": {"sampler_name": "Euler", "scheduler": "Simple", "cfg_scale": 1, "distilled_cfg_scale": 3.5},
 }
-"""Of the k-diffusion and the timestep samplers, alike in A1111 and Forge."""
+"""What a request needs for a base model."""
 
-A1111 = Facts(CLOCKS, lambda layer: "diffusion_model_" + layer.replace(".", "_"))
-FORGE = Facts(CLOCKS, None)
 
-FACTS = {"a1111": A1111, "forge": FORGE}
+def once(steps: int) -> list[int]:
+    return list(range(steps))
+
+
+def twice(steps: int) -> list[int]:
+    return [step for step in range(steps) for _ in range(1 if step == steps - 1 else 2)]
+
+
+FIRST_ORDER = {(name, 4): once(4) for name in ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "LMS")}
+SECOND_ORDER = {(name, 4): twice(4) for name in ("Heun", "DPM++ SDE")}
+LENGTHS = {(name, steps): once(steps) for name, steps in (("Euler", 1), ("Euler", 12), ("Euler a", 1), ("Euler a", 30))}
+TIMESTEPS = {("PLMS", 4): once(4), ("DDIM", 4): once(3)}
+COMMON = {**FIRST_ORDER, **SECOND_ORDER, **LENGTHS}
+SDXL = {**COMMON, **TIMESTEPS, ("UniPC", 4): once(4), ("DPM2", 3): twice(3), ("Restart", 6): twice(6)}
+ANCESTRAL = {("DPM2 a", 3): twice(3)}
+
+HEUNPP2 = {("HeunPP2", 4): [0, 0, 0, 1, 1, 1, 2, 2, 3], ("HeunPP2", 1): [0]}
+KOHAKU = {("Kohaku LoNyu Yog", 4): [0, 0, 0, 1, 1, 1, 2, 2, 2, 3], ("Kohaku LoNyu Yog", 1): [0, 0, 0]}
+OF_FORGE = {(name, 4): once(4) for name in ("DPM++ 2M SDE Heun", "DPM++ 3M SDE", "DPM fast", "IPNDM", "IPNDM_V", "DEIS", "LCM", "DDPM")}
+OF_FORGE_FLUX = {(name, 4): once(4) for name in ("IPNDM", "IPNDM_V", "DEIS", "DPM++ 3M SDE")}
+OF_NEO = {(name, 4): once(4) for name in ("DPM++ 3M SDE", "ER SDE", "LCM", "Res Multistep", "DPM++ 2M CFG++", "Euler a CFG++", "Euler CFG++")}
+
+FAMILY_PLACES = {"load": 1, "text encoder": 1, "callback": 1, "merge": 1, "forward": 1, "decode": 1}
+FAMILY_STORAGES = {
+    name: {"forge_unet_storage_dtype": name} for name in ("float8-e4m3fn", "float8-e4m3fn (fp16 LoRA)", "Automatic (fp16 LoRA)")
+}
+"""With "(fp16 LoRA)" LoRAs are online, in Forge for weights of 8 bits and fewer only."""
+
+A1111 = Facts(
+    {"sdxl": {**SDXL, **ANCESTRAL}},
+    upscalers=("Latent", "None"),
+    places={**FAMILY_PLACES, "apply": 1, "restore": 1},
+    storages={
+        name: {"live_previews_enable": False, "cache_fp16_weight": cached, "fp8_storage": "Enable"}
+        for name, cached in (("fp8", False), ("fp8 beside fp16", True))
+    },
+    storage_needs_reload=False,
+    configurations=True,
+)
+"""On a CPU its fp8 computes in bfloat16, of which its live previews cannot be made."""
+
+FORGE = Facts(
+    {"sdxl": {**SDXL, **ANCESTRAL, **HEUNPP2, **OF_FORGE, ("DPM++ 2S a", 4): twice(4)}, "flux": {**COMMON, **HEUNPP2, **OF_FORGE_FLUX}},
+    upscalers=("Latent", "None"),
+    places={**FAMILY_PLACES, "merge": 4},
+    storages=FAMILY_STORAGES,
+)
+"""It retries a merge that fails, and K-LoRA has it merge once more with the whole model out of the way."""
+
+NEO = Facts(
+    {
+        "sdxl": {**SDXL, **KOHAKU, **OF_NEO},
+        "flux": {**COMMON, **KOHAKU, **OF_NEO, ("DPM++ 2s a RF", 4): twice(4), ("DPM++ 2s a RF", 1): [0]},
+    },
+    upscalers=("None",),
+    places=FAMILY_PLACES,
+    storages=FAMILY_STORAGES,
+    options={"refiner_use_steps": True},
+)
+
+FACTS = {"a1111": A1111, "forge": FORGE, "neo": NEO}

@@ -9,14 +9,20 @@ import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pytest
-from facts import FACTS
+from facts import FACTS, FIELDS
 from PIL import Image
+from safetensors.torch import save_file
 
-SMALL = {"prompt": "a cat", "steps": 4, "width": 128, "height": 128, "seed": 42, "sampler_name": "Euler a", "scheduler": "Automatic"}
+from klora.core.lora_file import read_lora
+
+SMALL = {"prompt": "a cat", "steps": 4, "width": 128, "height": 128, "seed": 42}
+SAME_MODULES = {"hr_additional_modules": ["Use same choices"]}
+"""What Forge must be told for a hires pass, and for an infotext, of which its API cannot read this one field (TypeError); others ignore it."""
+PROBE_MISSING = "link tests/hosts/probe into the WebUI's extensions and start it again"
 
 
 class Host(ABC):
@@ -34,11 +40,20 @@ class Host(ABC):
     def pair(self):
         return {"subject": self.subject, "style": self.style}
 
+    @cached_property
+    def base(self):
+        """"sdxl" or "flux", of its LoRAs and so of its checkpoint."""
+        return read_lora(self.file(self.subject)).base
+
+    @property
+    def clocks(self):
+        return self.facts.clocks[self.base]
+
     def file(self, name):
         return next((self.folder / "models" / "Lora").rglob(f"{name}.safetensors"))
 
     def request(self, klora=None, **fields):
-        body = {**SMALL, **fields}
+        body = {**SMALL, **FIELDS[self.base], **fields}
         if klora is not None:
             body["alwayson_scripts"] = {**body.get("alwayson_scripts", {}), "K-LoRA": {"args": klora if isinstance(klora, list) else [klora]}}
         return self.call("/sdapi/v1/img2img" if "init_images" in body else "/sdapi/v1/txt2img", body)
@@ -58,12 +73,24 @@ class Host(ABC):
         return self.pictures(klora, **fields)[0][0]
 
     def applied(self):
-        """What the probe saw since it was last asked: networks of every layer at every evaluation, and the layers rewritten."""
-        if self.facts.probed_name is None:
-            pytest.skip("the layers of this host keep no names of networks: test_weights.py looks at their weights")
+        """Where layers keep names: networks of every layer at every evaluation since it was last asked, and the number of layers rewritten."""
         status, answer = self.call("/klora-probe/v1/applied")
-        assert status == 200, "link tests/hosts/probe into the WebUI's extensions and start it again"
+        assert status == 200, PROBE_MISSING
         return answer["calls"], answer["applies"]
+
+    def weights(self, klora=None, **fields):
+        """Checksums of all weights of the denoiser, at every evaluation of a request that works."""
+        self.call("/klora-probe/v1/weights")
+        self.pictures(klora, **fields)
+        status, calls = self.call("/klora-probe/v1/weights")
+        assert status == 200, PROBE_MISSING
+        return calls
+
+    def counts(self):
+        """{place: how often the host's function there was called since this was last asked}."""
+        status, counts = self.call("/klora-probe/v1/counts")
+        assert status == 200, PROBE_MISSING
+        return counts
 
     @contextmanager
     def options(self, **values):
@@ -76,11 +103,38 @@ class Host(ABC):
             self.call("/sdapi/v1/options", {name: before[name] for name in values})
 
     @contextmanager
-    def fault(self, place, call, kind):
-        """Within it the host's own function at `place` raises at its n-th call, which the end checks."""
-        assert self.call("/klora-probe/v1/fault", {"place": place, "call": call, "kind": kind})[0] == 200
+    def storing(self, storage):
+        """With the checkpoint loaded anew, in one of the storages of `facts`."""
+        values = self.facts.storages[storage]
+        if not self.facts.storage_needs_reload:
+            with self.options(**values):
+                yield
+            return
+        names = [Path(model["filename"]).name for model in self.call("/sdapi/v1/sd-models")[1]]
+        other = next(name for name in names if name != self.checkpoint)
+        with self.options(**values, sd_model_checkpoint=other), self.options(sd_model_checkpoint=self.checkpoint):
+            yield
+
+    @contextmanager
+    def fault(self, place, call, kind, times=1):
+        """Within it the host's own function at `place` fails at its n-th call, `times` times in a row; the end checks that it has."""
+        assert self.call("/klora-probe/v1/fault", {"place": place, "call": call, "kind": kind, "times": times})[0] == 200
         yield
         assert self.call("/klora-probe/v1/fault")[1] == {"armed": False}, f"{place} was not called {call} times"
+
+    @contextmanager
+    def more_loras(self, **files):
+        """With {name: tensors} as LoRA files that the host lists."""
+        paths = [self.file(self.subject).with_name(f"{name}.safetensors") for name in files]
+        try:
+            for path, tensors in zip(paths, files.values(), strict=True):
+                save_file({key: value.clone() for key, value in tensors.items()}, path)
+            self.call("/sdapi/v1/refresh-loras", {})
+            yield
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            self.call("/sdapi/v1/refresh-loras", {})
 
     def reload(self):
         """As the button "Reload UI"; ends when pictures can be made again."""
@@ -100,7 +154,7 @@ class Host(ABC):
 
 
 class RunningHost(Host):
-    """One that KLORA_HOST_URL and KLORA_HOST_FOLDER name; KLORA_HOST_KIND says what it is (a1111, the default, or forge)."""
+    """One that KLORA_HOST_URL and KLORA_HOST_FOLDER name; KLORA_HOST_KIND says what it is (a1111, the default, forge or neo)."""
 
     @classmethod
     def from_environment(cls):
@@ -112,6 +166,13 @@ class RunningHost(Host):
         host = cls(of("KLORA_HOST_KIND", "a1111"), os.environ["KLORA_HOST_FOLDER"], *loras, of("KLORA_CHECKPOINT", "tiny_sdxl.safetensors"))
         host.url = os.environ["KLORA_HOST_URL"].rstrip("/")
         return host
+
+    @contextmanager
+    def ready(self):
+        """With the checkpoint and the options of these tests."""
+        loaded = (self.call("/sdapi/v1/options")[1]["sd_model_checkpoint"] or "").startswith(self.checkpoint)
+        with self.options(**self.facts.options, **({} if loaded else {"sd_model_checkpoint": self.checkpoint})):
+            yield
 
     def call(self, path, body=None):
         data = None if body is None else json.dumps(body).encode()
@@ -126,6 +187,11 @@ class RunningHost(Host):
 def pixels(image):
     """A picture of an answer (base64) as an array."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
+
+
+def complaint(answer):
+    """What an error answer says, under A1111's name or Forge's two."""
+    return answer.get("errors") or answer.get("message") or answer["detail"]
 
 
 def as_base64(array):

@@ -1,7 +1,15 @@
-"""What only AUTOMATIC1111 has: its options, and faults at its own functions."""
+"""What only AUTOMATIC1111 has: its options, and layers that keep the names of their networks."""
 
 import pytest
-from host import pixels, same, tag
+from facts import A1111
+from host import same, tag
+from plans import plan_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_there(host):
+    if host.facts is not A1111:
+        pytest.skip("not an A1111")
 
 
 def test_functional_mode_keeps_the_promises(host, plain):
@@ -17,38 +25,22 @@ def test_functional_mode_keeps_the_promises(host, plain):
         assert same(host.picture(), plain)
 
 
-PLACES = ["load", "text encoder", "callback", "apply", "restore", "merge", "forward", "decode"]
+def assert_applied(host, calls, plan, clock):
+    assert len(calls) == len(clock)
+    names, layers = [host.style, host.subject], ["diffusion_model_" + layer.replace(".", "_") for layer in plan.layer_names]
+    for seen, step in zip(calls, clock, strict=True):
+        wanted = {layer: [names[choice]] for layer, choice in zip(layers, plan.selection[step], strict=True)}
+        assert {layer: seen[layer] for layer in wanted} == wanted
+        assert not any(kept for layer, kept in seen.items() if layer not in wanted)
 
 
-@pytest.fixture(scope="module")
-def calls_of_a_run(host, fused):
-    """{place: how often the host's function there is called in one K-LoRA run after another prompt}."""
-    host.call("/klora-probe/v1/counts")
-    host.picture(prompt="a dog")
-    host.call("/klora-probe/v1/counts")
-    host.picture(host.pair)
-    return host.call("/klora-probe/v1/counts")[1]
-
-
-@pytest.mark.parametrize("kind", ["RuntimeError", "OutOfMemoryError"])
-@pytest.mark.parametrize("where", [0, 0.6])
-@pytest.mark.parametrize("place", PLACES)
-def test_a_fault_within_a_run_is_answered_and_leaves_nothing_behind(host, plain, fused, calls_of_a_run, place, where, kind):
-    if where and calls_of_a_run[place] == 1:
-        pytest.skip("called once a run")
-    host.picture(prompt="a dog")
-    with host.fault(place, 1 + int(calls_of_a_run[place] * where), kind):
-        status, answer = host.request(host.pair)
-    assert status >= 400
-    assert "images" not in answer
-    assert len(answer["errors"]) > 20
-    if kind == "RuntimeError":
-        assert same(host.picture(), plain)
-    assert same(host.picture(host.pair), fused)
-
-
-def test_a_fault_in_a_run_without_klora_does_not_touch_the_next_with_it(host, fused):
-    with host.fault("forward", 2, "RuntimeError"):
-        assert host.request(prompt="a cat" + tag(host.style))[0] >= 400
-    answer = host.answer(host.pair)
-    assert same(pixels(answer["images"][0]), fused)
+@pytest.mark.parametrize(("sampler", "steps"), [("Euler a", 4), ("Heun", 4), ("DDIM", 4), ("Euler a", 30)])
+@pytest.mark.parametrize("schedule", ["s", "s*"])
+def test_layers_bear_the_names_of_the_plan_and_are_rewritten_only_when_they_switch(host, sampler, steps, schedule):
+    host.picture()
+    host.applied()
+    host.picture({**host.pair, "schedule": schedule}, sampler_name=sampler, steps=steps)
+    calls, applies = host.applied()
+    plan = plan_of(host, steps, schedule=schedule)
+    assert_applied(host, calls, plan, host.clocks[sampler, steps])
+    assert applies <= len(plan.layer_names) + sum(map(len, plan.switches()))

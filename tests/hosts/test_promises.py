@@ -3,16 +3,14 @@
     KLORA_HOST_URL=http://127.0.0.1:7860 KLORA_HOST_FOLDER=/path/to/webui pytest tests/hosts
 """
 
+import json
 import threading
-import time
-from contextlib import contextmanager
 
 import pytest
-from host import as_base64, pixels, same, tag
-from plans import assert_applied, plan_of
-from safetensors.torch import load_file, save_file
+from host import SAME_MODULES, complaint, pixels, same, tag
+from safetensors.torch import load_file
 
-from klora.core.topology import sdxl_modules
+from klora.__main__ import main
 
 
 @pytest.mark.parametrize("weight", [1, 0.8, -0.5, 0])
@@ -35,71 +33,6 @@ def test_klora_repeats_exactly_and_is_none_of_the_others(host, plain, fused):
     assert not same(fused, plain)
 
 
-SAMPLERS = [
-    ("Euler a", 4), ("DPM++ 2M", 4), ("DPM++ 2M SDE", 4), ("Heun", 4), ("DPM++ SDE", 4), ("DPM2 a", 3), ("Restart", 6), ("UniPC", 4), ("PLMS", 4),
-    ("DDIM", 4), ("Euler a", 1), ("Euler a", 30),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("sampler", "steps"), SAMPLERS)
-@pytest.mark.parametrize("schedule", ["s", "s*"])
-def test_every_layer_has_what_the_plan_says_at_every_evaluation(host, sampler, steps, schedule):
-    host.picture()
-    host.applied()
-    host.picture({**host.pair, "schedule": schedule}, sampler_name=sampler, steps=steps)
-    calls, applies = host.applied()
-    plan = plan_of(host, steps, schedule=schedule)
-    assert_applied(host, calls, plan, host.facts.clocks[sampler, steps])
-    switches = sum(map(len, plan.switches()))
-    assert applies <= len(plan.layer_names) + switches
-
-
-@pytest.mark.parametrize(("rule", "steps", "clock"), [("continue", 6, [2, 3, 4, 5]), ("restart", 4, [0, 1, 2, 3])])
-def test_hires_pass_follows_its_rule(host, rule, steps, clock):
-    host.applied()
-    hires = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "Latent"}
-    first = host.picture({**host.pair, "hires": rule}, **hires)
-    calls, _ = host.applied()
-    assert_applied(host, calls[:4], plan_of(host, 4), [0, 1, 2, 3])
-    assert_applied(host, calls[4:], plan_of(host, steps), clock)
-    assert same(first, host.picture({**host.pair, "hires": rule}, **hires))
-
-
-def test_hires_off_leaves_both_out_of_the_second_pass(host):
-    host.applied()
-    host.picture({**host.pair, "hires": "off"}, enable_hr=True, hr_scale=1.5, denoising_strength=0.6, hr_upscaler="Latent")
-    calls, _ = host.applied()
-    assert_applied(host, calls[:4], plan_of(host, 4), [0, 1, 2, 3])
-    assert not any(any(call.values()) for call in calls[4:])
-
-
-def test_img2img_continues_where_the_noise_level_stands(host, plain):
-    host.applied()
-    host.picture(host.pair, init_images=[as_base64(plain)], denoising_strength=0.5)
-    calls, _ = host.applied()
-    assert_applied(host, calls, plan_of(host, 4), [1, 2, 3])
-
-
-@pytest.mark.parametrize("fields", [
-    {"prompt": "a [cat:dog:0.5]"}, {"prompt": "a cat AND a dog"}, {"cfg_scale": 1}, {"prompt": "a cat " * 60}, {"n_iter": 2}, {"batch_size": 2},
-    {"s_min_uncond": 4.0},
-])  # fmt: skip
-def test_prompts_and_batches_of_all_kinds_keep_the_clock(host, fields):
-    host.applied()
-    host.pictures(host.pair, **fields)
-    calls, _ = host.applied()
-    runs = fields.get("n_iter", 1)
-    for run in range(runs):
-        assert_applied(host, calls[4 * run : 4 * run + 4], plan_of(host, 4), [0, 1, 2, 3])
-
-
-def test_skip_early_cfg_keeps_the_clock(host):
-    with host.options(skip_early_cond=0.5):
-        host.applied()
-        host.picture(host.pair)
-        assert_applied(host, host.applied()[0], plan_of(host, 4), [0, 1, 2, 3])
-
-
 def test_other_tags_of_the_prompt_apply_on_all_layers_beside_the_pair(host):
     expected = host.picture(prompt="a cat" + tag(host.other, 0.5) + tag(host.subject))
     assert same(host.picture({**host.pair, "selector": "Subject only"}, prompt="a cat" + tag(host.other, 0.5)), expected)
@@ -117,25 +50,10 @@ def test_a_chosen_lora_that_the_prompt_has_too_applies_once_and_that_is_said(hos
     assert "K-LoRA warnings" not in host.answer(host.pair)["info"]["extra_generation_params"]
 
 
-@contextmanager
-def in_the_lora_folder(host, **files):
-    """{name: tensors} as LoRA files that the host lists."""
-    paths = [host.file(host.subject).with_name(f"{name}.safetensors") for name in files]
-    try:
-        for path, tensors in zip(paths, files.values(), strict=True):
-            save_file({key: value.clone() for key, value in tensors.items()}, path)
-        host.call("/sdapi/v1/refresh-loras", {})
-        yield
-    finally:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        host.call("/sdapi/v1/refresh-loras", {})
-
-
 @pytest.mark.parametrize("word", ["lcm", "sdxl_lightning_4step", "Hyper-SDXL-8steps", "turbo", "dmd2"])
 def test_an_accelerator_as_a_style_is_said(host, word):
     name = f"klora_test_{word}"
-    with in_the_lora_folder(host, **{name: load_file(host.file(host.style))}):
+    with host.more_loras(**{name: load_file(host.file(host.style))}):
         assert f"The style LoRA {name}.safetensors looks like an accelerator" in warnings(host.answer({**host.pair, "style": name}))
 
 
@@ -152,7 +70,7 @@ def test_infotext_names_both_with_their_hashes_and_what_is_not_default_and_nothi
 
 def test_infotext_given_to_the_api_makes_the_same_picture(host):
     arrays, info = host.pictures({**host.pair, "schedule": "s*", "subject_weight": 0.8, "text_encoder": "none", "gamma": 0.7, "beta": 0.9})
-    status, answer = host.call("/sdapi/v1/txt2img", {"infotext": info})
+    status, answer = host.call("/sdapi/v1/txt2img", {"infotext": info, **SAME_MODULES})
     assert status == 200
     assert same(arrays[0], pixels(answer["images"][0]))
 
@@ -184,48 +102,19 @@ def test_positional_arguments_equal_the_dict(host):
     assert same(host.picture([True, host.subject, host.style, 0.8]), host.picture({**host.pair, "subject_weight": 0.8}))
 
 
-@pytest.mark.parametrize("end", ["interrupt", "skip"])
-def test_a_run_cut_short_leaves_nothing_behind(host, end):
-    thread = threading.Thread(target=lambda: host.request(host.pair, steps=40))
-    thread.start()
-    while not host.applied()[0]:
-        time.sleep(0.1)
-    host.call(f"/sdapi/v1/{end}", {})
-    thread.join()
-
-
-def test_a_lora_in_diffusers_keys_fuses_as_in_kohyas(host):
-    names = {"lora_unet_" + module.native.replace(".", "_"): "unet." + module.diffusers[0] for module in sdxl_modules()}
-    tensors = load_file(host.file(host.subject))
-    rank = {key.split(".")[0]: value.shape[0] for key, value in tensors.items() if key.endswith("lora_down.weight")}
-    diffusers, kohya = {}, {}
-    for key, value in tensors.items():
-        stem, _, leaf = key.partition(".")
-        if stem not in names:
-            continue
-        scale = float(tensors[stem + ".alpha"]) / rank[stem]
-        if leaf == "lora_down.weight":
-            kohya[key] = diffusers[names[stem] + ".lora_A.weight"] = value
-        elif leaf == "lora_up.weight":
-            kohya[key] = diffusers[names[stem] + ".lora_B.weight"] = (value.float() * scale).to(value.dtype)
-    with in_the_lora_folder(host, klora_test_diffusers=diffusers, klora_test_kohya=kohya):
-        names = ("klora_test_diffusers", "klora_test_kohya")
-        pictures = [host.picture({"subject": name, "style": host.style}) for name in names for _ in range(2)]
-        assert all(same(pictures[0], other) for other in pictures[1:])
-
-
 def plot(host):
     scripts = host.call("/sdapi/v1/script-info")[1]
     return next(script for script in scripts if script["name"] == "x/y/z plot" and not script["is_img2img"])
 
 
-def axis(host, label):
-    return plot(host)["args"][0]["choices"].index(label)
-
-
 def grid(host, x, x_values, y="Nothing", y_values=""):
+    """A plot whose answer ends with the single pictures; what else it asks for is left as the host's page has it."""
+    controls = plot(host)["args"]
+    axes, others = controls[:9], controls[9:]
+    labels = axes[0]["choices"]
     text, words = (x_values, []) if isinstance(x_values, str) else ("", x_values)
-    args = [axis(host, x), text, words, axis(host, y), y_values, [], 0, "", [], True, True, True, False, False, False, False, 0, False]
+    args = [labels.index(x), text, words, labels.index(y), y_values, [], 0, "", []]
+    args += [control["label"] == "Include Sub Images" or control["value"] for control in others]
     return {"script_name": "x/y/z plot", "script_args": args}
 
 
@@ -239,13 +128,14 @@ def test_xyz_over_selector_gives_the_pictures_of_the_selectors(host):
 def test_xyz_refuses_all_bad_values_before_the_first_picture(host):
     status, answer = host.request(host.pair, **grid(host, "[K-LoRA] γ", "auto,high"))
     assert status >= 400
-    assert "'gamma' (γ) is auto or off or a number" in answer["errors"]
+    assert "'gamma' (γ) is auto or off or a number" in complaint(answer)
 
 
-def test_analyze_answers_the_plan_of_the_command_line(host):
+def test_analyze_answers_the_plan_of_the_command_line(host, capsys):
     status, answer = host.call("/klora/v1/analyze", {**host.pair, "steps": 7, "schedule": "s*"})
     assert status == 200
-    assert answer["selection"] == plan_of(host, 7, schedule="s*").selection.tolist()
+    main(["analyze", str(host.file(host.subject)), str(host.file(host.style)), "--steps", "7", "--schedule", "s*", "--json", "-"])
+    assert answer == json.loads(capsys.readouterr().out)
     status, answer = host.call("/klora/v1/analyze", {**host.pair, "steps": 0})
     assert status == 422
     assert "'steps' is a whole number" in answer["detail"]

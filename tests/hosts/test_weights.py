@@ -4,87 +4,75 @@ The reference is the running host itself: its weights under <lora:subject:1> and
 """
 
 import pytest
-from host import tag
-from plans import plan_of
+from host import SAME_MODULES, as_base64, same, tag
+from plans import assert_follows, plan_of
 
-from klora.core.lora_file import read_lora
-
-PIECES = {"q": 0, "k": 1, "v": 2, "mlp": 3}
-SAMPLERS = [("Euler", 4), ("DPM++ 2M", 4), ("Heun", 4), ("DPM++ SDE", 4), ("Euler", 1), ("Euler", 12)]
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "None", "hr_additional_modules": ["Use same choices"]}
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, **SAME_MODULES}
+FOUR = [0, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")
-def fields(host):
-    """What a request to this host needs beside the defaults, for its base model."""
-    flux = read_lora(host.file(host.subject)).base == "flux"
-    return {"sampler_name": "Euler", **({"scheduler": "Simple", "cfg_scale": 1} if flux else {})}
-
-
-def weights_of(host, klora=None, **request):
-    host.call("/klora-probe/v1/weights")
-    host.pictures(klora, **request)
-    status, calls = host.call("/klora-probe/v1/weights")
-    assert status == 200, "link tests/hosts/probe into the WebUI's extensions and start it again"
-    return calls
-
-
-@pytest.fixture(scope="module")
-def references(host, fields):
+def references(host):
     """{Choice: checksums of all layers}: style alone, subject alone, both; and None for neither."""
     tags = {0: tag(host.style), 1: tag(host.subject), 2: tag(host.subject) + tag(host.style), None: ""}
-    return {choice: weights_of(host, prompt="a cat" + text, **{**fields, "steps": 1})[0] for choice, text in tags.items()}
+    return {choice: host.weights(prompt="a cat" + text, steps=1)[0] for choice, text in tags.items()}
 
 
-def checksum(weights, layer):
-    path, _, piece = layer.partition(":")
-    return weights[path][PIECES[piece] if piece else 0]
+def test_every_weight_is_the_chosen_loras_at_every_evaluation(host, timed, references):
+    sampler, steps = timed
+    calls = host.weights(host.pair, sampler_name=sampler, steps=steps)
+    assert_follows(calls, plan_of(host, steps), host.clocks[timed], references)
 
 
-def assert_follows(calls, plan, clock, references):
-    assert len(calls) == len(clock)
-    for seen, step in zip(calls, clock, strict=True):
-        wrong = [
-            layer for layer, choice in zip(plan.layer_names, plan.selection[step].tolist(), strict=True)
-            if checksum(seen, layer) != checksum(references[choice], layer)
-        ]  # fmt: skip
-        assert not wrong, f"step {step}: {len(wrong)} layers, {wrong[:3]}"
-        ours = {layer.partition(":")[0] for layer in plan.layer_names}
-        assert {path: seen[path] for path in seen if path not in ours} == {path: references[None][path] for path in seen if path not in ours}
-
-
-@pytest.mark.parametrize(("sampler", "steps"), SAMPLERS)
-@pytest.mark.parametrize("schedule", ["s", "s*"])
-def test_every_weight_is_the_chosen_loras_at_every_evaluation(host, sampler, steps, schedule, fields, references):
-    calls = weights_of(host, {**host.pair, "schedule": schedule}, **{**fields, "sampler_name": sampler, "steps": steps})
-    assert_follows(calls, plan_of(host, steps, schedule=schedule), host.facts.clocks[sampler, steps], references)
+@pytest.mark.parametrize(("sampler", "steps"), [("Euler", 1), ("Heun", 4), ("Euler", 12)])
+def test_layers_that_switch_twice(host, sampler, steps, references):
+    calls = host.weights({**host.pair, "schedule": "s*"}, sampler_name=sampler, steps=steps)
+    assert_follows(calls, plan_of(host, steps, schedule="s*"), host.clocks[sampler, steps], references)
 
 
 @pytest.mark.parametrize("selector", ["Fixed", "Random", "LoRA Switch", "Direct merge"])
-def test_selectors_of_all_kinds(host, selector, fields, references):
-    calls = weights_of(host, {**host.pair, "selector": selector}, **{**fields, "steps": 6})
+def test_selectors_of_all_kinds(host, selector, references):
+    calls = host.weights({**host.pair, "selector": selector}, steps=6)
     assert_follows(calls, plan_of(host, 6, seed=42, selector=selector), range(6), references)
 
 
-@pytest.mark.parametrize(("rule", "steps", "clock"), [("continue", 6, [2, 3, 4, 5]), ("restart", 4, [0, 1, 2, 3])])
-def test_the_hires_pass_follows_its_rule(host, rule, steps, clock, fields, references):
-    calls = weights_of(host, {**host.pair, "hires": rule}, **fields, **HIRES)
-    assert_follows(calls[:4], plan_of(host, 4), [0, 1, 2, 3], references)
+@pytest.mark.parametrize(("rule", "steps", "clock"), [("continue", 6, [2, 3, 4, 5]), ("restart", 4, FOUR)])
+def test_the_hires_pass_follows_its_rule(host, upscaler, rule, steps, clock, references):
+    klora, hires = {**host.pair, "hires": rule}, {**HIRES, "hr_upscaler": upscaler}
+    calls = host.weights(klora, **hires)
+    assert_follows(calls[:4], plan_of(host, 4), FOUR, references)
     assert_follows(calls[4:], plan_of(host, steps), clock, references)
+    assert same(host.picture(klora, **hires), host.picture(klora, **hires))
 
 
-def test_hires_off_leaves_both_out_of_the_second_pass(host, fields, references):
-    calls = weights_of(host, {**host.pair, "hires": "off"}, **fields, **HIRES)
-    assert_follows(calls[:4], plan_of(host, 4), [0, 1, 2, 3], references)
+def test_hires_off_leaves_both_out_of_the_second_pass(host, upscaler, references):
+    calls = host.weights({**host.pair, "hires": "off"}, **HIRES, hr_upscaler=upscaler)
+    assert_follows(calls[:4], plan_of(host, 4), FOUR, references)
+    assert len(calls) == 8
     assert all(call == references[None] for call in calls[4:])
 
 
-def test_every_picture_of_several_batches_starts_anew(host, fields, references):
-    calls = weights_of(host, host.pair, **fields, n_iter=2, batch_size=2)
-    for batch in (calls[:4], calls[4:]):
-        assert_follows(batch, plan_of(host, 4), [0, 1, 2, 3], references)
+def test_img2img_continues_where_the_noise_level_stands(host, plain, references):
+    calls = host.weights(host.pair, init_images=[as_base64(plain)], denoising_strength=0.5)
+    assert_follows(calls, plan_of(host, 4), [1, 2, 3], references)
 
 
-def test_afterwards_every_weight_is_the_checkpoints(host, fields, references):
-    weights_of(host, host.pair, **fields)
-    assert all(call == references[None] for call in weights_of(host, **fields))
+@pytest.mark.parametrize("fields", [
+    {"prompt": "a [cat:dog:0.5]"}, {"prompt": "a cat AND a dog"}, {"cfg_scale": 1}, {"prompt": "a cat " * 60}, {"batch_size": 2},
+    {"n_iter": 2, "batch_size": 2}, {"s_min_uncond": 4.0},
+])  # fmt: skip
+def test_prompts_and_batches_of_all_kinds_keep_the_clock(host, fields, references):
+    calls = host.weights(host.pair, **fields)
+    assert len(calls) == 4 * fields.get("n_iter", 1)
+    for first in range(0, len(calls), 4):
+        assert_follows(calls[first:first + 4], plan_of(host, 4), FOUR, references)
+
+
+def test_skip_early_cfg_keeps_the_clock(host, references):
+    with host.options(skip_early_cond=0.5):
+        assert_follows(host.weights(host.pair), plan_of(host, 4), FOUR, references)
+
+
+def test_afterwards_every_weight_is_the_checkpoints(host, references):
+    host.weights(host.pair)
+    assert all(call == references[None] for call in host.weights())

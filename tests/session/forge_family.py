@@ -84,7 +84,7 @@ class Patcher:
 
 
 class LoraLoader:
-    """Forge: merges when the names of the patches differ from the last time's."""
+    """Forge: merges when the names of the patches differ from the last time's; a packed weight (GGUF) stays the same object with other data."""
 
     def __init__(self, model):
         self.model, self.backup, self.online_backup, self.loaded_hash, self.fail_at = model, {}, [], "[]", None
@@ -112,8 +112,13 @@ class LoraLoader:
                 continue
             if self.model.fail_at == key:
                 raise torch.OutOfMemoryError("merge")
-            self.backup[key] = getattr(layer, name)
-            put(self.model, key, merged(patches, self.backup[key]))
+            weight = getattr(layer, name)
+            if self.model.packed:
+                self.backup[key] = nn.Parameter(weight.data, requires_grad=False)
+                weight.data = merged(patches, weight)
+            else:
+                self.backup[key] = weight
+                put(self.model, key, merged(patches, weight))
         self.loaded_hash = names
 
 
@@ -257,7 +262,7 @@ def checkpoint(kind):
     torch.manual_seed(0)
     models = [KModel(), KModel()]
     for model in models:
-        model.loaded, model.fail_at, model.half_offloaded = None, None, False
+        model.loaded, model.fail_at, model.half_offloaded, model.packed = None, None, False, False
     original = Objects(unet=kind(models[0]), clip=Clip(kind(models[1])))
     return SimpleNamespace(
         is_sdxl=False, forge_objects_original=original, forge_objects=original.shallow_copy(),

@@ -21,8 +21,10 @@ from klora.hosts.detect import UnknownHost, find_webui
 PROJ, QKV = "diffusion_model.double_blocks.0.proj.weight", "diffusion_model.double_blocks.0.img_attn.qkv.weight"
 NORM = "diffusion_model.double_blocks.0.norm.weight"
 LAYERS = ["double_blocks.0.proj", *(f"double_blocks.0.img_attn.qkv:{piece}" for piece in "qkv")]
-KINDS = {"Forge": (ForgePatcher, False), "Forge online": (ForgePatcher, True), "Neo": (ComfyPatcher, False), "Neo online": (ComfyPatcher, True),
-         "Neo half offloaded": (ComfyPatcher, False), "classic": (ClassicPatcher, False)}  # fmt: skip
+KINDS = {
+    "Forge": (ForgePatcher, False), "Forge packed": (ForgePatcher, False), "Forge online": (ForgePatcher, True), "Neo": (ComfyPatcher, False),
+    "Neo online": (ComfyPatcher, True), "Neo half offloaded": (ComfyPatcher, False), "classic": (ClassicPatcher, False),
+}  # fmt: skip
 if folder := os.environ.get("KLORA_PATCHER_FOLDER"):
     KINDS["real"] = (real_kind(folder), False)
 
@@ -63,7 +65,7 @@ class Host:
             monkeypatch.setitem(sys.modules, path, module)
         self.model = checkpoint(kind)
         unet = self.model.forge_objects_original.unet.model
-        unet.half_offloaded = name == "Neo half offloaded"
+        unet.half_offloaded, unet.packed = name == "Neo half offloaded", name == "Forge packed"
         unet.storage_dtype = torch.float8_e4m3fn if self.online else torch.float32
         self.fused = kind.fused
         known = (PROJ, QKV) if self.fused else (PROJ,)

@@ -1,12 +1,13 @@
-"""For the tests against a running A1111, or its stand-in: what a user of the HTTP API cannot see or cause.
+"""For the tests against a running WebUI, or the stand-in of one: what a user of the HTTP API cannot see or cause.
 
 Link the folder above into the WebUI's extensions before starting it.
 
-- GET /klora-probe/v1/applied: {"calls": [{layer: [network names]}, ...], "applies": number of layers rewritten} since the last GET:
-  which networks every layer really has, after every evaluation of the denoiser.
-- POST /klora-probe/v1/fault {"place", "call", "kind"}: the host's own function at that place raises, once, at its n-th call from now.
-  GET: {"armed": whether it has yet to happen}. GET /klora-probe/v1/counts: {place: its calls since the last GET}.
+- POST /klora-probe/v1/fault {"place", "call", "kind", "times"}: the host's own function at that place fails at its n-th call from now, and at
+  the next ones if "times" is more than 1; of the kind "interrupt" it does its work, and the run is interrupted.
+  GET: {"armed": whether it has yet to happen}; it will not any more. GET /klora-probe/v1/counts: {place: its calls since the last GET}.
 - POST /klora-probe/v1/reload: as the button "Reload UI". GET /klora-probe/v1/started: when these scripts were loaded.
+- GET /klora-probe/v1/applied, where layers keep the names of their networks: {"calls": [{layer: [network names]}, ...], "applies": number of
+  layers rewritten} since the last GET: which networks every layer really has, after every evaluation of the denoiser.
 """
 
 import sys
@@ -14,14 +15,14 @@ import time
 from collections import Counter
 from functools import wraps
 
-import network_lora
 import networks
 import torch
 from fastapi import Body
 from modules import script_callbacks, shared
 
 STARTED = time.time()
-KINDS = {"RuntimeError": RuntimeError, "OutOfMemoryError": torch.OutOfMemoryError}
+ERRORS = {"RuntimeError": RuntimeError, "OutOfMemoryError": torch.OutOfMemoryError}
+LAYERS_KEEP_NAMES = not hasattr(networks, "load_lora_for_models")
 
 calls = []
 counted = Counter()
@@ -29,20 +30,43 @@ fault = {}
 undo = []
 
 
-def wrap(owner, name, made):
+def places():
+    """{place: (owner, name) of the host's function there}, as far as it can be known: those of the loaded checkpoint included."""
+    model = shared.sd_model
+    found = {
+        "text encoder": (type(model), "get_learned_conditioning"), "decode": (type(model), "decode_first_stage"),
+        "callback": (sys.modules["klora.session"].Session, "step"),
+    }  # fmt: skip
+    if LAYERS_KEEP_NAMES:
+        import network_lora
+
+        return {
+            **found, "load": (networks, "load_network"), "apply": (networks, "network_apply_weights"),
+            "restore": (networks, "network_restore_weights_from_backup"), "merge": (network_lora.NetworkModuleLora, "calc_updown"),
+            "forward": (type(model), "apply_model"),
+        }  # fmt: skip
+    from backend.patcher import base, lora
+
+    merges = base if hasattr(base, "merge_lora_to_weight") else lora
+    denoiser = type(model.forge_objects.unet.model)
+    return {
+        **found, "load": (networks, "load_lora_for_models"), "merge": (merges, "merge_lora_to_weight"), "forward": (denoiser, "apply_model"),
+    }  # fmt: skip
+
+
+def wrap(owner, name, made, place):
     original = getattr(owner, name)
+    if getattr(original, "klora_probe", None) == place:
+        return
     replacement = wraps(original)(made(original))
-    replacement.of_klora_probe = True
+    replacement.klora_probe = place
     setattr(owner, name, replacement)
     undo.append(lambda: setattr(owner, name, original))
 
 
-def counting(original):
-    def rewritten(module):
-        counted["applies"] += getattr(module, "network_layer_name", "").startswith("diffusion_model_")
-        return original(module)
-
-    return rewritten
+def wrap_places():
+    for place, (owner, name) in places().items():
+        wrap(owner, name, faulty(place), place)
 
 
 def faulty(place):
@@ -50,11 +74,7 @@ def faulty(place):
         def call(*args, **kwargs):
             counted[place] += 1
             if fault.get("place") == place:
-                fault["call"] -= 1
-                if fault["call"] == 0:
-                    kind = fault["kind"]
-                    fault.clear()
-                    raise KINDS[kind](f"a fault of the test in {place}")
+                happen(place)
             return original(*args, **kwargs)
 
         return call
@@ -62,16 +82,25 @@ def faulty(place):
     return made
 
 
-def wrap_late_places():
-    """Those of a checkpoint and of the K-LoRA extension can be wrapped only when these are loaded."""
-    model, session = type(shared.sd_model), sys.modules["klora.session"].Session
-    late = {
-        "text encoder": (model, "get_learned_conditioning"), "forward": (model, "apply_model"), "decode": (model, "decode_first_stage"),
-        "callback": (session, "step"),
-    }  # fmt: skip
-    for place, (owner, name) in late.items():
-        if not hasattr(getattr(owner, name), "of_klora_probe"):
-            wrap(owner, name, faulty(place))
+def happen(place):
+    fault["call"] -= 1
+    if fault["call"] > 0:
+        return
+    fault["times"] -= 1
+    if fault["times"] < 0:
+        return
+    kind = fault["kind"]
+    if kind in ERRORS:
+        raise ERRORS[kind](f"a fault of the test in {place}")
+    shared.state.interrupt()
+
+
+def counting_rewritten(original):
+    def rewritten(module):
+        counted["applies"] += getattr(module, "network_layer_name", "").startswith("diffusion_model_")
+        return original(module)
+
+    return rewritten
 
 
 def on_cfg_denoised(_params):
@@ -89,24 +118,31 @@ def applied():
 
 
 def counts():
-    wrap_late_places()
+    wrap_places()
     answer = {place: count for place, count in counted.items() if place != "applies"}
     counted.clear()
     return answer
 
 
 def arm(request: dict = Body(...)):  # noqa: B008
-    wrap_late_places()
-    fault.update(request)
+    wrap_places()
+    fault.update({"times": 1, **request})
+
+
+def disarm():
+    answer = {"armed": fault.get("call", 0) > 0}
+    fault.clear()
+    return answer
 
 
 def on_app_started(_demo, app):
-    app.add_api_route("/klora-probe/v1/applied", applied, methods=["GET"])
     app.add_api_route("/klora-probe/v1/fault", arm, methods=["POST"])
-    app.add_api_route("/klora-probe/v1/fault", lambda: {"armed": bool(fault)}, methods=["GET"])
+    app.add_api_route("/klora-probe/v1/fault", disarm, methods=["GET"])
     app.add_api_route("/klora-probe/v1/counts", counts, methods=["GET"])
     app.add_api_route("/klora-probe/v1/reload", shared.state.request_restart, methods=["POST"])
     app.add_api_route("/klora-probe/v1/started", lambda: {"started": STARTED}, methods=["GET"])
+    if LAYERS_KEEP_NAMES:
+        app.add_api_route("/klora-probe/v1/applied", applied, methods=["GET"])
 
 
 def on_script_unloaded():
@@ -114,11 +150,8 @@ def on_script_unloaded():
         undo.pop()()
 
 
-wrap(networks, "network_restore_weights_from_backup", counting)
-wrap(networks, "network_restore_weights_from_backup", faulty("restore"))
-wrap(networks, "network_apply_weights", faulty("apply"))
-wrap(networks, "load_network", faulty("load"))
-wrap(network_lora.NetworkModuleLora, "calc_updown", faulty("merge"))
+if LAYERS_KEEP_NAMES:
+    wrap(networks, "network_restore_weights_from_backup", counting_rewritten, "applies")
+    script_callbacks.on_cfg_denoised(on_cfg_denoised)
 script_callbacks.on_script_unloaded(on_script_unloaded)
-script_callbacks.on_cfg_denoised(on_cfg_denoised)
 script_callbacks.on_app_started(on_app_started)

@@ -18,13 +18,21 @@ def denoiser():
     return objects.unet.model.diffusion_model if objects else shared.sd_model.model.diffusion_model
 
 
+def stored(weight):
+    if getattr(weight, "gguf_cls", None) is None:
+        return weight.detach()
+    from backend.operations_gguf import dequantize_tensor
+
+    return dequantize_tensor(weight)
+
+
 def effective(layer):
     """The weight after what the host adds to it in every forward pass."""
-    weight = layer.weight.detach()
+    weight = stored(layer.weight)
     if patches := getattr(layer, "forge_online_loras", {}).get("weight"):
         from backend.patcher.lora import merge_lora_to_weight
 
-        return merge_lora_to_weight(patches, weight, computation_dtype=torch.float32)
+        return merge_lora_to_weight(patches, weight.to(torch.float32), computation_dtype=torch.float32)
     for function in getattr(layer, "weight_function", ()):
         weight = function(weight.to(torch.float32, copy=True))
     return weight

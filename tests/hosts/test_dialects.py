@@ -1,0 +1,112 @@
+"""LoRA files in the keys of other trainers, most of which the host's own loader refuses, fuse as the same LoRA in the host's own keys."""
+
+import pytest
+import torch
+from host import same
+from safetensors.torch import load_file
+
+from klora.core.topology import flux_modules, sdxl_modules
+
+KOHYA = (".lora_down.weight", ".lora_up.weight")
+PEFT = (".lora_A.weight", ".lora_B.weight")
+MIDDLE = (".lora.down.weight", ".lora.up.weight")
+OLD = (".down.weight", ".up.weight")
+
+
+def flat(name):
+    return name.replace(".", "_")
+
+
+def processor(name):
+    block, _, projection = name.rpartition(".to_")
+    return f"{block}.processor.to_{projection.removesuffix('.0')}_lora"
+
+
+def xlabs(name):
+    block, _, part = name.rpartition("_attn.")
+    return f"{block.rpartition('.')[0]}.processor.{part}_lora{1 if block.endswith('img') else 2}"
+
+
+def anywhere(_name):
+    return True
+
+
+def in_attention(name):
+    return ".to_" in name
+
+
+def in_double_attention(name):
+    return name.startswith("double_blocks") and name.endswith(("attn.qkv", "attn.proj"))
+
+
+SDXL = {
+    "diffusers PEFT": (lambda module: f"unet.{module.diffusers[0]}", PEFT, anywhere),
+    "diffusers middle": (lambda module: f"unet.{module.diffusers[0]}", MIDDLE, anywhere),
+    "diffusers old processors": (lambda module: f"unet.{processor(module.diffusers[0])}", OLD, in_attention),
+    "the paper's authors'": (lambda module: f"unet.unet.{module.diffusers[0]}", MIDDLE, in_attention),
+    "raw PEFT": (lambda module: f"base_model.model.{module.diffusers[0]}", PEFT, anywhere),
+    "dotted native": (lambda module: f"diffusion_model.{module.native}", PEFT, anywhere),
+    "SimpleTuner": (lambda module: f"lycoris_{flat(module.diffusers[0])}", KOHYA, anywhere),
+}
+FLUX = {
+    "dotted native": (lambda module: f"diffusion_model.{module.native}", PEFT, anywhere),
+    "bare native": (lambda module: module.native, PEFT, anywhere),
+    "raw PEFT": (lambda module: f"base_model.model.{module.native}", PEFT, anywhere),
+    "XLabs": (lambda module: xlabs(module.native), OLD, in_double_attention),
+}
+FLUX_SPLIT = {
+    "bare": lambda name: (name, PEFT),
+    "raw PEFT": lambda name: (f"base_model.model.transformer.{name}", PEFT),
+    "OneTrainer": lambda name: (f"lora_transformer_{flat(name)}", KOHYA),
+    "SimpleTuner": lambda name: (f"lycoris_{flat(name)}", KOHYA),
+}
+"""Of fused matrices and of their pieces: {dialect: how it names a module}."""
+
+
+def factors(host):
+    """(module, down, up) of every low-rank pair of the host's kohya subject, the scale in `up`."""
+    tensors = load_file(host.file(host.subject))
+    for module in sdxl_modules() if host.base == "sdxl" else flux_modules():
+        stem = f"lora_unet_{flat(module.native)}"
+        if stem + KOHYA[0] in tensors:
+            down, up = (tensors[stem + suffix] for suffix in KOHYA)
+            yield module, down, (up.float() * float(tensors[stem + ".alpha"]) / len(down)).to(up.dtype)
+
+
+def assert_fuse_alike(host, **files):
+    """Every file with the host's style gives the same picture, made twice, for a copy in other keys is made the first time."""
+    with host.more_loras(**files):
+        pictures = [host.picture({"subject": name, "style": host.style}) for name in files for _ in range(2)]
+        assert all(same(pictures[0], other) for other in pictures[1:])
+        assert not same(pictures[0], host.picture({**host.pair, "selector": "Style only"}))
+
+
+@pytest.mark.parametrize("dialect", dict.fromkeys([*SDXL, *FLUX]))
+def test_other_keys_fuse_as_kohyas(host, dialect):
+    dialects = SDXL if host.base == "sdxl" else FLUX
+    if dialect not in dialects:
+        pytest.skip("a dialect of the other base model")
+    name_of, suffixes, includes = dialects[dialect]
+    other, kohya = {}, {}
+    for module, down, up in factors(host):
+        if includes(module.native):
+            kohya.update({f"lora_unet_{flat(module.native)}{suffix}": value for suffix, value in zip(KOHYA, (down, up), strict=True)})
+            other.update({name_of(module) + suffix: value for suffix, value in zip(suffixes, (down, up), strict=True)})
+    assert_fuse_alike(host, klora_test_kohya=kohya, klora_test_other=other)
+
+
+@pytest.mark.parametrize("dialect", FLUX_SPLIT)
+def test_other_split_keys_fuse_as_those_of_diffusers(host, dialect):
+    if host.base != "flux":
+        pytest.skip("only FLUX fuses matrices")
+    other, diffusers = {}, {}
+    for module, down, up in factors(host):
+        if module.halves_swapped:
+            continue
+        width = down.shape[1]
+        heights = [width, width, width, len(up) - 3 * width][: len(module.pieces)] or [len(up)]
+        for name, rows in zip(module.diffusers, torch.split(up, heights), strict=True):
+            stem, suffixes = FLUX_SPLIT[dialect](name)
+            diffusers.update({f"transformer.{name}{suffix}": value for suffix, value in zip(PEFT, (down, rows), strict=True)})
+            other.update({stem + suffix: value for suffix, value in zip(suffixes, (down, rows), strict=True)})
+    assert_fuse_alike(host, klora_test_split=diffusers, klora_test_other=other)

@@ -1,0 +1,37 @@
+"""Checkpoints that the host keeps in fewer bits, with LoRAs merged into their weights or added in every forward pass."""
+
+import pytest
+from host import same, tag
+from plans import assert_follows, plan_of
+
+
+@pytest.fixture(scope="module")
+def plain(host):
+    """Of the checkpoint loaded anew: its very first load differs from any later one by a grey level in A1111, without K-LoRA too."""
+    with host.storing(next(iter(host.facts.storages))):
+        pass
+    return host.picture()
+
+
+def test_every_storage_keeps_the_promises(host, plain, fused, storage):
+    with host.storing(storage):
+        plain_there = host.picture()
+        tags = {0: tag(host.style), 1: tag(host.subject), 2: tag(host.subject) + tag(host.style)}
+        for choice, selector in enumerate(("Style only", "Subject only", "Direct merge")):
+            assert same(host.picture({**host.pair, "selector": selector}), host.picture(prompt="a cat" + tags[choice]))
+        fused_there = host.picture(host.pair)
+        assert same(host.picture(host.pair), fused_there)
+        assert same(host.picture(), plain_there)
+        references = {choice: host.weights(prompt="a cat" + text, steps=1)[0] for choice, text in {**tags, None: ""}.items()}
+        for schedule in ("s", "s*"):
+            assert_follows(host.weights({**host.pair, "schedule": schedule}), plan_of(host, 4, schedule=schedule), [0, 1, 2, 3], references)
+        assert all(call == references[None] for call in host.weights())
+    assert same(host.picture(host.pair), fused)
+
+
+def test_fewer_bits_make_another_picture(host, plain, storage):
+    """The check that the option was in force; without fewer bits it cannot be seen in a picture without LoRAs."""
+    if "fp8" not in storage and "float8" not in storage:
+        pytest.skip("it does not round")
+    with host.storing(storage):
+        assert not same(host.picture(), plain)

@@ -1,0 +1,51 @@
+"""The parts of a LoRA that change text encoders, which run before the first step: they apply or not as the setting says."""
+
+import pytest
+import torch
+from host import same
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ENCODERS = {
+    "first": {
+        "sdxl": ("conditioner.embedders.0.transformer.text_model.encoder.layers.{}.mlp.fc1.weight", "lora_te1_text_model_encoder_layers_{}_mlp_fc1"),
+        "flux": ("text_encoders.clip_l.transformer.text_model.encoder.layers.{}.mlp.fc1.weight", "lora_te1_text_model_encoder_layers_{}_mlp_fc1"),
+    },
+    "second": {
+        "sdxl": ("conditioner.embedders.1.model.transformer.resblocks.{}.mlp.c_fc.weight", "lora_te2_text_model_encoder_layers_{}_mlp_fc1"),
+        "flux": (
+            "text_encoders.t5xxl.transformer.encoder.block.{}.layer.0.SelfAttention.q.weight", "lora_te2_encoder_block_{}_layer_0_SelfAttention_q",
+        ),
+    },
+}  # fmt: skip
+"""CLIP-L, and OpenCLIP or T5: {base model: (a weight of the checkpoint, kohya's key of it)} by number of the block."""
+
+
+def with_part(host, encoder):
+    """The subject's tensors, with what it has for one text encoder; with low-rank pairs for two of its blocks if it has nothing."""
+    weight, stem = ENCODERS[encoder][host.base]
+    prefix = stem.partition("_text")[0].partition("_encoder")[0]
+    tensors = {key: value for key, value in load_file(host.file(host.subject)).items() if key.startswith(prefix) or not key.startswith("lora_te")}
+    if any(key.startswith(prefix) for key in tensors):
+        return tensors
+    with safe_open(host.folder / "models" / "Stable-diffusion" / host.checkpoint, "pt") as checkpoint:
+        for block in range(2):
+            rows, columns = checkpoint.get_slice(weight.format(block)).get_shape()
+            generator = torch.Generator().manual_seed(block)
+            tensors[f"{stem.format(block)}.lora_down.weight"] = torch.randn(4, columns, generator=generator)
+            tensors[f"{stem.format(block)}.lora_up.weight"] = torch.randn(rows, 4, generator=generator)
+            tensors[f"{stem.format(block)}.alpha"] = torch.tensor(4.0)
+    return tensors
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_they_apply_as_the_setting_says(host, encoder):
+    with host.more_loras(klora_test_text=with_part(host, encoder)):
+        klora = {"subject": "klora_test_text", "style": host.style, "selector": "Subject only"}
+        tags = {"both": "<lora:klora_test_text:1>", "none": "<lora:klora_test_text:0:1>"}
+        expected = {rule: host.picture(prompt="a cat" + tag) for rule, tag in tags.items()}
+        assert not same(expected["both"], expected["none"])
+        for rule in (*tags, "both"):
+            assert same(host.picture({**klora, "text_encoder": rule}), expected[rule])
+        pictures = [host.picture({**klora, "selector": "K-LoRA", "text_encoder": rule}) for rule in ("subject", "none")]
+        assert not same(*pictures)
