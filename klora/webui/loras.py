@@ -56,11 +56,18 @@ def find(name: str, field: str) -> HostLora:
     known = list_loras()
     for matches in (_named(name, known), [lora for lora in known if lora.alias == name], _alike(name, known)):
         if len(matches) == 1:
-            return matches[0]
+            return _writable(matches[0], field)
         if matches:
             names = ", ".join(repr(lora.name) for lora in matches)
             raise SettingsError({field: f"{name!r} ({field}) could be any of the LoRAs {names}: give the one you mean by its file name."})
     raise SettingsError({field: _missing(name, field, known)})
+
+
+def _writable(lora: HostLora, field: str) -> HostLora:
+    """The LoRA, if its name can be written into a picture."""
+    if not lora.name.isprintable():
+        raise SettingsError({field: f"{lora.name!r} ({field}) has characters in its file name that cannot be written: rename the file."})
+    return lora
 
 
 def exactly(name: str) -> HostLora | None:
@@ -143,7 +150,7 @@ def _missing(name: str, field: str, known: list[HostLora]) -> str:
     if not known:
         return f"The WebUI lists no LoRA at all, so {name!r} ({field}) cannot be used: put it into the LoRA folder and press the refresh button."
     names = {lora.name.casefold(): lora.name for lora in known}
-    near = difflib.get_close_matches(_bare(name), names, 3, 0.5)
+    near = difflib.get_close_matches(_bare(name)[:200], names, 3, 0.5)
     hint = "; nearest: " + ", ".join(repr(names[low]) for low in near) if near else ""
     return (
         f"The WebUI lists no LoRA named {name!r} ({field}){hint}. If you have just added the file, press the refresh button of the "

@@ -64,7 +64,8 @@ adapter_settings = st.dictionaries(
     st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "unet.use_rslora", "transformer.lora_alpha", "r", "lora_alpha"]),
     st.none() | st.integers() | st.floats() | st.text() | st.dictionaries(st.sampled_from(["proj_in", "^x$", "(a+)+$", "("]), st.floats() | st.text()),
 )
-metadata = st.none() | st.fixed_dictionaries({"lora_adapter_metadata": adapter_settings.map(json.dumps) | st.text()}) | st.integers()
+metadata = st.fixed_dictionaries({"lora_adapter_metadata": adapter_settings.map(json.dumps) | st.text()})
+FAULTS = ("none",) * 14 + ("other entry", "other key", "no metadata", "length", "cut")
 
 
 @st.composite
@@ -73,7 +74,9 @@ def odd_files(draw: st.DrawFn) -> bytes:
     shapes: dict[str, list[Any]] = {}
     for module in draw(st.lists(modules(), min_size=1, max_size=3)):
         shapes.update(module)
-    shapes.update(draw(st.dictionaries(st.text(max_size=20), st.lists(odd_sizes, max_size=4), max_size=1)))
+    fault = draw(st.sampled_from(FAULTS))
+    if fault == "other key":
+        shapes.update(draw(st.dictionaries(st.text(max_size=20), st.lists(odd_sizes, max_size=4), max_size=1)))
     dtype, filling = draw(dtypes), draw(fillings)
     header: dict[str, Any] = {}
     tensors = bytearray()
@@ -83,17 +86,17 @@ def odd_files(draw: st.DrawFn) -> bytes:
         end = len(tensors) + whole * SIZES.get(dtype, 1)
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(tensors), end]}
         tensors += filled(filling, dtype, end - len(tensors))
-    if draw(st.integers(0, 7)) == 0:
+    if fault == "other entry":
         header[draw(st.sampled_from(sorted(header)))] = draw(
             st.fixed_dictionaries({"dtype": dtypes, "shape": st.lists(odd_sizes, max_size=3), "data_offsets": st.lists(odd_sizes, max_size=3)})
             | st.none() | st.text() | st.lists(st.integers()) | st.dictionaries(st.text(), st.integers())
         )  # fmt: skip
-    if (said := draw(metadata)) is not None:
-        header["__metadata__"] = said
+    if draw(st.booleans()):
+        header["__metadata__"] = draw(st.integers() | st.text() if fault == "no metadata" else metadata)
     text = json.dumps(header, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
-    length = draw(st.sampled_from([len(text)] * 9 + [len(text) - 1, len(text) + 1, 0, 1 << 63]))
+    length = draw(st.sampled_from([len(text) - 1, len(text) + 1, 0, 1 << 63])) if fault == "length" else len(text)
     content = struct.pack("<Q", length) + text + bytes(tensors)
-    return content[: draw(st.integers(0, len(content)))] if draw(st.integers(0, 15)) == 0 else content
+    return content[: draw(st.integers(0, len(content)))] if fault == "cut" else content
 
 
 def filled(filling: str, dtype: str, size: int) -> bytes:
