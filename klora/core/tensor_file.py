@@ -20,7 +20,7 @@ from torch import Tensor
 from klora.errors import LoraFileError
 
 _PICKLED = {".pt", ".pth", ".ckpt", ".bin"}
-_LONGEST_HEADER = 100_000_000
+_LONGEST_HEADER = 20_000_000
 FLOATS = {
     dtype
     for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -69,6 +69,8 @@ def read_tensor_file(path: Path) -> TensorFile:
     with _readable(path):
         if path.is_dir():
             raise LoraFileError(f'"{path}" is a folder, not a LoRA file: name the .safetensors file in it.')
+        if any("\ud800" <= char <= "\udfff" for char in str(path)):
+            raise LoraFileError(f'The name of the LoRA file "{path}" is not valid UTF-8, so no WebUI can write it down: rename the file.')
         if path.suffix.lower() in _PICKLED:
             tensors = _unpickle(path)
             return TensorFile(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {})
@@ -97,7 +99,7 @@ def _read_safetensors(path: Path) -> TensorFile:
         if opening != b"{" or length < 2:
             raise LoraFileError(not_safetensors)
         if length > _LONGEST_HEADER:
-            raise LoraFileError(f'The header of "{path.name}" claims {length} bytes, more than a safetensors file may have: {_AGAIN}.')
+            raise LoraFileError(f'The header of "{path.name}" claims {length} bytes, more than any LoRA needs: {_AGAIN}.')
         if length + 8 > size:
             raise LoraFileError(f'The LoRA file "{path.name}" is cut off inside its header: {_AGAIN}.')
         text = opening + stream.read(length - 1)

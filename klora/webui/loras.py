@@ -56,18 +56,11 @@ def find(name: str, field: str) -> HostLora:
     known = list_loras()
     for matches in (_named(name, known), [lora for lora in known if lora.alias == name], _alike(name, known)):
         if len(matches) == 1:
-            return _writable(matches[0], field)
+            return matches[0]
         if matches:
             names = ", ".join(repr(lora.name) for lora in matches)
             raise SettingsError({field: f"{name!r} ({field}) could be any of the LoRAs {names}: give the one you mean by its file name."})
     raise SettingsError({field: _missing(name, field, known)})
-
-
-def _writable(lora: HostLora, field: str) -> HostLora:
-    """The LoRA, if its name can be written into a picture."""
-    if not lora.name.isprintable():
-        raise SettingsError({field: f"{lora.name!r} ({field}) has characters in its file name that cannot be written: rename the file."})
-    return lora
 
 
 def exactly(name: str) -> HostLora | None:
