@@ -11,7 +11,7 @@ from klora.core.lora_file import LoraFile, read_lora
 from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import score_pair
-from klora.errors import PairError
+from klora.errors import PairError, printable
 from klora.settings import Settings
 
 ACCELERATORS = ("lcm", "lightning", "hyper-sd", "hyper_sd", "hypersd", "turbo", "dmd", "tcd", "pcm", "schnell-lora")
@@ -92,7 +92,7 @@ def pair_warnings(subject: LoraFile, style: LoraFile, plan: Plan) -> list[str]:
                 "nor a style: put it in the prompt and choose another LoRA here."
             )
         if lora.unknown_keys:
-            few = ", ".join(lora.unknown_keys[:3]) + (", …" if len(lora.unknown_keys) > 3 else "")
+            few = ", ".join(printable(key, 80) for key in lora.unknown_keys[:3]) + (", …" if len(lora.unknown_keys) > 3 else "")
             warnings.append(
                 f"{len(lora.unknown_keys)} tensors of the {role} LoRA {name} have names K-LoRA does not know and are left out ({few}): "
                 "if the LoRA works without K-LoRA, please report these names."
@@ -105,7 +105,7 @@ def pair_warnings(subject: LoraFile, style: LoraFile, plan: Plan) -> list[str]:
                 f"{alone[role]} of {len(layers)} layers are changed by the {role} LoRA {lora.path.name} only and stay with it in every "
                 "step: the two files train different parts of the model, so little is left to choose."
             )
-    return warnings
+    return [printable(warning) for warning in warnings]
 
 
 def is_accelerator(name: str) -> bool:

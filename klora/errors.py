@@ -5,8 +5,25 @@ the UI, in the API answer and in the console.
 """
 
 
+LONGEST_SENTENCE = 800
+
+
+def printable(text: str, longest: int = LONGEST_SENTENCE) -> str:
+    """`text`, which may hold names from a file or a request, as every console, JSON answer and picture takes it.
+
+    What cannot be printed (control characters, halves of surrogate pairs from names that are not UTF-8) is escaped, and the middle of what
+    is longer than `longest` characters is left out.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} […] {text[-(longest // 2) :]}"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class KLoraError(Exception):
     """Any fault with a sentence for the user."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
 
 
 class LoraFileError(KLoraError):
@@ -25,8 +42,8 @@ class SettingsError(KLoraError):
     """
 
     def __init__(self, problems: dict[str, str]) -> None:
-        self.problems = dict(problems)
-        super().__init__(" ".join(self.problems.values()))
+        self.problems = {printable(name): printable(sentence) for name, sentence in problems.items()}
+        Exception.__init__(self, " ".join(self.problems.values()))
 
 
 class HostError(KLoraError):

@@ -16,6 +16,8 @@ from klora.core.schedule import SCHEDULES, Schedule
 from klora.core.selectors import SELECTORS
 from klora.errors import SettingsError
 
+MOST_UNKNOWN = 8
+LONGEST_WORD = 80
 AUTO = "auto"
 OFF = "off"
 
@@ -120,10 +122,13 @@ class Settings:
         """
         problems: dict[str, str] = {}
         good: dict[str, Any] = {}
-        for name, value in values.items():
-            if name not in SPECS:
-                problems[name] = f"K-LoRA has no setting {name!r}{_nearest(name, SPECS)}"
-                continue
+        unknown = [name for name in values if name not in SPECS]
+        for name in unknown[:MOST_UNKNOWN]:
+            problems[name] = f"K-LoRA has no setting {_shown(name)}{_nearest(name, SPECS)}"
+        if len(unknown) > MOST_UNKNOWN:
+            problems[unknown[MOST_UNKNOWN]] = f"And {len(unknown) - MOST_UNKNOWN} more names that are no settings of K-LoRA."
+        for name in (name for name in values if name in SPECS):
+            value = values[name]
             try:
                 good[name] = PARSERS[SPECS[name].kind](SPECS[name], name, value)
             except ValueError as error:
@@ -228,7 +233,7 @@ def _values(spec: Spec) -> str:
 
 
 def _nearest(word: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(word.lower(), [k.lower() for k in known], 1, 0.5)
+    near = difflib.get_close_matches(word[:LONGEST_WORD].lower(), [k.lower() for k in known], 1, 0.5)
     names = {k.lower(): k for k in known}
     return f"; did you mean {names[near[0]]!r}?" if near else f"; it has {', '.join(known)}."
 
@@ -255,7 +260,7 @@ def _parse_choice(spec: Spec, name: str, value: Any) -> str:
     for choice in spec.choices:
         if choice.lower() == wanted:
             return choice
-    raise ValueError(f"{name!r} ({spec.label}) cannot be {_shown(value)}{_nearest(str(value)[:80], spec.choices)}")
+    raise ValueError(f"{name!r} ({spec.label}) cannot be {_shown(value)}{_nearest(str(value), spec.choices)}")
 
 
 def _parse_number(spec: Spec, name: str, value: Any) -> float | str | None:

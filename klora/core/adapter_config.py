@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from klora.errors import LoraFileError
 
 _METADATA_KEY = "lora_adapter_metadata"
 _PEFT_DEFAULT_ALPHA = 8
@@ -17,6 +19,8 @@ _COMPONENTS = {
     "te2": ("text_encoder_2",),
     "t5": ("text_encoder_2", "text_encoder_3"),
 }
+_LARGEST_ALPHA = 1e30
+_MODULE_NAME = re.compile(r"\^?[\w.]+")
 
 
 class AdapterConfig:
@@ -24,14 +28,21 @@ class AdapterConfig:
 
     Args:
         metadata: the file's __metadata__. Without the entry, or with a broken one, every scale is None.
+        name: the file's, for what is wrong with it.
+
+    Raises:
+        LoraFileError: alpha_pattern is not made of names of modules.
     """
 
-    def __init__(self, metadata: Mapping[str, str]) -> None:
+    def __init__(self, metadata: Mapping[str, str], name: str) -> None:
+        self._name = name
         try:
             content = json.loads(metadata.get(_METADATA_KEY, "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             content = {}
         self._settings: dict[str, Any] = content if isinstance(content, dict) else {}
+        self._components = {base: self._component(base) for base in _COMPONENTS}
+        self._patterns = {base: self._alpha_pattern(settings) for base, settings in self._components.items()}
 
     def scale(self, base: str, path: str, rank: int) -> float | None:
         """lora_alpha / rank (/ √rank with rank-stabilised LoRA) of the module `path`; None if the file does not say.
@@ -40,16 +51,34 @@ class AdapterConfig:
             base: "sdxl", "flux", "te1", "te2" or "t5".
             path: the module's dotted name in diffusers.
             rank: rows of its down.
+
+        Raises:
+            LoraFileError: the alpha that holds here is no number.
         """
-        settings = self._component(base)
+        settings = self._components[base]
         if not settings:
             return None
         alpha = settings.get("lora_alpha", _PEFT_DEFAULT_ALPHA)
-        for pattern, value in (settings.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                alpha = value
-                break
-        return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        patterns = self._patterns[base]
+        alpha = next((patterns[name] for name in (f"^{path}", *_endings(path)) if name in patterns), alpha)
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -_LARGEST_ALPHA <= alpha <= _LARGEST_ALPHA:
+            raise self._wrong("lora_alpha")
+        return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+    def _alpha_pattern(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """{end of a module's name, or "^" and the whole of it: its alpha}. PEFT takes any regular expression, trainers write names."""
+        given = settings.get("alpha_pattern") or {}
+        if not isinstance(given, dict):
+            raise self._wrong("alpha_pattern")
+        patterns = {pattern.removesuffix("$").replace("\\.", "."): alpha for pattern, alpha in given.items()}
+        if not all(map(_MODULE_NAME.fullmatch, patterns)):
+            raise self._wrong("alpha_pattern")
+        return patterns
+
+    def _wrong(self, field: str) -> LoraFileError:
+        return LoraFileError(
+            f'"{field}" in the header of "{self._name}" ("{_METADATA_KEY}") is not one number for each module name: export the LoRA again.'
+        )
 
     def _component(self, base: str) -> dict[str, Any]:
         for component in _COMPONENTS[base]:
@@ -58,3 +87,10 @@ class AdapterConfig:
             if found:
                 return found
         return self._settings if "lora_alpha" in self._settings or "r" in self._settings else {}
+
+
+def _endings(path: str) -> Iterator[str]:
+    """A dotted name, and what is left of it after each dot: the ways in which PEFT lets a pattern name a module."""
+    while path:
+        yield path
+        _, _, path = path.partition(".")

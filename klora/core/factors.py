@@ -16,6 +16,9 @@ from torch import Tensor
 
 from klora.core.deltas import Delta, Dense, Hadamard, Kronecker, LowRank
 
+LARGEST = 1 << 27
+"""Entries of a matrix: the largest layer of SDXL and FLUX.1 has half as many. Two thin factors of any size could ask for any number."""
+
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Tensors = Callable[[str], Tensor]
@@ -99,6 +102,18 @@ def _matrix(shapes: Shapes, role: str) -> Shape:
     return shapes[role]
 
 
+def _core(shapes: Shapes, role: str) -> Shape:
+    if len(shapes[role]) != 4 or 0 in shapes[role]:
+        raise Misfit(role, f"has the shape {list(shapes[role])}, which is no Tucker core (out, in, height, width)")
+    return shapes[role]
+
+
+def _no_larger(role: str, rows: int, columns: int) -> tuple[int, int]:
+    if rows * columns > LARGEST:
+        raise Misfit(role, f"makes a matrix of {rows} × {columns}, which no layer of SDXL or FLUX.1 is")
+    return rows, columns
+
+
 def _meet(role: str, found: int, expected: int, other: str) -> None:
     if found != expected:
         raise Misfit(role, f"does not fit {other}: {found} where {expected} is needed")
@@ -108,11 +123,12 @@ def _measure_lora(shapes: Shapes) -> Measure:
     up, down = _matrix(shapes, "up"), _matrix(shapes, "down")
     if "mid" not in shapes:
         _meet("up", _columns(up), down[0], "its down")
-        return Measure((up[0], _columns(down)), down[0], down[0])
-    mid = _matrix(shapes, "mid")
+        return Measure(_no_larger("up", up[0], _columns(down)), down[0], down[0])
+    mid = _core(shapes, "mid")
     _meet("up", _columns(up), mid[0], "its mid")
     _meet("mid", mid[1], down[0], "its down")
-    return Measure((up[0], _columns(down) * prod(mid[2:])), down[0], down[0])
+    _, columns = _no_larger("mid", mid[0], _columns(down) * prod(mid[2:]))
+    return Measure(_no_larger("up", up[0], columns), down[0], down[0])
 
 
 def _lora(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> LowRank:
@@ -133,13 +149,22 @@ def _measure_loha(shapes: Shapes) -> Measure:
 
 def _measure_half(shapes: Shapes, n: str) -> tuple[int, int]:
     a, b = _matrix(shapes, f"hada_w{n}_a"), _matrix(shapes, f"hada_w{n}_b")
-    core = shapes.get(f"hada_t{n}")
-    if core is None:
-        _meet(f"hada_w{n}_a", _columns(a), b[0], f"hada_w{n}_b")
-        return a[0], _columns(b)
-    _meet(f"hada_t{n}", core[0], a[0], f"hada_w{n}_a")
-    _meet(f"hada_t{n}", core[1], b[0], f"hada_w{n}_b")
-    return a[1], b[1] * prod(core[2:])
+    if f"hada_t{n}" in shapes:
+        return _measure_tucker(shapes, f"hada_t{n}", f"hada_w{n}_a", f"hada_w{n}_b")
+    _meet(f"hada_w{n}_a", _columns(a), b[0], f"hada_w{n}_b")
+    return _no_larger(f"hada_w{n}_a", a[0], _columns(b))
+
+
+def _measure_tucker(shapes: Shapes, core: str, a: str, b: str) -> tuple[int, int]:
+    """(rows, columns) of what `_tucker` makes."""
+    inner, outer, *size = _core(shapes, core)
+    for role in (a, b):
+        if len(_matrix(shapes, role)) != 2:
+            raise Misfit(role, f"has the shape {list(shapes[role])} where {core} needs a matrix")
+    _meet(core, inner, shapes[a][0], a)
+    _meet(core, outer, shapes[b][0], b)
+    _, columns = _no_larger(core, inner, shapes[b][1] * prod(size))
+    return _no_larger(a, shapes[a][1], columns)
 
 
 def _loha(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> Hadamard:
@@ -160,7 +185,7 @@ def _measure_lokr(shapes: Shapes) -> Measure:
     (m1, n1), rank1 = _kron_factor(shapes, "lokr_w1", None)
     (m2, n2), rank2 = _kron_factor(shapes, "lokr_w2", "lokr_t2")
     rank = rank2 if rank2 is not None else rank1
-    return Measure((m1 * m2, n1 * n2), rank, rank)
+    return Measure(_no_larger("lokr_w1" if "lokr_w1" in shapes else "lokr_w1_a", m1 * m2, n1 * n2), rank, rank)
 
 
 def _kron_factor(shapes: Shapes, name: str, core: str | None) -> tuple[tuple[int, int], int | None]:
@@ -168,13 +193,10 @@ def _kron_factor(shapes: Shapes, name: str, core: str | None) -> tuple[tuple[int
         full = _matrix(shapes, name)
         return (full[0], _columns(full)), None
     a, b = _matrix(shapes, f"{name}_a"), _matrix(shapes, f"{name}_b")
-    if core in shapes:
-        assert core is not None
-        _meet(core, shapes[core][0], a[0], f"{name}_a")
-        _meet(core, shapes[core][1], b[0], f"{name}_b")
-        return (a[1], b[1] * prod(shapes[core][2:])), b[0]
+    if core is not None and core in shapes:
+        return _measure_tucker(shapes, core, f"{name}_a", f"{name}_b"), b[0]
     _meet(f"{name}_a", _columns(a), b[0], f"{name}_b")
-    return (a[0], _columns(b)), b[0]
+    return _no_larger(f"{name}_a", a[0], _columns(b)), b[0]
 
 
 def _lokr(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> Kronecker:
@@ -204,12 +226,16 @@ def _glora_order(shapes: Shapes) -> tuple[str, str]:
 def _measure_glora(shapes: Shapes) -> Measure:
     up, down = _glora_order(shapes)
     rank = shapes[down][0]
+    left, right = _matrix(shapes, up.replace("b", "a")), _matrix(shapes, down.replace("b", "a"))
+    _meet(up.replace("b", "a"), _columns(left), right[0], down.replace("b", "a"))
+    _no_larger(up.replace("b", "a"), left[0], _columns(right))
+    columns = _columns(shapes[down])
     if "bm" in shapes:
-        core = _matrix(shapes, "bm")
+        core = _core(shapes, "bm")
         _meet("bm", core[0], _columns(shapes[up]), up)
         _meet("bm", core[1], rank, down)
-        return Measure((shapes[up][0], _columns(shapes[down]) * prod(core[2:])), rank, rank)
-    return Measure((shapes[up][0], _columns(shapes[down])), rank, rank)
+        _, columns = _no_larger("bm", core[0], columns * prod(core[2:]))
+    return Measure(_no_larger(up, shapes[up][0], columns), rank, rank)
 
 
 def _glora(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> LowRank:
@@ -232,7 +258,7 @@ def glora_input_factor(get: Tensors, shapes: Shapes, scale: float) -> LowRank:
 
 def _measure_full(shapes: Shapes) -> Measure:
     diff = _matrix(shapes, "diff")
-    return Measure((diff[0], _columns(diff)), None, None)
+    return Measure(_no_larger("diff", diff[0], _columns(diff)), None, None)
 
 
 def _full(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> Dense:

@@ -46,9 +46,13 @@ def not_a_lora(keys: Iterable[str]) -> str | None:
     return _first(_NOT_LORAS, keys)
 
 
+LONGEST_KEY = 500
+"""No key of any trainer is half as long; what comes after tells nothing."""
+
+
 def _first(table: tuple[tuple[re.Pattern[str], str], ...], keys: Iterable[str]) -> str | None:
     keys = list(keys)
     for pattern, name in table:
-        if any(pattern.search(key) for key in keys):
+        if any(pattern.search(key, 0, LONGEST_KEY) for key in keys):
             return name
     return None

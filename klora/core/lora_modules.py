@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from math import prod
 
 from klora.core.adapter_config import AdapterConfig
 from klora.core.factors import Kind, Measure, Misfit, Shape, kind_of
 from klora.core.key_names import ParsedKey, Target
-from klora.core.tensor_file import OpenTensors, TensorFile
+from klora.core.tensor_file import FLOATS, OpenTensors, TensorFile
 from klora.core.topology import NORM
 from klora.errors import LoraFileError
 
@@ -62,8 +63,7 @@ class FileModule:
         if self.measure is not None:
             rows, columns = self.measure.shape
         else:
-            role = self.bias_role or "w_norm"
-            rows = self.shapes[role][0]
+            rows = max(prod(shape) for shape in self.shapes.values())
             columns = rows // 7  # FLUX's linear1 is 3 + 4 times as high as wide
         layers = self.target.layers
         width = columns if len(layers) == 4 else rows // len(layers)
@@ -102,7 +102,7 @@ def gather(file: TensorFile, parsed: Mapping[str, ParsedKey], tensors: OpenTenso
             )
         same[meaning.role] = key
     result = Gathered(unknown=[key for key in file.shapes if key not in parsed])
-    config = AdapterConfig(file.metadata)
+    config = AdapterConfig(file.metadata, file.path.name)
     for target, roles in keys.items():
         module = _module(file, target, roles, parsed, tensors, config)
         if module is None:
@@ -118,11 +118,10 @@ def _module(
 ) -> FileModule | None:
     shapes = {role: file.shapes[key] for role, key in keys.items()}
     path = parsed[next(iter(keys.values()))].path
-    if target.module.kind == NORM:
-        return FileModule(target, keys, shapes, path) if _NORM_ROLES.issuperset(keys) else None
-    kind = kind_of(shapes)
+    kind = None if target.module.kind == NORM else kind_of(shapes)
     if kind is None:
-        return FileModule(target, keys, shapes, path) if "diff_b" in keys else None
+        complete = _NORM_ROLES.issuperset(keys) if target.module.kind == NORM else "diff_b" in keys
+        return _whole(file, FileModule(target, keys, shapes, path)) if complete else None
     missing = kind.missing(shapes)
     if missing is not None:
         raise LoraFileError(
@@ -130,6 +129,7 @@ def _module(
         )
     try:
         measure = kind.measure(shapes)
+        _check_additions(shapes, measure)
         alpha = _scalar(file, tensors, keys.get("alpha"))
         given = _scalar(file, tensors, keys.get("scale"))
         said = None
@@ -141,19 +141,40 @@ def _module(
             scale = alpha / measure.divisor
         else:
             scale = 1.0 if said is None else said
-        module = FileModule(target, keys, shapes, path, kind, measure, alpha, scale, said is not None)
+    except Misfit as misfit:
+        raise _misfit(file, keys, misfit) from None
+    return _whole(file, FileModule(target, keys, shapes, path, kind, measure, alpha, scale, said is not None))
+
+
+def _whole(file: TensorFile, module: FileModule) -> FileModule:
+    """The module, if its rows can be cut into its layers."""
+    try:
         list(module.pieces())
     except Misfit as misfit:
-        role, what = misfit.args
-        raise LoraFileError(f'The tensor "{keys.get(role, role)}" of "{file.path.name}" {what}: export the LoRA again.') from None
+        raise _misfit(file, module.keys, misfit) from None
     return module
+
+
+def _misfit(file: TensorFile, keys: Mapping[str, str], misfit: Misfit) -> LoraFileError:
+    role, what = misfit.args
+    return LoraFileError(f'The tensor "{keys.get(role, role)}" of "{file.path.name}" {what}: export the LoRA again.')
+
+
+def _check_additions(shapes: Mapping[str, Shape], measure: Measure) -> None:
+    """Raises Misfit where a bias is not a number a row, or a magnitude neither a number a row nor one an input."""
+    rows, columns = measure.shape
+    for role in shapes.keys() & {*BIAS_ROLES, *_MAGNITUDE_ROLES}:
+        count = prod(shapes[role])
+        of_inputs = role in _MAGNITUDE_ROLES and count and columns % count == 0
+        if count != rows and not of_inputs:
+            raise Misfit(role, f"has {count} numbers where {rows} are needed")
 
 
 def _scalar(file: TensorFile, tensors: OpenTensors, key: str | None) -> float | None:
     if key is None:
         return None
     tensor = tensors.whole(key)
-    if tensor.numel() != 1 or not tensor.float().isfinite().all():
+    if tensor.numel() != 1 or tensor.is_complex() or not tensor.float().isfinite().all():
         raise LoraFileError(f'The tensor "{key}" of "{file.path.name}" is not one finite number: export the LoRA again.')
     return float(tensor.float())
 
@@ -179,6 +200,8 @@ def used_rank(module: FileModule, tensors: OpenTensors, start: int, stop: int) -
     if module.kind.row_role is None or (module.magnitude_role is not None and len(module.target.layers) == 1):
         return module.measure.rank
     matrix = tensors.whole(module.keys[module.kind.row_role])
+    if matrix.dtype not in FLOATS:
+        return module.measure.rank
     fused = len(module.target.layers) > 1 and module.kind.name == "LoRA"
     used = None
     for top in range(start, stop, _BLOCK_ROWS):

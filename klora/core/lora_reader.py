@@ -12,14 +12,8 @@ from torch import Tensor
 from klora.core.deltas import Delta, LowRank
 from klora.core.factors import glora_input_factor, row_piece, swap_row_halves
 from klora.core.lora_modules import FileModule
-from klora.core.tensor_file import OpenTensors
+from klora.core.tensor_file import FLOATS, OpenTensors
 from klora.errors import LoraFileError
-
-_FLOATS = {
-    dtype
-    for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-    if (dtype := getattr(torch, name, None)) is not None
-}
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ class LoraReader:
         key = module.keys[role]
         tensor = self._tensors.whole(key)
         tensor = tensor if rows is None else tensor[rows]
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise LoraFileError(
                 f'The tensor "{key}" of "{self._path.name}" holds {str(tensor.dtype).removeprefix("torch.")} numbers: '
                 "save the LoRA in fp32, fp16, bf16 or fp8."

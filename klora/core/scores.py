@@ -19,7 +19,7 @@ from klora.core.layer_pass import Result, Work, over_layers, scoring_device
 from klora.core.profiles import FileProfile, LayerProfile, table_k
 from klora.core.score_cache import ScoreCache
 from klora.core.topk import profile, top_sum
-from klora.errors import Cancelled, PairError
+from klora.errors import Cancelled, LoraFileError, PairError
 
 Progress = Callable[[int, int], object]
 IsCancelled = Callable[[], bool]
@@ -224,6 +224,9 @@ def _fits(known: FileProfile, lora: LoraSource) -> bool:
 
 def _profile(lora: LoraSource, run: _Run) -> dict[str, LayerProfile]:
     found = run.over(lora, list(lora.layers), lambda name, delta, buffer: profile(delta, buffer))
+    for name, layer in found.items():
+        if not math.isfinite(layer.abs_sum) or not math.isfinite(layer.squared_sum):
+            raise LoraFileError(f"The numbers of “{lora.path.name}” in layer {name} are too large to be summed: take another file in its place.")
     return dict(sorted(found.items()))
 
 
@@ -263,7 +266,13 @@ def _gamma(subject: _Side, style: _Side, shared: Sequence[str]) -> float:
                 f"“{side.lora.path.name}” changes nothing on the layers it shares with “{other.lora.path.name}” (all its values there "
                 "are zero), so the two cannot be balanced: take another file in its place."
             )
-    return totals[0] / totals[1]
+    gamma = totals[0] / totals[1]
+    if not 0 < gamma < math.inf:
+        raise PairError(
+            f"“{subject.lora.path.name}” and “{style.lora.path.name}” differ so much in magnitude ({totals[0]:.1g} and {totals[1]:.1g}) that "
+            "they cannot be balanced: take another file in the place of one."
+        )
+    return gamma
 
 
 def _layer_score(name: str, k: int | None, subject: _Side, style: _Side) -> LayerScore:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +20,14 @@ from torch import Tensor
 from klora.errors import LoraFileError
 
 _PICKLED = {".pt", ".pth", ".ckpt", ".bin"}
-_LONGEST_HEADER = 100_000_000
+_LONGEST_HEADER = 20_000_000
+FLOATS = {
+    dtype
+    for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+    if (dtype := getattr(torch, name, None)) is not None
+}
+"""Types of numbers that a LoRA may be stored in."""
+
 _AGAIN = "download or copy it again"
 
 
@@ -47,8 +55,9 @@ class TensorFile:
     def open(self) -> AbstractContextManager[OpenTensors]:
         """The file's tensors; usable from several threads."""
         if self.path.suffix.lower() in _PICKLED:
-            return nullcontext(_Loaded(_unpickle(self.path)))
-        return _open_safetensors(self.path)
+            with _readable(self.path):
+                return nullcontext(_Loaded(_unpickle(self.path)))
+        return _open_safetensors(self)
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -57,13 +66,21 @@ def read_tensor_file(path: Path) -> TensorFile:
     Raises:
         LoraFileError: the file is missing, unreadable, truncated, or in another format.
     """
-    try:
+    with _readable(path):
         if path.is_dir():
             raise LoraFileError(f'"{path}" is a folder, not a LoRA file: name the .safetensors file in it.')
+        if any("\ud800" <= char <= "\udfff" for char in str(path)):
+            raise LoraFileError(f'The name of the LoRA file "{path}" is not valid UTF-8, so no WebUI can write it down: rename the file.')
         if path.suffix.lower() in _PICKLED:
             tensors = _unpickle(path)
             return TensorFile(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {})
         return _read_safetensors(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise LoraFileError(f'The LoRA file "{path}" does not exist: check its name and folder.') from None
     except OSError as error:
@@ -82,7 +99,7 @@ def _read_safetensors(path: Path) -> TensorFile:
         if opening != b"{" or length < 2:
             raise LoraFileError(not_safetensors)
         if length > _LONGEST_HEADER:
-            raise LoraFileError(f'The header of "{path.name}" claims {length} bytes, more than a safetensors file may have: {_AGAIN}.')
+            raise LoraFileError(f'The header of "{path.name}" claims {length} bytes, more than any LoRA needs: {_AGAIN}.')
         if length + 8 > size:
             raise LoraFileError(f'The LoRA file "{path.name}" is cut off inside its header: {_AGAIN}.')
         text = opening + stream.read(length - 1)
@@ -91,7 +108,7 @@ def _read_safetensors(path: Path) -> TensorFile:
         metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         shapes = {key: tuple(int(n) for n in entry["shape"]) for key, entry in header.items()}
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise LoraFileError(not_safetensors) from None
     if 8 + length + end > size:
         raise LoraFileError(f'The LoRA file "{path.name}" is cut off: {8 + length + end - size} of its bytes are missing; {_AGAIN}.')
@@ -99,7 +116,8 @@ def _read_safetensors(path: Path) -> TensorFile:
 
 
 @contextmanager
-def _open_safetensors(path: Path) -> Iterator[OpenTensors]:
+def _open_safetensors(file: TensorFile) -> Iterator[OpenTensors]:
+    path = file.path
     try:
         opened = safetensors.safe_open(str(path), framework="pt", device="cpu")
     except FileNotFoundError:
@@ -107,19 +125,23 @@ def _open_safetensors(path: Path) -> Iterator[OpenTensors]:
     except (safetensors.SafetensorError, OSError) as error:
         raise LoraFileError(f'The LoRA file "{path.name}" cannot be read ({error}): {_AGAIN}.') from error
     with opened as tensors:
-        yield _Mapped(path, tensors)
+        yield _Mapped(file, tensors)
 
 
 @dataclass(frozen=True)
 class _Mapped:
-    path: Path
+    file: TensorFile
     tensors: Any
 
     def whole(self, key: str) -> Tensor:
+        name = self.file.path.name
         try:
-            return self.tensors.get_tensor(key)
-        except (safetensors.SafetensorError, OSError, KeyError, AttributeError, TypeError) as error:
-            raise LoraFileError(f'The tensor "{key}" of "{self.path.name}" cannot be read ({error}): {_AGAIN}.') from error
+            tensor: Tensor = self.tensors.get_tensor(key)
+        except (safetensors.SafetensorError, OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise LoraFileError(f'The tensor "{key}" of "{name}" cannot be read ({error}): {_AGAIN}.') from error
+        if tuple(tensor.shape) != self.file.shapes[key]:
+            raise LoraFileError(f'The tensor "{key}" of "{name}" has not the shape that the header says: {_AGAIN}.')
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -134,14 +156,27 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a PyTorch file; never runs code from it."""
     if path.stat().st_size == 0:
         raise LoraFileError(f'The LoRA file "{path.name}" is empty: {_AGAIN}.')
+    if tarfile.is_tarfile(path):  # torch before 2.6 runs code from one even so (CVE-2025-32434)
+        raise LoraFileError(f'The file "{path.name}" is in a format of PyTorch that can run code: use a .safetensors file.')
     try:
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise LoraFileError(f'The file "{path.name}" is broken or holds more than tensors: use a .safetensors file.') from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can make its reader raise anything
         raise LoraFileError(f'The file "{path.name}" cannot be read as a PyTorch file ({error}): {_AGAIN}.') from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    content = content if isinstance(content, dict) else {}
+    tensors = {key: value.detach() for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or not _is_whole(tensor):
+            raise LoraFileError(f'The tensor "{key}" of "{path.name}" is not stored as plain numbers: use a .safetensors file.')
     if not tensors:
         raise LoraFileError(f'The file "{path.name}" holds no tensors by name, so it is not a LoRA: use a .safetensors file.')
     return tensors
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether every entry of a tensor is stored: one that repeats a few can be of any size."""
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import suppress
 from secrets import compare_digest
-from threading import BoundedSemaphore, Lock
+from threading import BoundedSemaphore, Event, Lock
 from typing import Any
 
-from fastapi import Body, Depends, FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from klora.analysis import analyze
 from klora.core.score_cache import ScoreCache
-from klora.errors import KLoraError, SettingsError
+from klora.errors import Cancelled, KLoraError, SettingsError, printable
 from klora.settings import Settings, json_schema
 from klora.webui import loras, paths
 
@@ -20,6 +25,8 @@ WHOLE_NUMBERS = {"steps": (20, 1, 1000), "seed": (0, 0, 2**63 - 1)}
 """What an analysis takes beside the settings: default, minimum, maximum."""
 
 MOST_AT_ONCE = 4
+MOST_BYTES = 1 << 16
+SECONDS_BETWEEN_LOOKS = 0.2
 EXAMPLE = {"subject": "my_dog", "style": "ink_drawing", "alpha": 1.5, "steps": 20}
 
 _places = BoundedSemaphore(MOST_AT_ONCE)
@@ -33,7 +40,9 @@ def register(_demo: Any, app: FastAPI) -> None:
     app.add_api_route("/klora/v1/loras", list_loras, methods=["GET"], summary="LoRAs to choose as subject and style", **common)
     app.add_api_route(
         "/klora/v1/analyze", analyze_pair, methods=["POST"], summary="Plan of a pair, without a picture", response_model=None,
-        openapi_extra=_documented_request(), responses={422: {"description": "What is wrong: {detail, fields}"}, 503: {"description": "Busy"}},
+        openapi_extra=_documented_request(), responses={
+            413: {"description": "The request is too long"}, 422: {"description": "What is wrong: {detail, fields}"}, 503: {"description": "Busy"},
+        },
         **common,
     )  # fmt: skip
 
@@ -45,28 +54,72 @@ def schema() -> dict[str, Any]:
 
 def list_loras() -> list[dict[str, str]]:
     """Name, alias and the host's short hash ("" while not hashed) of every LoRA that can be named as subject or style."""
-    return [{"name": lora.name, "alias": lora.alias, "hash": lora.shorthash} for lora in loras.list_loras()]
+    return [{"name": printable(lora.name), "alias": printable(lora.alias), "hash": lora.shorthash} for lora in loras.list_loras()]
 
 
-def analyze_pair(request: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
+async def analyze_pair(request: Request) -> JSONResponse:
     """Who is chosen on each layer at each step: the JSON of `python -m klora analyze`. Takes the settings, `steps` and `seed`."""
+    content = await _content(request)
+    if content is None:
+        return JSONResponse({"detail": f"The request is longer than {MOST_BYTES} bytes, which no analysis needs.", "fields": {}}, 413)
+    gone = Event()
+    watch = asyncio.ensure_future(_wait_for_hang_up(request, gone))
     try:
-        settings, steps, seed = _parsed(request)
+        return await run_in_threadpool(_answer, content, gone.is_set)
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+
+
+async def _content(request: Request) -> bytes | None:
+    """The body of a request, None if it is too long to be read."""
+    content = b""
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > MOST_BYTES:
+            return None
+    return content
+
+
+async def _wait_for_hang_up(request: Request, gone: Event) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    gone.set()
+
+
+def _answer(content: bytes, cancelled: Callable[[], bool]) -> JSONResponse:
+    try:
+        settings, steps, seed = _parsed(content)
         subject, style = (loras.find(getattr(settings, role), role).path for role in ("subject", "style"))
         if not _places.acquire(blocking=False):
             sentence = f"{MOST_AT_ONCE} analyses are under way or waiting already: try again when one is done."
             return JSONResponse({"detail": sentence}, 503, {"Retry-After": "5"})
         try:
-            with _analysis:
-                return JSONResponse(analyze(subject, style, settings, steps=steps, seed=seed, cache=ScoreCache(paths.cache_folder())).to_json())
+            while not _analysis.acquire(timeout=SECONDS_BETWEEN_LOOKS):
+                if cancelled():
+                    raise Cancelled
+            try:
+                cache = ScoreCache(paths.cache_folder())
+                return JSONResponse(analyze(subject, style, settings, steps=steps, seed=seed, cache=cache, cancelled=cancelled).to_json())
+            finally:
+                _analysis.release()
         finally:
             _places.release()
+    except Cancelled:
+        return JSONResponse({"detail": "The client hung up, so the analysis was given up.", "fields": {}}, 499)
     except KLoraError as error:
         return JSONResponse({"detail": str(error), "fields": getattr(error, "problems", {})}, 422)
 
 
-def _parsed(request: dict[str, Any]) -> tuple[Settings, int, int]:
+def _parsed(content: bytes) -> tuple[Settings, int, int]:
     """Settings, steps and seed of a request; a SettingsError says all that is wrong with it."""
+    try:
+        request = json.loads(content)
+    except (ValueError, RecursionError):
+        request = None
+    if not isinstance(request, dict):
+        raise KLoraError("The request is not a JSON object: send the settings by name, as {\"subject\": \"…\", \"style\": \"…\"}.")
     numbers = {name: request.get(name, default) for name, (default, _, _) in WHOLE_NUMBERS.items()}
     problems = {
         name: f"{name!r} is a whole number from {WHOLE_NUMBERS[name][1]} to {WHOLE_NUMBERS[name][2]}, not {str(value)[:60]!r}."

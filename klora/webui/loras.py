@@ -143,7 +143,7 @@ def _missing(name: str, field: str, known: list[HostLora]) -> str:
     if not known:
         return f"The WebUI lists no LoRA at all, so {name!r} ({field}) cannot be used: put it into the LoRA folder and press the refresh button."
     names = {lora.name.casefold(): lora.name for lora in known}
-    near = difflib.get_close_matches(_bare(name), names, 3, 0.5)
+    near = difflib.get_close_matches(_bare(name)[:200], names, 3, 0.5)
     hint = "; nearest: " + ", ".join(repr(names[low]) for low in near) if near else ""
     return (
         f"The WebUI lists no LoRA named {name!r} ({field}){hint}. If you have just added the file, press the refresh button of the "
