@@ -12,10 +12,11 @@ from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import score_pair
 from klora.errors import PairError, printable
+from klora.file_notes import own_names
 from klora.settings import Settings
 
 ACCELERATORS = ("lcm", "lightning", "hyper-sd", "hyper_sd", "hypersd", "turbo", "dmd", "tcd", "pcm", "schnell-lora")
-"""Words in the name of a LoRA that makes a model need few steps: neither a subject nor a style."""
+"""Words in the name of a LoRA, its file's or its own, that makes a model need few steps: neither a subject nor a style."""
 
 Progress = Callable[[int, int], None]
 
@@ -86,7 +87,7 @@ def pair_warnings(subject: LoraFile, style: LoraFile, plan: Plan) -> list[str]:
     warnings = []
     for role, lora in (("subject", subject), ("style", style)):
         name = lora.path.name
-        if is_accelerator(name):
+        if any(map(is_accelerator, (name, *own_names(lora.metadata)))):
             warnings.append(
                 f"The {role} LoRA {name} looks like an accelerator (it makes a model need few steps), which is neither a subject "
                 "nor a style: put it in the prompt and choose another LoRA here."

@@ -27,15 +27,16 @@ def preflight(analysis: Analysis) -> str:
 def _file_lines(role: str, lora: LoraFile) -> Iterator[str]:
     yield f"{role:8} {lora.path}"
     kinds = ", ".join(f"{kind} {count}" for kind, count in lora.kinds.items())
-    ranks = _range([layer.rank for layer in lora.layers.values()])
-    alphas = _range([layer.network_alpha for layer in lora.layers.values()])
+    ranks = value_range([layer.rank for layer in lora.layers.values()])
+    alphas = value_range([layer.network_alpha for layer in lora.layers.values()])
     yield f"         {BASE_NAMES[lora.base]}, {lora.dialect} keys; {kinds}; rank {ranks}, network alpha {alphas}"
     encoders = ", ".join(f"{name} {count}" for name, count in lora.text_encoder_layers.items() if count) or "none"
     rest = f"norms and biases: {len(lora.carried)}; unknown tensors: {len(lora.unknown_keys)}"
     yield f"         {len(lora.layers)} layers; text encoder layers: {encoders}; {rest}"
 
 
-def _range(values: list) -> str:
+def value_range(values: list) -> str:
+    """The least and the greatest of these numbers as a person writes them; None counts for nothing."""
     known = sorted({value for value in values if value is not None})
     if not known:
         return "none"

@@ -15,10 +15,16 @@ GROUPS = {
 _RANKS = {head: place for place, head in enumerate(GROUPS)}
 
 
+def group_of(layer: str) -> str:
+    """The part of the network that a canonical layer is in: "down", "mid", "up", "double", "single", …"""
+    head = layer.partition(".")[0]
+    return GROUPS.get(head, head)
+
+
 def block_of(layer: str) -> str:
     """The block of a canonical layer, as people call it: "down 4", "mid", "up 0", "double 3", "single 37"."""
     head, *rest = layer.split(".")
-    group = GROUPS.get(head, head)
+    group = group_of(layer)
     numbered = head in ("input_blocks", "output_blocks", "double_blocks", "single_blocks")
     return f"{group} {rest[0]}" if numbered and rest else group
 

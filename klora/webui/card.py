@@ -1,0 +1,171 @@
+"""The pre-flight card of the page as JSON: what the two files are, whether they fit the loaded checkpoint, and the scores of the pair."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from klora.analysis import BASE_NAMES, check_pair, pair_warnings
+from klora.core.blocks import block_of, forward_order, group_of
+from klora.core.lora_file import LoraFile
+from klora.core.plan import make_plan
+from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
+from klora.core.score_cache import ScoreCache
+from klora.core.scores import score_pair
+from klora.core.selectors import Choice
+from klora.errors import HostError, KLoraError, PairError
+from klora.file_notes import trained_on, trigger_words
+from klora.report import value_range
+from klora.selection_map import BOTH, STYLE, SUBJECT
+from klora.settings import SPECS
+from klora.webui import loras, paths
+
+ROLES = ("subject", "style")
+
+
+def constants() -> dict[str, Any]:
+    """What the page's scripts need before they ask for anything: the colours of the map, the values of `Choice`, what numbers may be."""
+    return {
+        "colours": {role: "#{:02x}{:02x}{:02x}".format(*colour) for role, colour in (("subject", SUBJECT), ("style", STYLE), ("both", BOTH))},
+        "choices": {choice.name.lower(): int(choice) for choice in Choice},
+        "schedules": SCHEDULES,
+        "alphaM": ALPHA_M,
+        "numbers": {name: {"label": spec.label, "words": spec.choices, "bounds": spec.bounds} for name, spec in SPECS.items() if spec.kind == "number"},
+    }
+
+
+def card(names: Mapping[str, str]) -> dict[str, Any]:
+    """The files and the checkpoint, from the files' headers alone.
+
+    Args:
+        names: {"subject" | "style": the host's name of the LoRA, "" where none is chosen yet}.
+
+    Returns:
+        {"subject", "style"}: facts of each file, {"problem": sentence} or None; "checkpoint": {"name", "base"} or None while none is
+        loaded; "layers": numbers of layers shared and of one file only, or None; "problems": why Generate would refuse.
+    """
+    files: dict[str, LoraFile] = {}
+    answer: dict[str, Any] = {"subject": None, "style": None, "layers": None, "problems": [], "checkpoint": None}
+    for role in ROLES:
+        if names.get(role):
+            try:
+                lora = loras.find(names[role], role)
+                files[role] = loras.read(lora.path)
+                answer[role] = _file(lora, files[role])
+            except KLoraError as error:
+                answer[role] = {"name": names[role], "problem": str(error)}
+    if len(files) == len(ROLES):
+        subject, style = (set(files[role].layers) for role in ROLES)
+        answer["layers"] = {"shared": len(subject & style), "subject": len(subject - style), "style": len(style - subject)}
+        answer["problems"] += _pair_problems(files["subject"], files["style"])
+    try:
+        answer["checkpoint"] = _checkpoint()
+    except HostError as error:
+        answer["problems"].append(str(error))
+    answer["problems"] += _checkpoint_problems(files, answer["checkpoint"])
+    return answer
+
+
+def scores(names: Mapping[str, str], k_scale: float, cancelled: Callable[[], bool]) -> dict[str, Any]:
+    """γ and the scores of a pair by layer, in the order of the plan, one list a column; `place` is the layer's in the network.
+
+    Raises:
+        KLoraError: with the sentence for the user.
+        Cancelled: when `cancelled` said so.
+    """
+    subject, style = (loras.read(loras.find(names[role], role).path) for role in ROLES)
+    check_pair(subject, style)
+    found = score_pair(subject, style, k_scale=k_scale, cache=ScoreCache(paths.cache_folder()), cancelled=cancelled)
+    layers = found.layers
+    in_order = sorted(range(len(layers)), key=lambda i: forward_order(layers[i].name))
+    places = {index: place for place, index in enumerate(in_order)}
+    return {
+        "gamma": found.gamma,
+        "layers": {
+            **{
+                field: [getattr(layer, field) for layer in layers]
+                for field in (
+                    "name", "only", "k", "rank_subject", "rank_style", "subject_score", "style_score", "subject_frobenius", "style_frobenius",
+                )
+            },
+            "block": [block_of(layer.name) for layer in layers],
+            "group": [group_of(layer.name) for layer in layers],
+            "place": [places[i] for i in range(len(layers))],
+        },
+        "warnings": pair_warnings(subject, style, make_plan(found, steps=1, schedule=Schedule.named("s"))),
+    }  # fmt: skip
+
+
+def _file(lora: loras.HostLora, file: LoraFile) -> dict[str, Any]:
+    layers = file.layers.values()
+    return {
+        "name": lora.name,
+        "base": BASE_NAMES[file.base],
+        "trainedOn": trained_on(file.metadata),
+        "dialect": file.dialect,
+        "kinds": ", ".join(f"{kind} ({count})" if len(file.kinds) > 1 else kind for kind, count in file.kinds.items()),
+        "rank": value_range([layer.rank for layer in layers]),
+        "networkAlpha": value_range([layer.network_alpha for layer in layers]),
+        "layers": len(layers),
+        "textEncoders": dict(file.text_encoder_layers),
+        "unknown": len(file.unknown_keys),
+        "words": _words(lora.path, file),
+        "preview": _preview(lora),
+    }
+
+
+def _words(path: Path, file: LoraFile) -> list[str]:
+    """Trigger words: those that the user gave the LoRA on the host's card of it, before those of its file."""
+    try:
+        notes = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        own = notes.get("activation text", "") if isinstance(notes, dict) else ""
+    except (OSError, ValueError, RecursionError):
+        own = ""
+    return trigger_words({"trigger_phrase": str(own)}) + [word for word in trigger_words(file.metadata) if word not in str(own)]
+
+
+def _preview(lora: loras.HostLora) -> str | None:
+    """Address of the picture on the host's card of a LoRA."""
+    from modules import ui_extra_networks
+
+    page = next((page for page in ui_extra_networks.extra_pages if page.name == "lora"), None)
+    return page.find_preview(str(lora.path.with_suffix(""))) if page else None
+
+
+def _pair_problems(subject: LoraFile, style: LoraFile) -> list[str]:
+    if subject.path == style.path:
+        return ["Subject and style are the same LoRA: choose another one for one of them."]
+    try:
+        check_pair(subject, style)
+    except PairError as error:
+        return [str(error)]
+    return []
+
+
+def _checkpoint() -> dict[str, str | None] | None:
+    """Name and base of the loaded checkpoint, without having the host load one; None while none is, or another is to take its place.
+
+    Raises:
+        HostError: this WebUI is unknown.
+    """
+    import networks
+    from modules import sd_models
+
+    from klora.hosts.detect import find_webui
+
+    data = sd_models.model_data
+    info = getattr(data.sd_model, "sd_checkpoint_info", None)
+    wanted = getattr(data, "forge_loading_parameters", {}).get("checkpoint_info")
+    if info is None or (wanted is not None and wanted.filename != info.filename):
+        return None
+    return {"name": info.name_for_extra, "base": find_webui(networks, data.sd_model).base_of(data.sd_model)}
+
+
+def _checkpoint_problems(files: Mapping[str, LoraFile], checkpoint: Mapping[str, str | None] | None) -> list[str]:
+    bases = {file.base for file in files.values()}
+    if checkpoint is None or len(bases) != 1 or checkpoint["base"] in bases:
+        return []
+    wanted, loaded = BASE_NAMES[bases.pop()], BASE_NAMES.get(checkpoint["base"] or "", "neither SDXL nor FLUX.1")
+    return [f"The loaded checkpoint {checkpoint['name']} is {loaded} and the LoRAs are for {wanted}: load a checkpoint of {wanted}."]

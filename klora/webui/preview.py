@@ -1,0 +1,87 @@
+"""What the K-LoRA panel of the page asks for before and after a generation, beside the host's own routes for its page."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Event
+from typing import Any
+
+from fastapi import Body, Depends, FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+
+from klora.errors import Cancelled, KLoraError
+from klora.settings import Settings
+from klora.webui import api, card
+
+SECONDS_BETWEEN_LOOKS = 0.1
+TRY_AGAIN = 503
+"""Status of an answer that will be another in a moment."""
+
+
+def register(_demo: Any, app: FastAPI) -> None:
+    """Add the routes to the host's app, behind the log-in of its page if it has one."""
+    common: dict[str, Any] = {"methods": ["POST"], "include_in_schema": False, "response_model": None, "dependencies": [Depends(_logged_in)]}
+    app.add_api_route("/klora/internal/card", files, **common)
+    app.add_api_route("/klora/internal/scores", scores, **common)
+
+
+def files(request: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
+    """The files of the chosen LoRAs and the checkpoint, `card.card`."""
+    return JSONResponse(card.card(_names(request)))
+
+
+async def scores(request: Request) -> JSONResponse:
+    """The scores of the pair, `card.scores`. Given up when the page hangs up, and put off when the WebUI is generating."""
+    asked = await request.json()
+    gone = Event()
+    watch = asyncio.ensure_future(_wait_for_hang_up(request, gone))
+    try:
+        return await run_in_threadpool(_scored, asked, lambda: gone.is_set() or _generating())
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+
+
+def _scored(asked: dict[str, Any], cancelled: Callable[[], bool]) -> JSONResponse:
+    try:
+        k_scale = Settings.parse({"k_scale": asked.get("k_scale", 1.0)}).k_scale
+        while not api._analysis.acquire(timeout=SECONDS_BETWEEN_LOOKS):
+            if cancelled():
+                raise Cancelled
+        try:
+            return JSONResponse(card.scores(_names(asked), k_scale, cancelled))
+        finally:
+            api._analysis.release()
+    except Cancelled:
+        return JSONResponse({"detail": "The pair is scored when the WebUI has finished its picture."}, TRY_AGAIN)
+    except KLoraError as error:
+        return JSONResponse({"detail": str(error)}, 422)
+
+
+async def _wait_for_hang_up(request: Request, gone: Event) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    gone.set()
+
+
+def _names(request: dict[str, Any]) -> dict[str, str]:
+    return {role: str(request.get(role) or "") for role in card.ROLES}
+
+
+def _generating() -> bool:
+    from modules import shared
+
+    return bool(shared.state.job)
+
+
+def _logged_in(request: Request) -> None:
+    """Gradio's own rule: where the page has a log-in, one of its cookies is a token that it gave out."""
+    app = request.app
+    if getattr(app, "auth", None) is None and getattr(app, "auth_dependency", None) is None:
+        return
+    if not any(name.startswith("access-token") and app.tokens.get(value) for name, value in request.cookies.items()):
+        raise HTTPException(401, detail="Log in to the WebUI's page first.")
