@@ -1,0 +1,451 @@
+"use strict";
+
+/* The selection map of the page: steps down, layers across, beside it the schedule and the subject's share of every step. */
+(function(klora) {
+    const AXIS = 34, TOP = 30, BELOW = 46, BLOCK_GAP = 2, GROUP_GAP = 10, COURSE = 196, CURVE = 112;
+    const HEIGHT = 300, LEAST_ROW = 4, MOST_ROW = 20, MOST_CELL = 16, WIDE_CELL = 12, NAMES = 170, MOST_PIXELS = 16000;
+    const NARROW = 560;
+
+    const percent = share => share === null ? "–" : `${Math.round(share * 100)}%`;
+    const short = number => number === 0 ? "0" : Number(number.toPrecision(4)).toString();
+
+    function element(tag, attributes = {}, ...children) {
+        const made = document.createElement(tag);
+        for (const [name, value] of Object.entries(attributes)) {
+            if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+            else if (value === true) made.setAttribute(name, "");
+            else if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value);
+        }
+        made.append(...children.filter(child => child !== null && child !== undefined));
+        return made;
+    }
+
+    /** Layers in the order of the network with their places on the map. */
+    function layOut(layers, cell) {
+        const order = [...layers.place.keys()].sort((a, b) => layers.place[a] - layers.place[b]);
+        const columns = [], blocks = [], groups = [];
+        let left = 0;
+        for (const layer of order) {
+            const block = layers.block[layer], group = layers.group[layer];
+            const last = columns[columns.length - 1];
+            if (last && last.group !== group) left += GROUP_GAP;
+            else if (last && last.block !== block) left += BLOCK_GAP;
+            const column = {layer, left, block, group};
+            columns.push(column);
+            for (const [spans, name] of [[blocks, block], [groups, group]]) {
+                const span = spans[spans.length - 1];
+                if (!span || span.name !== name) spans.push({name, left, right: left + cell, layers: [layer]});
+                else {
+                    span.right = left + cell;
+                    span.layers.push(layer);
+                }
+            }
+            left += cell;
+        }
+        return {columns, blocks, groups, width: left};
+    }
+
+    function gaps(layers) {
+        const {columns, width} = layOut(layers, 0);
+        return columns.length ? width : 0;
+    }
+
+    /** A canvas of this many CSS pixels that is sharp on any screen, and its context. */
+    function canvasOf(canvas, width, height) {
+        const scale = Math.min(window.devicePixelRatio || 1, MOST_PIXELS / Math.max(width, 1));
+        canvas.width = Math.round(width * scale);
+        canvas.height = Math.round(height * scale);
+        canvas.style.width = `${width}px`;
+        canvas.style.height = `${height}px`;
+        const context = canvas.getContext("2d");
+        context.setTransform(scale, 0, 0, scale, 0, 0);
+        context.clearRect(0, 0, width, height);
+        context.font = "11px system-ui, sans-serif";
+        context.textBaseline = "middle";
+        return context;
+    }
+
+    /** Strokes for layers that only one of the LoRAs changes. */
+    function hatch(context, colour) {
+        const tile = document.createElement("canvas");
+        tile.width = tile.height = 8;
+        const pen = tile.getContext("2d");
+        pen.strokeStyle = colour;
+        pen.lineWidth = 1.6;
+        pen.beginPath();
+        for (const x of [-8, 0, 8]) {
+            pen.moveTo(x, 8);
+            pen.lineTo(x + 8, 0);
+        }
+        pen.stroke();
+        return context.createPattern(tile, "repeat");
+    }
+
+    /** One map in the page. `show` draws a plan or a recorded pass; nothing else is kept but the place that is pointed at. */
+    class SelectionMap {
+        constructor(colours) {
+            this.colours = colours;
+            this.wide = false;
+            this.axis = element("canvas", {class: "klora-axis", "aria-hidden": "true"});
+            this.cells = element("canvas", {class: "klora-cells", tabindex: "0", role: "img"});
+            this.course = element("canvas", {class: "klora-course", role: "img"});
+            this.scroller = element("div", {class: "klora-scroller"}, this.cells);
+            this.body = element("div", {class: "klora-map-body"}, this.axis, this.scroller, this.course);
+            this.tip = element("div", {class: "klora-tip", role: "status", hidden: true});
+            this.legend = element("div", {class: "klora-legend"});
+            this.text = element("div", {class: "klora-text"});
+            this.root = element("div", {class: "klora-map"}, this.body, this.tip, this.legend,
+                element("details", {class: "klora-as-text"}, element("summary", {}, "The map as text"), this.text));
+            this.cells.addEventListener("pointermove", event => this.pointAt(event));
+            this.cells.addEventListener("pointerdown", event => this.pointAt(event));
+            this.cells.addEventListener("pointerleave", () => this.leave());
+            this.cells.addEventListener("blur", () => this.leave());
+            this.cells.addEventListener("keydown", event => this.step(event));
+            new ResizeObserver(() => {
+                if (this.view && this.root.clientWidth && this.root.clientWidth !== this.drawnFor) this.draw();
+            }).observe(this.root);
+        }
+
+        /**
+         * @param view {pair, rows, s, selector, gamma, names: {subject, style}}; s null where the run's schedule is not known
+         */
+        show(view) {
+            this.view = view;
+            this.pointed = null;
+            this.tip.hidden = true;
+            if (this.root.clientWidth) this.draw();
+            this.drawLegend();
+            this.writeText();
+        }
+
+        draw() {
+            const {pair, rows} = this.view, width = this.root.clientWidth;
+            this.drawnFor = width;
+            this.root.classList.toggle("klora-narrow", width < NARROW);
+            const style = getComputedStyle(this.root);
+            this.ink = style.color;
+            this.paper = style.getPropertyValue("--klora-paper").trim() || "#fff";
+            this.faint = style.getPropertyValue("--klora-faint").trim() || "#888";
+            const available = (width < NARROW ? 0 : width - AXIS - COURSE - 14) - gaps(pair.layers);
+            const fitting = Math.max(1, Math.min(MOST_CELL, Math.floor(available / pair.layers.name.length)));
+            this.cell = this.wide ? Math.max(fitting, WIDE_CELL) : fitting;
+            this.row = Math.max(LEAST_ROW, Math.min(MOST_ROW, Math.floor(HEIGHT / rows.length)));
+            this.layout = layOut(pair.layers, this.cell);
+            this.height = TOP + this.row * rows.length + (this.wide ? NAMES : BELOW);
+            this.drawAxis();
+            this.drawCells();
+            this.drawCourse();
+        }
+
+        topOf(step) {
+            return TOP + step * this.row;
+        }
+
+        drawAxis() {
+            const {rows} = this.view, context = canvasOf(this.axis, AXIS, this.height);
+            const every = [1, 2, 5, 10, 20, 50, 100, 200, 500].find(n => n * this.row >= 15) || rows.length;
+            context.fillStyle = this.ink;
+            context.textAlign = "right";
+            for (let step = 0; step < rows.length; step += every) {
+                context.fillText(String(step), AXIS - 6, this.topOf(step) + this.row / 2);
+            }
+            context.fillText("step", AXIS - 6, TOP - 12);
+        }
+
+        drawCells() {
+            const {pair, rows} = this.view, {columns, groups, blocks, width} = this.layout, {cell, row} = this;
+            const context = canvasOf(this.cells, width, this.height);
+            const fills = [this.colours.style, this.colours.subject, this.colours.both, null];
+            for (const {layer, left} of columns) {
+                for (let first = 0, step = 1; step <= rows.length; step++) {
+                    if (step < rows.length && rows[step][layer] === rows[first][layer]) continue;
+                    const fill = fills[rows[first][layer]];
+                    if (fill) {
+                        context.fillStyle = fill;
+                        context.fillRect(left, this.topOf(first), cell, (step - first) * row);
+                    }
+                    first = step;
+                }
+            }
+            const ran = rows.map(one => one[0] !== klora.NOT_RUN);
+            context.fillStyle = hatch(context, this.paper);
+            for (const {layer, left} of columns) {
+                if (!pair.layers.only[layer]) continue;
+                ran.forEach((did, step) => did && context.fillRect(left, this.topOf(step), cell, row));
+            }
+            this.markBlank(context, ran, width);
+            if (row >= 8) {
+                context.fillStyle = this.paper;
+                context.globalAlpha = 0.35;
+                for (let step = 1; step < rows.length; step++) context.fillRect(0, this.topOf(step) - 0.5, width, 1);
+                context.globalAlpha = 1;
+            }
+            this.nameSpans(context, groups, blocks);
+            this.markPointed(context);
+        }
+
+        markBlank(context, ran, width) {
+            ran.forEach((did, step) => {
+                if (did) return;
+                context.strokeStyle = this.faint;
+                context.setLineDash([2, 3]);
+                context.beginPath();
+                context.moveTo(0, this.topOf(step) + this.row / 2);
+                context.lineTo(width, this.topOf(step) + this.row / 2);
+                context.stroke();
+                context.setLineDash([]);
+            });
+        }
+
+        nameSpans(context, groups, blocks) {
+            const bottom = this.topOf(this.view.rows.length);
+            context.textAlign = "center";
+            let taken = -1;
+            for (const {name, left, right} of groups) {
+                const middle = (left + right) / 2, half = context.measureText(name).width / 2;
+                context.fillStyle = this.faint;
+                context.fillRect(left, TOP - 5, right - left, 1);
+                if (middle - half < taken) continue;
+                context.fillStyle = this.ink;
+                context.fillText(name, Math.max(half, middle), TOP - 14);
+                taken = middle + half + 4;
+            }
+            taken = -1;
+            for (const {name, left, right} of blocks) {
+                const number = name.replace(/^\D+/, ""), middle = (left + right) / 2, half = context.measureText(number).width / 2;
+                context.fillStyle = this.faint;
+                context.fillRect(left, bottom + 4, right - left, 1);
+                if (!number || middle - half < taken) continue;
+                context.fillStyle = this.ink;
+                context.fillText(number, middle, bottom + 13);
+                taken = middle + half + 3;
+            }
+            context.textAlign = "left";
+            context.fillStyle = this.faint;
+            if (!this.wide) {
+                context.fillText("blocks, in the order of the network", 0, bottom + 32);
+                return;
+            }
+            context.fillStyle = this.ink;
+            context.font = "10px system-ui, sans-serif";
+            for (const {layer, left} of this.layout.columns) {
+                context.save();
+                context.translate(left + this.cell / 2, bottom + 24);
+                context.rotate(Math.PI / 2);
+                context.fillText(this.shortName(layer), 0, 0);
+                context.restore();
+            }
+        }
+
+        shortName(layer) {
+            const parts = this.view.pair.layers.name[layer].split(".");
+            const name = parts.slice(/^(input|output|double|single)_/.test(parts[0]) ? 2 : 1).join(".");
+            return name.replace(/transformer_blocks\./g, "").replace(/^(\d+)\.(\d+)\./, "$1.$2 ");
+        }
+
+        markPointed(context) {
+            if (!this.pointed) return;
+            const {column, step} = this.pointed;
+            context.strokeStyle = this.ink;
+            context.lineWidth = 1;
+            context.strokeRect(column.left - 0.5, TOP - 0.5, this.cell + 1, this.row * this.view.rows.length + 1);
+            context.strokeRect(-0.5, this.topOf(step) - 0.5, this.layout.width + 1, this.row + 1);
+        }
+
+        /** S(t) against the steps, the place where it passes 1, and bars of the subject's share. */
+        drawCourse() {
+            const {rows, s, selector} = this.view, context = canvasOf(this.course, COURSE, this.height), bottom = this.topOf(rows.length);
+            const bars = CURVE + 18, barWidth = COURSE - bars - 2;
+            context.fillStyle = this.ink;
+            context.textAlign = "left";
+            context.fillText("subject's share", bars - 12, TOP - 14);
+            rows.forEach((row, step) => {
+                const share = klora.subjectShare(row);
+                if (share === null) return;
+                const height = Math.max(1, this.row - (this.row > 5 ? 1 : 0));
+                context.fillStyle = this.colours.style;
+                context.fillRect(bars, this.topOf(step), barWidth, height);
+                context.fillStyle = this.colours.subject;
+                context.fillRect(bars, this.topOf(step), share * barWidth, height);
+            });
+            context.fillStyle = this.ink;
+            context.fillText("0", bars, bottom + 13);
+            context.textAlign = "right";
+            context.fillText("100%", bars + barWidth, bottom + 13);
+            const summary = `Subject's share of the layers: ${percent(klora.subjectShare(rows[0]))} at the first step, ` +
+                `${percent(klora.subjectShare(rows[rows.length - 1]))} at the last.`;
+            this.course.setAttribute("aria-label", summary);
+            if (s) this.drawCurve(context, s, bottom, klora.LOOK_AT_S.includes(selector));
+        }
+
+        drawCurve(context, s, bottom, inUse) {
+            const ratio = this.pointed ? this.ratioOf(this.pointed.column.layer) : null;
+            const low = Math.min(0, ...s), high = Math.max(1.25, ...s) * 1.05, left = 10, right = CURVE - 6;
+            const across = value => left + (Math.min(high, Math.max(low, value)) - low) / (high - low) * (right - left);
+            const middle = step => this.topOf(step) + this.row / 2;
+            context.strokeStyle = context.fillStyle = this.faint;
+            context.lineWidth = 1;
+            context.strokeRect(left + 0.5, TOP + 0.5, right - left, bottom - TOP - 1);
+            context.setLineDash([3, 3]);
+            context.beginPath();
+            context.moveTo(across(1), TOP);
+            context.lineTo(across(1), bottom);
+            context.stroke();
+            context.setLineDash([]);
+            context.fillStyle = this.ink;
+            context.textAlign = "center";
+            context.fillText(inUse ? "S(t)" : "S(t), not in use", (left + right) / 2, TOP - 14);
+            context.fillText("1", across(1), bottom + 13);
+            context.globalAlpha = inUse ? 1 : 0.4;
+            context.strokeStyle = this.ink;
+            context.lineWidth = 2;
+            context.beginPath();
+            const changes = [...s].map((value, step) => step ? value - s[step - 1] : 0);
+            const rises = changes.filter(change => change > 0).length >= changes.filter(change => change < 0).length;
+            s.forEach((value, step) => {
+                const wraps = changes[step] !== 0 && (changes[step] > 0) !== rises;
+                context[step && !wraps ? "lineTo" : "moveTo"](across(value), middle(step));
+            });
+            context.stroke();
+            if (inUse) {
+                this.crossings(s, 1).forEach(step => this.dot(context, across(s[step]), middle(step), this.ink));
+                if (ratio !== null) this.drawRatio(context, s, ratio, across, middle, bottom);
+            }
+            context.globalAlpha = 1;
+        }
+
+        drawRatio(context, s, ratio, across, middle, bottom) {
+            context.strokeStyle = this.colours.subject;
+            context.lineWidth = 1.5;
+            context.beginPath();
+            context.moveTo(across(ratio), TOP);
+            context.lineTo(across(ratio), bottom);
+            context.stroke();
+            this.crossings(s, ratio).forEach(step => this.dot(context, across(s[step]), middle(step), this.colours.subject));
+        }
+
+        /** The steps at which S(t) has passed a level since the step before. */
+        crossings(s, level) {
+            return [...s.keys()].filter(step => step > 0 && (s[step] <= level) !== (s[step - 1] <= level));
+        }
+
+        dot(context, x, y, colour) {
+            context.fillStyle = colour;
+            context.strokeStyle = this.paper;
+            context.lineWidth = 1.5;
+            context.beginPath();
+            context.arc(x, y, 4.5, 0, 2 * Math.PI);
+            context.fill();
+            context.stroke();
+        }
+
+        ratioOf(layer) {
+            const {pair, selector, gamma} = this.view, found = klora.magnitudes(pair.layers, layer, selector);
+            return found && gamma !== null && found.style * gamma ? found.subject / (found.style * gamma) : null;
+        }
+
+        pointAt(event) {
+            const box = this.cells.getBoundingClientRect();
+            const x = event.clientX - box.left, step = Math.floor((event.clientY - box.top - TOP) / this.row);
+            const column = this.layout && this.layout.columns.findLast(one => one.left <= x);
+            if (!column || x > column.left + this.cell + GROUP_GAP || step < 0 || step >= this.view.rows.length) {
+                this.leave();
+                return;
+            }
+            this.point(column, step);
+        }
+
+        step(event) {
+            const moves = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], PageUp: [-20, 0], PageDown: [20, 0]}[event.key];
+            if (event.key === "Escape") this.leave();
+            if (!moves || !this.layout) return;
+            event.preventDefault();
+            const {columns} = this.layout, limit = (value, count) => Math.max(0, Math.min(count - 1, value));
+            const at = this.pointed ? [columns.indexOf(this.pointed.column), this.pointed.step] : [-moves[0], -moves[1]];
+            const column = columns[limit(at[0] + moves[0], columns.length)];
+            this.scroller.scrollLeft = column.left - this.scroller.clientWidth / 2;
+            this.point(column, limit(at[1] + moves[1], this.view.rows.length));
+        }
+
+        point(column, step) {
+            if (this.pointed && this.pointed.column === column && this.pointed.step === step) return;
+            this.pointed = {column, step};
+            this.drawCells();
+            this.drawCourse();
+            this.tip.replaceChildren(...this.tipLines(column.layer, step));
+            this.tip.hidden = false;
+            this.placeTip(column, step);
+        }
+
+        placeTip(column, step) {
+            const root = this.root.getBoundingClientRect(), cells = this.cells.getBoundingClientRect();
+            const x = cells.left - root.left + column.left, y = cells.top - root.top + this.topOf(step);
+            const left = x + this.tip.offsetWidth + 24 > root.width ? x - this.tip.offsetWidth - 12 : x + this.cell + 12;
+            this.tip.style.left = `${Math.max(0, Math.min(root.width - this.tip.offsetWidth, left))}px`;
+            this.tip.style.top = `${y + this.row + 8}px`;
+        }
+
+        leave() {
+            if (!this.pointed) return;
+            this.pointed = null;
+            this.tip.hidden = true;
+            this.drawCells();
+            this.drawCourse();
+        }
+
+        tipLines(layer, step) {
+            const {pair, rows, s, selector, names} = this.view, {layers} = pair;
+            const who = ["the style", "the subject", "both LoRAs", "did not run"][rows[step][layer]];
+            const swatch = element("span", {class: `klora-swatch klora-${["style", "subject", "both", "blank"][rows[step][layer]]}`});
+            const lines = [
+                element("b", {}, layers.name[layer]),
+                element("div", {}, swatch, `step ${step}: ${who}`, s ? `, S = ${short(s[step])}` : ""),
+            ];
+            const found = klora.magnitudes(layers, layer, selector), ratio = this.ratioOf(layer);
+            if (found) {
+                const what = selector === "Frobenius" ? "squared norms" : `sums of the ${layers.k[layer]} largest`;
+                lines.push(element("div", {}, `${what}: subject ${short(found.subject)}, style ${short(found.style)}`));
+                if (ratio !== null) lines.push(element("div", {}, `ratio subject ÷ γ · style: ${short(ratio)}`));
+            } else {
+                lines.push(element("div", {}, `Only ${layers.only[layer] === "subject" ? names.subject : names.style} changes this layer.`));
+            }
+            const switches = klora.switchesOf(rows, layer).filter(one => rows[one][layer] !== klora.NOT_RUN && rows[one - 1][layer] !== klora.NOT_RUN);
+            const few = switches.slice(0, 6).join(", ") + (switches.length > 6 ? ", …" : "");
+            lines.push(element("div", {}, switches.length ? `switches at step ${few}` : "never switches"));
+            return lines;
+        }
+
+        drawLegend() {
+            const {pair, rows, names} = this.view;
+            const entry = (kind, text) => element("span", {}, element("span", {class: `klora-swatch klora-${kind}`}), text);
+            const has = choice => rows.some(row => row.includes(choice));
+            this.legend.replaceChildren(...[
+                entry("subject", `subject: ${names.subject}`),
+                entry("style", `style: ${names.style}`),
+                has(klora.BOTH) ? entry("both", "both") : null,
+                pair.layers.only.some(Boolean) ? entry("hatched", "only one LoRA changes this layer") : null,
+                has(klora.NOT_RUN) ? entry("blank", "did not run") : null,
+            ].filter(Boolean));
+        }
+
+        writeText() {
+            const {pair, rows} = this.view, shown = rows.filter(row => row[0] !== klora.NOT_RUN), layers = pair.layers.name.length;
+            const last = Math.max(0, shown.length - 1), marks = [...new Set([0, Math.round(last / 3), Math.round(2 * last / 3), last])];
+            const steps = [...rows.keys()].filter(step => rows[step][0] !== klora.NOT_RUN);
+            const mean = shown.reduce((sum, row) => sum + klora.subjectShare(row), 0) / (shown.length || 1);
+            const never = [...pair.layers.name.keys()].filter(layer => !klora.switchesOf(shown, layer).length).length;
+            this.summary = `${shown.length} of ${rows.length} steps, ${layers} layers. The subject holds ${percent(mean)} of the layers over the run` +
+                (shown.length ? `, ${percent(klora.subjectShare(shown[0]))} at the first step and ${percent(klora.subjectShare(shown[last]))} at the last` : "") +
+                `; ${never} layers never switch.`;
+            this.cells.setAttribute("aria-label", `Selection map. ${this.summary} Arrow keys move from layer to layer and from step to step.`);
+            const head = element("tr", {}, element("th", {}, "block"), element("th", {}, "layers"),
+                ...marks.map(mark => element("th", {}, `step ${steps[mark] ?? 0}`)));
+            const body = layOut(pair.layers, 1).blocks.map(({name, layers: members}) => element("tr", {}, element("th", {scope: "row"}, name),
+                element("td", {}, String(members.length)), ...marks.map(mark => element("td", {}, shown[mark] ? percent(klora.subjectShare(shown[mark], members)) : "–"))));
+            this.text.replaceChildren(element("p", {}, this.summary),
+                element("table", {}, element("caption", {}, "The subject's share of each block's layers"), element("thead", {}, head), element("tbody", {}, ...body)));
+        }
+    }
+
+    Object.assign(klora, {SelectionMap, element, percent, short});
+})(globalThis.klora = globalThis.klora || {});
