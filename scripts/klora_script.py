@@ -5,7 +5,7 @@ from modules import script_callbacks, scripts
 from klora.errors import Cancelled
 from klora.hosts.detect import UnknownHost
 from klora.settings import Settings
-from klora.webui import api, ui, xyz
+from klora.webui import api, preview, ui, xyz
 from klora.webui.generation import Run, refuse, release
 
 
@@ -76,3 +76,4 @@ def tell(p, error):
 
 script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
 script_callbacks.on_app_started(api.register)
+script_callbacks.on_app_started(preview.register)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,26 +15,33 @@ from klora.core.plan import make_plan
 from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import score_pair
-from klora.core.selectors import Choice
 from klora.errors import HostError, KLoraError, PairError
 from klora.file_notes import trained_on, trigger_words
 from klora.report import value_range
 from klora.selection_map import BOTH, STYLE, SUBJECT
-from klora.settings import SPECS
-from klora.webui import loras, paths
+from klora.settings import DEFAULTS, SPECS
+from klora.webui import infotext, loras, paths
 
 ROLES = ("subject", "style")
 
 
 def constants() -> dict[str, Any]:
-    """What the page's scripts need before they ask for anything: the colours of the map, the values of `Choice`, what numbers may be."""
+    """What the page's scripts need before they ask for anything: the map's colours, the schedules, what the settings start with and may be."""
     return {
         "colours": {role: "#{:02x}{:02x}{:02x}".format(*colour) for role, colour in (("subject", SUBJECT), ("style", STYLE), ("both", BOTH))},
-        "choices": {choice.name.lower(): int(choice) for choice in Choice},
         "schedules": SCHEDULES,
         "alphaM": ALPHA_M,
-        "numbers": {name: {"label": spec.label, "words": spec.choices, "bounds": spec.bounds} for name, spec in SPECS.items() if spec.kind == "number"},
+        "defaults": {name: infotext.control_value(name, value) for name, value in DEFAULTS.items()},
+        "infotext": {name: spec.infotext for name, spec in SPECS.items() if spec.kind != "flag"},
+        "numbers": {
+            name: {"label": spec.label, "words": spec.choices, "bounds": spec.bounds} for name, spec in SPECS.items() if spec.kind == "number"
+        },
     }
+
+
+def placeholder() -> str:
+    """HTML of the place in the panel that the page's scripts fill."""
+    return f'<div class="klora-view" data-constants="{html.escape(json.dumps(constants()))}"></div>'
 
 
 def card(names: Mapping[str, str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion, ToolButton
 
 from klora.settings import DEFAULTS, SPECS
-from klora.webui import infotext, loras
+from klora.webui import card, infotext, loras
 
 SWAPPED = ("subject", "style", "subject_weight", "style_weight")
 OFFERED_NUMBERS = 11
@@ -54,10 +55,19 @@ def build(is_img2img: bool, tab: str) -> Controls:
             for first in range(0, len(folded), 2):
                 with gr.Row():
                     made |= {name: _control(name, tab) for name in folded[first:first + 2]}
+        gr.HTML(card.placeholder(), elem_id=_id(tab, "view"))
+    components = [made[name] for name in SPECS]
+    for component in components:
+        component.change(fn=None, _js=_tell_page(tab), inputs=components, outputs=[], show_progress=False)
     swapped = [made[name] for name in SWAPPED]
     swap.click(fn=lambda a, b, c, d: (b, a, d, c), inputs=swapped, outputs=swapped, show_progress=False)
     restores = {name: infotext.Restore(name) for name in SPECS}
-    return Controls([made[name] for name in SPECS], [(made[name], restores[name]) for name in SPECS], list(restores.values()))
+    return Controls(components, [(made[name], restores[name]) for name in SPECS], list(restores.values()))
+
+
+def _tell_page(tab: str) -> str:
+    """Javascript that hands the values of all controls to the page's scripts; nothing goes to the server."""
+    return f"(...values) => klora.changed({json.dumps(tab)}, {json.dumps(list(SPECS))}, values)"
 
 
 def _id(tab: str, name: str) -> str:

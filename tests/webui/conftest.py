@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from webui_host import Block, Component, Dropdown, InputAccordion, Networks, Slider, module
+from webui_host import HTML, Block, Component, Dropdown, InputAccordion, Networks, Slider, module
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def ui(monkeypatch, networks, shared):
         button.click(lambda: (refresh(), arguments())[1], [], components)
         return button
 
-    gradio = module("gradio", Row=Block, Accordion=Block, Dropdown=Dropdown, Slider=Slider)
+    gradio = module("gradio", HTML=HTML, Row=Block, Accordion=Block, Dropdown=Dropdown, Slider=Slider)
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     monkeypatch.setitem(sys.modules, "modules.ui_common", module("modules.ui_common", create_refresh_button=create_refresh_button))
     components = module("modules.ui_components", InputAccordion=InputAccordion, ToolButton=Component)

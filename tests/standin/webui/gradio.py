@@ -14,11 +14,18 @@ class Component:
     def __exit__(self, *_):
         return None
 
+    def change(self, fn, inputs, outputs, **_):
+        self.changed = SimpleNamespace(fn=fn, inputs=inputs, outputs=outputs)
+
     def click(self, fn, inputs, outputs, **_):
         self.clicked = SimpleNamespace(fn=fn, inputs=inputs, outputs=outputs)
 
 
 class Dropdown(Component):
+    pass
+
+
+class HTML(Component):
     pass
 
 
