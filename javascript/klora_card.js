@@ -9,10 +9,9 @@
     function facts(file) {
         const encoders = Object.entries(file.textEncoders).map(([name, count]) => `${ENCODERS[name] || name} ${count}`).join(", ");
         return [
-            ["made for", file.trainedOn ? `${file.base} (${file.trainedOn})` : file.base],
             ["format", `${file.kinds}, ${file.dialect} keys`],
             ["rank", `${file.rank}, network alpha ${file.networkAlpha}`],
-            ["layers", `${file.layers}; text encoders ${encoders || "none"}${file.unknown ? `; ${file.unknown} unknown tensors` : ""}`],
+            ["layers", `${file.layers}; text encoders: ${encoders || "none"}${file.unknown ? `; ${file.unknown} unknown tensors` : ""}`],
         ];
     }
 
@@ -38,12 +37,13 @@
     }
 
     function filePane(role, file, prompt) {
-        const head = element("header", {}, element("span", {class: "klora-role"}, ROLES[role]), element("b", {}, file ? file.name : "not chosen yet"));
-        const pane = body => element("section", {class: `klora-file klora-of-${role}`}, ...body);
-        if (!file) return pane([element("div", {}, head, element("p", {class: "klora-faint"}, `Choose a ${role} LoRA above.`))]);
-        if (file.problem) return pane([element("div", {}, head, element("p", {class: "klora-problem"}, file.problem))]);
-        const list = element("dl", {}, ...facts(file).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
-        return pane([picture(file), element("div", {class: "klora-file-text"}, head, list, words(file, prompt))]);
+        const name = [element("span", {class: "klora-role"}, ROLES[role]), element("b", {}, file ? file.name : "not chosen yet")];
+        const pane = (...body) => element("section", {class: `klora-file klora-of-${role}`}, ...body);
+        if (!file) return pane(element("header", {}, element("div", {}, ...name)), element("p", {class: "klora-faint"}, `Choose a ${role} LoRA above.`));
+        if (file.problem) return pane(element("header", {}, element("div", {}, ...name)), element("p", {class: "klora-problem"}, file.problem));
+        const origin = [element("span", {}, file.base), file.trainedOn ? element("span", {class: "klora-faint"}, `trained on ${file.trainedOn}`) : null];
+        const list = element("dl", {}, ...facts(file).flatMap(([term, value]) => [element("dt", {}, term), element("dd", {}, value)]));
+        return pane(element("header", {}, picture(file), element("div", {}, ...name, ...origin)), list, words(file, prompt));
     }
 
     function tile(name, value, note, extra) {

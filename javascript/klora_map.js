@@ -2,8 +2,8 @@
 
 /* The selection map of the page: steps down, layers across, beside it the schedule and the subject's share of every step. */
 (function(klora) {
-    const AXIS = 34, TOP = 30, BELOW = 46, BLOCK_GAP = 2, GROUP_GAP = 10, COURSE = 196, CURVE = 112;
-    const HEIGHT = 300, LEAST_ROW = 4, MOST_ROW = 20, MOST_CELL = 16, WIDE_CELL = 12, NAMES = 170, MOST_PIXELS = 16000;
+    const AXIS = 34, TOP = 30, BELOW = 46, BLOCK_GAP = 2, GROUP_GAP = 8, COURSE = 158, CURVE = 92;
+    const HEIGHT = 300, LEAST_ROW = 4, MOST_ROW = 20, LEAST_CELL = 0.5, MOST_CELL = 16, WIDE_CELL = 12, NAMES = 170, MOST_PIXELS = 16000;
     const NARROW = 560;
 
     const percent = share => share === null ? "–" : `${Math.round(share * 100)}%`;
@@ -50,9 +50,10 @@
         return columns.length ? width : 0;
     }
 
-    /** A canvas of this many CSS pixels that is sharp on any screen, and its context. */
-    function canvasOf(canvas, width, height) {
-        const scale = Math.min(window.devicePixelRatio || 1, MOST_PIXELS / Math.max(width, 1));
+    /** The context of a canvas of this many CSS pixels, sharp on any screen, with at least one pixel for the narrowest column. */
+    function canvasOf(canvas, width, height, narrowest = 1) {
+        const ratio = window.devicePixelRatio || 1, whole = Math.ceil(ratio * Math.min(1, narrowest)) / Math.min(1, narrowest);
+        const scale = Math.min(whole, MOST_PIXELS / Math.max(width, 1));
         canvas.width = Math.round(width * scale);
         canvas.height = Math.round(height * scale);
         canvas.style.width = `${width}px`;
@@ -126,9 +127,9 @@
             this.ink = style.color;
             this.paper = style.getPropertyValue("--klora-paper").trim() || "#fff";
             this.faint = style.getPropertyValue("--klora-faint").trim() || "#888";
-            const available = (width < NARROW ? 0 : width - AXIS - COURSE - 14) - gaps(pair.layers);
-            const fitting = Math.max(1, Math.min(MOST_CELL, Math.floor(available / pair.layers.name.length)));
-            this.cell = this.wide ? Math.max(fitting, WIDE_CELL) : fitting;
+            const available = (width < NARROW ? 0 : width - AXIS - COURSE - 15) - gaps(pair.layers);
+            const share = available / pair.layers.name.length, fitting = share >= 2 ? Math.min(MOST_CELL, Math.floor(share)) : share;
+            this.cell = this.wide ? Math.max(fitting, WIDE_CELL) : fitting >= LEAST_CELL ? fitting : 1;
             this.row = Math.max(LEAST_ROW, Math.min(MOST_ROW, Math.floor(HEIGHT / rows.length)));
             this.layout = layOut(pair.layers, this.cell);
             this.height = TOP + this.row * rows.length + (this.wide ? NAMES : BELOW);
@@ -154,7 +155,7 @@
 
         drawCells() {
             const {pair, rows} = this.view, {columns, groups, blocks, width} = this.layout, {cell, row} = this;
-            const context = canvasOf(this.cells, width, this.height);
+            const context = canvasOf(this.cells, width, this.height, cell);
             const fills = [this.colours.style, this.colours.subject, this.colours.both, null];
             for (const {layer, left} of columns) {
                 for (let first = 0, step = 1; step <= rows.length; step++) {
@@ -169,10 +170,12 @@
             }
             const ran = rows.map(one => one[0] !== klora.NOT_RUN);
             context.fillStyle = hatch(context, this.paper);
+            context.globalAlpha = 0.65;
             for (const {layer, left} of columns) {
                 if (!pair.layers.only[layer]) continue;
                 ran.forEach((did, step) => did && context.fillRect(left, this.topOf(step), cell, row));
             }
+            context.globalAlpha = 1;
             this.markBlank(context, ran, width);
             if (row >= 8) {
                 context.fillStyle = this.paper;
@@ -255,10 +258,11 @@
         /** S(t) against the steps, the place where it passes 1, and bars of the subject's share. */
         drawCourse() {
             const {rows, s, selector} = this.view, context = canvasOf(this.course, COURSE, this.height), bottom = this.topOf(rows.length);
-            const bars = CURVE + 18, barWidth = COURSE - bars - 2;
+            const bars = CURVE + 8, barWidth = COURSE - bars - 2;
             context.fillStyle = this.ink;
+            context.textAlign = "right";
+            context.fillText("subject", bars + barWidth, TOP - 14);
             context.textAlign = "left";
-            context.fillText("subject's share", bars - 12, TOP - 14);
             rows.forEach((row, step) => {
                 const share = klora.subjectShare(row);
                 if (share === null) return;
@@ -280,7 +284,7 @@
 
         drawCurve(context, s, bottom, inUse) {
             const ratio = this.pointed ? this.ratioOf(this.pointed.column.layer) : null;
-            const low = Math.min(0, ...s), high = Math.max(1.25, ...s) * 1.05, left = 10, right = CURVE - 6;
+            const low = Math.min(0, ...s), high = Math.max(1.25, ...s) * 1.05, left = 2, right = CURVE - 8;
             const across = value => left + (Math.min(high, Math.max(low, value)) - low) / (high - low) * (right - left);
             const middle = step => this.topOf(step) + this.row / 2;
             context.strokeStyle = context.fillStyle = this.faint;
@@ -294,7 +298,7 @@
             context.setLineDash([]);
             context.fillStyle = this.ink;
             context.textAlign = "center";
-            context.fillText(inUse ? "S(t)" : "S(t), not in use", (left + right) / 2, TOP - 14);
+            context.fillText(inUse ? "S(t)" : "S(t) unused", (left + right) / 2, TOP - 14);
             context.fillText("1", across(1), bottom + 13);
             context.globalAlpha = inUse ? 1 : 0.4;
             context.strokeStyle = this.ink;
