@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from klora.errors import printable
+
 Metadata = Mapping[str, str]
 
 PHRASES = ("modelspec.trigger_phrase", "trigger_phrase", "trigger_words", "trigger_word", "instance_prompt")
@@ -30,7 +32,7 @@ def trigger_words(metadata: Metadata) -> list[str]:
     found = [*_phrases(metadata), *_folder_words(metadata), *_frequent_tags(metadata)]
     unique: dict[str, str] = {}
     for word in found:
-        word = " ".join(word.split())
+        word = printable(" ".join(word.split()))
         if 0 < len(word) <= LONGEST_WORD:
             unique.setdefault(word.casefold(), word)
     return list(unique.values())[:MOST_WORDS]
@@ -40,7 +42,7 @@ def trained_on(metadata: Metadata) -> str:
     """The base model that the file names, with the checkpoint of its training where it says one; "" where it says neither."""
     base = next((metadata[key] for key in ("ss_base_model_version", "modelspec.architecture") if metadata.get(key)), "")
     checkpoint = PurePosixPath(metadata.get("ss_sd_model_name", "").replace("\\", "/")).name.removesuffix(".safetensors").removesuffix(".ckpt")
-    return ", ".join(part[:LONGEST_WORD] for part in (base.removesuffix("/lora"), checkpoint) if part and part != "None")
+    return ", ".join(printable(part, LONGEST_WORD) for part in (base.removesuffix("/lora"), checkpoint) if part and part != "None")
 
 
 def own_names(metadata: Metadata) -> list[str]:

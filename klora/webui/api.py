@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from secrets import compare_digest
-from threading import BoundedSemaphore, Event, Lock
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
@@ -20,17 +16,13 @@ from klora.core.score_cache import ScoreCache
 from klora.errors import Cancelled, KLoraError, SettingsError, printable
 from klora.settings import Settings, json_schema
 from klora.webui import loras, paths
+from klora.webui.turns import Busy, turn, while_connected
 
 WHOLE_NUMBERS = {"steps": (20, 1, 1000), "seed": (0, 0, 2**63 - 1)}
 """What an analysis takes beside the settings: default, minimum, maximum."""
 
-MOST_AT_ONCE = 4
 MOST_BYTES = 1 << 16
-SECONDS_BETWEEN_LOOKS = 0.2
 EXAMPLE = {"subject": "my_dog", "style": "ink_drawing", "alpha": 1.5, "steps": 20}
-
-_places = BoundedSemaphore(MOST_AT_ONCE)
-_analysis = Lock()
 
 
 def register(_demo: Any, app: FastAPI) -> None:
@@ -62,14 +54,7 @@ async def analyze_pair(request: Request) -> JSONResponse:
     content = await _content(request)
     if content is None:
         return JSONResponse({"detail": f"The request is longer than {MOST_BYTES} bytes, which no analysis needs.", "fields": {}}, 413)
-    gone = Event()
-    watch = asyncio.ensure_future(_wait_for_hang_up(request, gone))
-    try:
-        return await run_in_threadpool(_answer, content, gone.is_set)
-    finally:
-        watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await watch
+    return await while_connected(request, lambda gone: _answer(content, gone))
 
 
 async def _content(request: Request) -> bytes | None:
@@ -82,32 +67,17 @@ async def _content(request: Request) -> bytes | None:
     return content
 
 
-async def _wait_for_hang_up(request: Request, gone: Event) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    gone.set()
-
-
 def _answer(content: bytes, cancelled: Callable[[], bool]) -> JSONResponse:
     try:
         settings, steps, seed = _parsed(content)
         subject, style = (loras.find(getattr(settings, role), role).path for role in ("subject", "style"))
-        if not _places.acquire(blocking=False):
-            sentence = f"{MOST_AT_ONCE} analyses are under way or waiting already: try again when one is done."
-            return JSONResponse({"detail": sentence}, 503, {"Retry-After": "5"})
-        try:
-            while not _analysis.acquire(timeout=SECONDS_BETWEEN_LOOKS):
-                if cancelled():
-                    raise Cancelled
-            try:
-                cache = ScoreCache(paths.cache_folder())
-                return JSONResponse(analyze(subject, style, settings, steps=steps, seed=seed, cache=cache, cancelled=cancelled).to_json())
-            finally:
-                _analysis.release()
-        finally:
-            _places.release()
+        with turn(cancelled):
+            cache = ScoreCache(paths.cache_folder())
+            return JSONResponse(analyze(subject, style, settings, steps=steps, seed=seed, cache=cache, cancelled=cancelled).to_json())
     except Cancelled:
         return JSONResponse({"detail": "The client hung up, so the analysis was given up.", "fields": {}}, 499)
+    except Busy as error:
+        return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "5"})
     except KLoraError as error:
         return JSONResponse({"detail": str(error), "fields": getattr(error, "problems", {})}, 422)
 

@@ -15,7 +15,7 @@ from klora.core.plan import make_plan
 from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import score_pair
-from klora.errors import HostError, KLoraError, PairError
+from klora.errors import HostError, KLoraError, PairError, printable
 from klora.file_notes import trained_on, trigger_words
 from klora.report import value_range
 from klora.selection_map import BOTH, STYLE, SUBJECT
@@ -63,7 +63,7 @@ def card(names: Mapping[str, str]) -> dict[str, Any]:
                 files[role] = loras.read(lora.path)
                 answer[role] = _file(lora, files[role])
             except KLoraError as error:
-                answer[role] = {"name": names[role], "problem": str(error)}
+                answer[role] = {"name": printable(names[role]), "problem": str(error)}
     if len(files) == len(ROLES):
         subject, style = (set(files[role].layers) for role in ROLES)
         answer["layers"] = {"shared": len(subject & style), "subject": len(subject - style), "style": len(style - subject)}
@@ -109,7 +109,7 @@ def scores(names: Mapping[str, str], k_scale: float, cancelled: Callable[[], boo
 def _file(lora: loras.HostLora, file: LoraFile) -> dict[str, Any]:
     layers = file.layers.values()
     return {
-        "name": lora.name,
+        "name": printable(lora.name),
         "base": BASE_NAMES[file.base],
         "trainedOn": trained_on(file.metadata),
         "dialect": file.dialect,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from contextlib import suppress
-from threading import Event
 from typing import Any
 
 from fastapi import Body, Depends, FastAPI, HTTPException, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from klora.errors import Cancelled, KLoraError
 from klora.settings import Settings
-from klora.webui import api, card
+from klora.webui import card
+from klora.webui.turns import Busy, turn, while_connected
 
-SECONDS_BETWEEN_LOOKS = 0.1
 TRY_AGAIN = 503
 """Status of an answer that will be another in a moment."""
 
@@ -33,39 +29,22 @@ def files(request: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
     return JSONResponse(card.card(_names(request)))
 
 
-async def scores(request: Request) -> JSONResponse:
-    """The scores of the pair, `card.scores`. Given up when the page hangs up, and put off when the WebUI is generating."""
-    asked = await request.json()
-    gone = Event()
-    watch = asyncio.ensure_future(_wait_for_hang_up(request, gone))
-    try:
-        return await run_in_threadpool(_scored, asked, lambda: gone.is_set() or _generating())
-    finally:
-        watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await watch
+async def scores(request: Request, asked: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
+    """The scores of the pair, `card.scores`. Given up when the page hangs up, and put off while the WebUI is generating."""
+    return await while_connected(request, lambda gone: _scored(asked, lambda: gone() or _generating()))
 
 
 def _scored(asked: dict[str, Any], cancelled: Callable[[], bool]) -> JSONResponse:
     try:
         k_scale = Settings.parse({"k_scale": asked.get("k_scale", 1.0)}).k_scale
-        while not api._analysis.acquire(timeout=SECONDS_BETWEEN_LOOKS):
-            if cancelled():
-                raise Cancelled
-        try:
+        with turn(cancelled):
             return JSONResponse(card.scores(_names(asked), k_scale, cancelled))
-        finally:
-            api._analysis.release()
     except Cancelled:
         return JSONResponse({"detail": "The pair is scored when the WebUI has finished its picture."}, TRY_AGAIN)
+    except Busy as error:
+        return JSONResponse({"detail": str(error)}, TRY_AGAIN)
     except KLoraError as error:
         return JSONResponse({"detail": str(error)}, 422)
-
-
-async def _wait_for_hang_up(request: Request, gone: Event) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    gone.set()
 
 
 def _names(request: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from webui_host import NetworkOnDisk
 
 from klora.analysis import analyze
 from klora.settings import Settings, json_schema
-from klora.webui import api, paths
+from klora.webui import api, paths, turns
 
 PAIR = Path(__file__).parents[1] / "data" / "golden" / "sdxl_attention_same_rank"
 NAMES = {"subject": "subject", "style": "style"}
@@ -85,10 +85,13 @@ def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
 
     monkeypatch.setattr(api, "analyze", slow)
     host, codes = client(), []
-    waiting = [threading.Thread(target=lambda: codes.append(host.post("/klora/v1/analyze", json=NAMES).status_code)) for _ in range(api.MOST_AT_ONCE)]
+    def ask():
+        codes.append(host.post("/klora/v1/analyze", json=NAMES).status_code)
+
+    waiting = [threading.Thread(target=ask) for _ in range(turns.MOST_AT_ONCE)]
     for thread in waiting:
         thread.start()
-    while api._places._value:
+    while turns.places._value:
         threading.Event().wait(0.01)
     refused = host.post("/klora/v1/analyze", json=NAMES)
     goes_on.set()
@@ -96,7 +99,7 @@ def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
         thread.join()
     assert refused.status_code == 503
     assert "try again" in refused.json()["detail"]
-    assert codes == [200] * api.MOST_AT_ONCE
+    assert codes == [200] * turns.MOST_AT_ONCE
     assert max(most) == 1
     assert host.post("/klora/v1/analyze", json=NAMES).status_code == 200
 

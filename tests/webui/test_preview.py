@@ -1,0 +1,194 @@
+"""What the page's panel asks for: the card of the chosen files and the scores of the pair, from the names the host lists."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from safetensors.torch import load_file, save_file
+from webui_host import NetworkOnDisk, module
+
+from klora.analysis import analyze
+from klora.core.blocks import block_of, forward_order
+from klora.settings import Settings
+from klora.webui import card, paths, preview, turns
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+PAIR = GOLDEN / "sdxl_layers_missing"
+NAMES = {"subject": "subject", "style": "style"}
+
+
+def model(base="sdxl", name="tiny", filename="/models/tiny.safetensors"):
+    return SimpleNamespace(is_sdxl=base == "sdxl", sd_checkpoint_info=SimpleNamespace(name_for_extra=name, filename=filename))
+
+
+@pytest.fixture(autouse=True)
+def host(networks, shared, monkeypatch, tmp_path):
+    """A host with the pair, a FLUX LoRA, a file that is none, and an SDXL checkpoint."""
+    monkeypatch.setattr(paths, "cache_folder", lambda: tmp_path / "scores")
+    (tmp_path / "broken.safetensors").write_bytes(b"not a LoRA")
+    flux = NetworkOnDisk("flux")
+    flux.filename = str(GOLDEN / "flux_fused_split" / "style.safetensors")
+    networks.put(NetworkOnDisk("subject", folder=PAIR), NetworkOnDisk("style", folder=PAIR), NetworkOnDisk("broken", folder=tmp_path), flux)
+    networks.network_apply_weights = networks.network_restore_weights_from_backup = None
+    page = SimpleNamespace(name="lora", find_preview=lambda path: f"./thumb?filename={path}.png")
+    made = SimpleNamespace(
+        networks=networks, shared=shared, models=module("modules.sd_models", model_data=SimpleNamespace(sd_model=model())),
+        extra=module("modules.ui_extra_networks", extra_pages=[SimpleNamespace(name="checkpoints"), page]),
+    )  # fmt: skip
+    shared.state = SimpleNamespace(job="")
+    for name, its in (("sd_models", made.models), ("ui_extra_networks", made.extra)):
+        monkeypatch.setitem(sys.modules, f"modules.{name}", its)
+        setattr(sys.modules["modules"], name, its)
+    return made
+
+
+def client():
+    app = FastAPI()
+    preview.register(None, app)
+    return TestClient(app)
+
+
+def the_card(**names):
+    answer = client().post("/klora/internal/card", json=names)
+    assert answer.status_code == 200
+    return answer.json()
+
+
+def test_the_card_says_what_the_files_are():
+    found = the_card(**NAMES)
+    subject = found["subject"]
+    assert (subject["name"], subject["base"], subject["dialect"], subject["kinds"]) == ("subject", "SDXL", "kohya", "LoRA")
+    assert subject["preview"] == f"./thumb?filename={PAIR / 'subject'}.png"
+    assert found["style"]["dialect"] == "raw PEFT"
+    assert found["problems"] == []
+    assert found["checkpoint"] == {"name": "tiny", "base": "sdxl"}
+
+
+def test_the_card_counts_the_layers_as_the_plan_does():
+    plan = analyze(PAIR / "subject.safetensors", PAIR / "style.safetensors", Settings(), steps=1).plan
+    only = [layer.only for layer in plan.scores.layers]
+    assert the_card(**NAMES)["layers"] == {"shared": only.count(None), "subject": only.count("subject"), "style": only.count("style")}
+
+
+def test_nothing_is_read_until_one_is_chosen(monkeypatch):
+    monkeypatch.setattr(card.loras, "read", lambda path: pytest.fail(f"read {path}"))
+    found = the_card(subject="", style="")
+    assert (found["subject"], found["style"], found["layers"]) == (None, None, None)
+
+
+def test_one_file_has_its_card_before_the_other_is_chosen():
+    found = the_card(subject="subject", style="")
+    assert found["subject"]["layers"] > 0
+    assert (found["style"], found["layers"], found["problems"]) == (None, None, [])
+
+
+@pytest.mark.parametrize(("names", "said"), [
+    ({**NAMES, "style": "subject"}, "the same LoRA"),
+    ({**NAMES, "style": "flux"}, "made for SDXL but the style LoRA style.safetensors for FLUX"),
+    ({"subject": "flux"}, "The loaded checkpoint tiny is SDXL and the LoRAs are for FLUX: load a checkpoint of FLUX"),
+])
+def test_what_generate_would_refuse_is_said_before(names, said):
+    assert said in " ".join(the_card(**names)["problems"])
+
+
+@pytest.mark.parametrize(("name", "said"), [("broken", "broken.safetensors"), ("sbject", "nearest: 'subject'"), ("/etc/passwd", "lists no LoRA")])
+def test_a_file_that_cannot_be_used_has_its_sentence_and_the_other_its_card(name, said):
+    found = the_card(subject=name, style="style")
+    assert said in found["subject"]["problem"]
+    assert found["style"]["base"] == "SDXL"
+
+
+def test_a_checkpoint_that_is_neither_is_said(host, monkeypatch):
+    host.models.model_data.sd_model = model(base="sd1")
+    assert "tiny is neither SDXL nor FLUX.1" in the_card(**NAMES)["problems"][0]
+
+
+@pytest.mark.parametrize("data", [
+    SimpleNamespace(sd_model=None),
+    SimpleNamespace(sd_model=SimpleNamespace()),
+    SimpleNamespace(sd_model=model("sd1"), forge_loading_parameters={"checkpoint_info": SimpleNamespace(filename="/models/next.safetensors")}),
+])
+def test_before_the_checkpoint_is_loaded_the_card_does_not_judge_by_another(host, data):
+    host.models.model_data = data
+    found = the_card(**NAMES)
+    assert (found["checkpoint"], found["problems"]) == (None, [])
+
+
+def test_an_unknown_webui_is_said(host):
+    del host.networks.network_apply_weights
+    assert "does not know this WebUI" in the_card(**NAMES)["problems"][0]
+
+
+def test_trigger_words_are_the_users_own_before_the_files(host, tmp_path):
+    save_file(load_file(PAIR / "style.safetensors"), tmp_path / "ink.safetensors", metadata={"modelspec.trigger_phrase": "in ink, wash"})
+    (tmp_path / "ink.json").write_text(json.dumps({"activation text": "my ink words, in ink"}))
+    host.networks.put(*host.networks.on_disk, NetworkOnDisk("ink", folder=tmp_path))
+    assert the_card(style="ink")["style"]["words"] == ["my ink words", "in ink", "wash"]
+
+
+def scores(**more):
+    return client().post("/klora/internal/scores", json={**NAMES, **more})
+
+
+@pytest.mark.parametrize("k_scale", [1.0, 0.5])
+def test_scores_are_the_plans_in_its_order_with_places_in_the_network(k_scale):
+    found = scores(k_scale=k_scale).json()
+    analysis = analyze(PAIR / "subject.safetensors", PAIR / "style.safetensors", Settings(k_scale=k_scale), steps=3)
+    layers = analysis.plan.scores.layers
+    assert found["gamma"] == analysis.plan.gamma
+    assert found["warnings"] == analysis.warnings
+    for field in ("name", "only", "k", "subject_score", "style_score", "subject_frobenius", "style_frobenius"):
+        assert found["layers"][field] == [getattr(layer, field) for layer in layers]
+    names = found["layers"]["name"]
+    assert sorted(names, key=lambda name: found["layers"]["place"][names.index(name)]) == sorted(names, key=forward_order)
+    assert found["layers"]["block"] == [block_of(name) for name in names]
+
+
+def test_a_pair_that_cannot_be_fused_and_a_wrong_k_scale_get_their_sentence():
+    assert (scores(style="flux").status_code, "FLUX" in scores(style="flux").json()["detail"]) == (422, True)
+    assert "'k_scale' (K scale)" in scores(k_scale="x").json()["detail"]
+
+
+def test_while_a_picture_is_made_only_what_is_known_already_is_answered(host):
+    host.shared.state.job = "txt2img"
+    put_off = scores()
+    assert (put_off.status_code, "finished its picture" in put_off.json()["detail"]) == (503, True)
+    host.shared.state.job = ""
+    assert scores().status_code == 200
+    host.shared.state.job = "txt2img"
+    assert scores().status_code == 200
+
+
+def test_it_waits_for_its_turn_among_the_analyses():
+    answers = []
+    with turns.turn(lambda: False):
+        asking = threading.Thread(target=lambda: answers.append(scores().status_code))
+        asking.start()
+        asking.join(0.5)
+        assert answers == []
+    asking.join(20)
+    assert answers == [200]
+
+
+def test_the_pages_log_in_guards_the_routes():
+    app = FastAPI()
+    app.auth, app.tokens = {"ann": "secret"}, {"token of ann": "ann"}
+    preview.register(None, app)
+    asked = TestClient(app)
+    assert asked.post("/klora/internal/card", json=NAMES).status_code == 401
+    asked.cookies.set("access-token-unsecure-x", "made up")
+    assert asked.post("/klora/internal/scores", json=NAMES).status_code == 401
+    asked.cookies.set("access-token-unsecure-x", "token of ann")
+    assert asked.post("/klora/internal/card", json=NAMES).status_code == 200
+
+
+def test_the_placeholder_hands_the_page_the_declarations():
+    assert "&quot;" in card.placeholder()
+    found = card.constants()
+    assert found["defaults"].keys() == Settings.__dataclass_fields__.keys()
+    assert (found["defaults"]["beta"], found["schedules"], found["alphaM"]) == ("auto", {"s": 0.5, "s*": 1.3}, 1.5)
