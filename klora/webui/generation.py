@@ -306,6 +306,10 @@ class GenerationRefused(HTTPException):
         return str(self.detail)
 
 
+GenerationRefused.__name__ = "K-LoRA"
+"""The hosts' page shows an error as its type's name, a colon and its text."""
+
+
 def refuse(p: Any, error: BaseException) -> None:
     """Make `p` raise at the next of its own methods that the host calls outside its catch-all around script hooks."""
     refused = GenerationRefused(error)
