@@ -85,6 +85,7 @@ class Run:
             self._warn(warning)
         self.p.extra_generation_params.update(infotext.parameters(self.settings, self.hosts_loras["subject"], self.hosts_loras["style"]))
         self._hold()
+        self.p.klora_run = self
 
     def _pair(self, scores: PairScores) -> Pair:
         roles = self.settings.text_encoder_roles()
@@ -285,6 +286,21 @@ class Run:
             self._switch.fail(error)
         else:
             refuse(self.p, error)
+
+
+def run_of(p: Any) -> Run | None:
+    """The run of this very object, not of one that it was copied from."""
+    run = getattr(p, "klora_run", None)
+    return run if run is not None and run.p is p else None
+
+
+def fail(p: Any, error: BaseException) -> None:
+    """Make `p` stop with `error` at the next place from which the host lets it out."""
+    run = run_of(p)
+    if run is None:
+        refuse(p, error)
+    else:
+        run.fail(error)
 
 
 def _checkpoint_of(model: Any) -> str | None:
