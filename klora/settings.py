@@ -168,6 +168,10 @@ class Settings:
         left_out = {"Subject only": "style", "Style only": "subject"}.get(self.selector)
         return tuple(role for role in by_rule if role != left_out)
 
+    def weight(self, role: str) -> float:
+        """The multiplier of "subject" or "style"."""
+        return self.subject_weight if role == "subject" else self.style_weight
+
     def schedule_of_run(self) -> Schedule:
         """The scaling factor S(t) that these settings ask for."""
         return Schedule.named(self.schedule, self.alpha, self.beta)

@@ -32,7 +32,7 @@ class KLoraScript(scripts.Script):
         with boundary(p):
             settings = Settings.parse_api(args, getattr(p, "klora_xyz", {}))
             if settings.enabled:
-                Run(p, settings).prepare()
+                Run(p, settings)
 
     def after_extra_networks_activate(self, p, *args, **kwargs):
         within(p, lambda run: run.networks_loaded(kwargs.get("extra_network_data")))
@@ -41,7 +41,7 @@ class KLoraScript(scripts.Script):
         within(p, lambda run: run.begin_pass())
 
     def postprocess(self, p, processed, *args):
-        within(p, lambda run: run.tell_warnings(processed))
+        within(p, lambda run: run.tell(processed))
         release(p)
 
 
