@@ -7,8 +7,8 @@ from modules import script_callbacks, scripts
 from klora.errors import Cancelled
 from klora.hosts.detect import UnknownHost
 from klora.settings import Settings
-from klora.webui import api, ui, xyz
-from klora.webui.generation import Run, fail, release, run_of
+from klora.webui import api, options, ui, xyz
+from klora.webui.generation import Run, fail, go_on_without, release, run_of
 
 
 class KLoraScript(scripts.Script):
@@ -30,7 +30,7 @@ class KLoraScript(scripts.Script):
     def process(self, p, *args):
         release(p)
         with boundary(p):
-            settings = Settings.parse_api(args, getattr(p, "klora_xyz", {}))
+            settings = Settings.parse_api(args, getattr(p, "klora_xyz", {}), options.read().run_defaults())
             if settings.enabled:
                 Run(p, settings)
 
@@ -66,7 +66,7 @@ def boundary(p):
         return
     except UnknownHost as error:
         print(f"K-LoRA: {error}")
-        p.comment(str(error))
+        go_on_without(p, error)
     except Exception as error:  # noqa: BLE001 whatever it is, it must not get lost
         print(f"K-LoRA: {error}")
         fail(p, error)
@@ -74,3 +74,4 @@ def boundary(p):
 
 script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
 script_callbacks.on_app_started(api.register)
+script_callbacks.on_ui_settings(options.register)

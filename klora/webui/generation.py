@@ -6,13 +6,13 @@ from typing import Any
 
 from klora.analysis import BASE_NAMES, check_pair, pair_warnings
 from klora.core.lora_file import LoraFile
-from klora.core.score_cache import ScoreCache
 from klora.core.scores import PairScores, score_pair
 from klora.errors import KLoraError
 from klora.hosts.base import Member, Pair
 from klora.hosts.detect import find_webui
 from klora.settings import Settings
-from klora.webui import infotext, loras, paths
+from klora.webui import infotext, loras, options
+from klora.webui.applied import AppliedMaps
 from klora.webui.hold import GenerationRefused, Hold, let_go, refuse
 from klora.webui.passes import Passes
 from klora.webui.rewritten import readable_copy
@@ -32,6 +32,7 @@ class Run:
 
         self.p = p
         self._settings = settings
+        self._options = options.read()
         self._loras = {role: loras.find(getattr(settings, role), role) for role in ("subject", "style")}
         self._files: dict[str, LoraFile] = {role: loras.read(lora.path) for role, lora in self._loras.items()}
         model = shared.sd_model
@@ -41,7 +42,7 @@ class Run:
         self._passes = Passes(p, settings, webui, model, self._pair(scores), scores)
         p.extra_generation_params.update(infotext.parameters(settings, self._loras["subject"], self._loras["style"]))
         self._hold = Hold(p, settings, self._loras, self._passes)
-        for warning in pair_warnings(self._files["subject"], self._files["style"], self._passes.plan(20)):
+        for warning in pair_warnings(self._files["subject"], self._files["style"], self._passes.plan(20), self._options.accelerator_words()):
             self._hold.warn(warning)
         p.klora_run = self
 
@@ -69,8 +70,8 @@ class Run:
             state.sampling_step, state.sampling_steps = done, total
 
         scores = score_pair(
-            self._files["subject"], self._files["style"], k_scale=self._settings.k_scale, cache=ScoreCache(paths.cache_folder()),
-            progress=progress, cancelled=lambda: state.interrupted or state.stopping_generation,
+            self._files["subject"], self._files["style"], k_scale=self._settings.k_scale, cache=self._options.cache(),
+            device=self._options.device(), progress=progress, cancelled=lambda: state.interrupted or state.stopping_generation,
         )  # fmt: skip
         state.textinfo, state.sampling_step = None, 0
         return scores
@@ -102,15 +103,36 @@ class Run:
         self._passes.at_call(params)
 
     def tell(self, processed: Any) -> None:
-        """All passes are done: put into the host's answer what there is to say."""
+        """All passes are done: put into the host's answer what there is to say, and the map where the user wants it."""
         self._hold.tell_warnings(processed)
+        applied = self._passes.applied
+        if not applied:
+            return
+        told = {"K-LoRA applied": [one.to_json() for one in applied]}
+        processed.extra_generation_params = {**processed.extra_generation_params, **told}
+        maps = AppliedMaps(applied, self._loras["subject"].name, self._loras["style"].name)
+        if self._options.map_saved:
+            maps.save(processed)
+        if self._options.map_in_gallery and not self._is_part():
+            maps.show(processed)
+
+    def _is_part(self) -> bool:
+        """Whether a script of the host's or its upscale button works on with all pictures of this run."""
+        return bool((self.p.script_args or [0])[0]) or getattr(self.p, "txt2img_upscale", False)
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether a pass with K-LoRA is under way."""
+        return self._passes.under_way
 
     def fail(self, error: BaseException) -> None:
-        """Make the run stop with `error` at the next place from which the host lets it out."""
-        if self._passes.under_way:
-            self._passes.fail(GenerationRefused(error))
-        else:
-            refuse(self.p, error)
+        """Make the pass that is under way stop with `error`."""
+        self._passes.fail(GenerationRefused(error))
+
+    def give_up(self) -> None:
+        """Leave the rest of the generation to the host; no pass is under way."""
+        self._passes.give_up()
+        self._hold.clean_hashes()
 
     def end(self) -> None:
         """Detach from the networks; harmless when it was done before."""
@@ -128,12 +150,24 @@ def run_of(p: Any) -> Run | None:
 
 
 def fail(p: Any, error: BaseException) -> None:
-    """Make `p` stop with `error` at the next place from which the host lets it out."""
+    """Make `p` stop with `error` at the next place from which the host lets it out, or go on without K-LoRA if the user wants that."""
     run = run_of(p)
-    if run is None:
-        refuse(p, error)
-    else:
+    if run is not None and run.is_sampling:
         run.fail(error)
+    elif options.read().on_error == options.GO_ON:
+        go_on_without(p, error)
+    else:
+        refuse(p, error)
+
+
+def go_on_without(p: Any, error: BaseException) -> None:
+    """Have the host make the picture as if K-LoRA was off, and say so in its comments and in its parameters."""
+    sentence = str(error) or type(error).__name__
+    p.comment(f"K-LoRA: {sentence}")
+    p.extra_generation_params["K-LoRA stopped"] = sentence
+    run = run_of(p)
+    if run is not None:
+        run.give_up()
 
 
 def release(p: Any) -> None:

@@ -89,7 +89,7 @@ class Hold:
         if len(own) < len(data["lora"]):
             self.warn("K-LoRA: the prompt names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen there.")
         data["lora"] = own
-        data["lora"] += [ExtraNetworkParams(items=[name, str(weight)]) for name, weight in self._passes.switch.tags()]
+        data["lora"] += [ExtraNetworkParams(items=[name, str(weight)]) for name, weight in self._passes.tags()]
 
     def _is_of_pair(self, params: Any) -> bool:
         """Whether <lora:…> of the prompt names a file of the pair, by the name or the alias that the host knows."""
@@ -105,7 +105,7 @@ class Hold:
 
 
 class GenerationRefused(HTTPException):
-    """Ends a generation with one sentence: the host's API answers with it, its UI and console show it."""
+    """Ends a generation with one sentence: the host's API answers with it, its UI and console show it. Its cause is the error."""
 
     def __init__(self, error: BaseException) -> None:
         status = 422 if isinstance(error, KLoraError) else 500

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from klora.core.plan import Plan, make_plan
@@ -12,6 +12,7 @@ from klora.hosts.base import Pair, PairSwitch, WebUI
 from klora.session import Session
 from klora.settings import Settings
 from klora.webui import clock
+from klora.webui.applied import FIRST, HIRES, AppliedPass
 
 
 class Passes:
@@ -24,11 +25,14 @@ class Passes:
     Attributes:
         switch: the pair's hold on that checkpoint.
         stopped: whether the run goes on without K-LoRA.
+        applied: what was applied in the passes that are over.
     """
 
     def __init__(self, p: Any, settings: Settings, webui: WebUI, model: Any, pair: Pair, scores: PairScores) -> None:
         self.switch: PairSwitch = webui.switch(model, pair)
         self.stopped = False
+        self.applied: list[AppliedPass] = []
+        self._given_up = False
         self._p = p
         self._settings = settings
         self._webui = webui
@@ -39,6 +43,7 @@ class Passes:
         self._session: Session | None = None
         self._under_way = False
         self._failure: BaseException | None = None
+        self._place = FIRST, 0
         self._offset = 0
         self._steps_of_pass = 1
 
@@ -52,6 +57,7 @@ class Passes:
         """Around the host's encoding of the prompts, which happens before a pass, and within one when a refiner takes over."""
         if self._under_way:
             self._stop_at_other_model()
+        if self._under_way or self.stopped:
             yield
         else:
             with self.switch.held():
@@ -64,7 +70,7 @@ class Passes:
         Raises:
             BaseException: what `fail` was given, if the host has swallowed it.
         """
-        with self.switch.held():
+        with nullcontext() if self._given_up else self.switch.held():
             try:
                 yield
             finally:
@@ -81,7 +87,7 @@ class Passes:
         Returns:
             Whether K-LoRA is in this pass.
         """
-        if activated is getattr(self._p, "hr_extra_network_data", None) and self._settings.hires == "off":
+        if self._given_up or (activated is getattr(self._p, "hr_extra_network_data", None) and self._settings.hires == "off"):
             self.end()
             return False
         if self._at_other_model():
@@ -94,15 +100,16 @@ class Passes:
     def begin(self) -> None:
         """A pass is about to start: plan its whole schedule, of which img2img and the hires pass run the end."""
         self.end()
-        if self._is_hires() and self._settings.hires == "off":
+        if self.stopped or (self._is_hires() and self._settings.hires == "off"):
             return
         self._under_way = True
         steps, self._offset, self._steps_of_pass = self._schedule_of_pass()
         if self._settings.hires == "restart":
             steps, self._offset = self._steps_of_pass, 0
+        self._place = HIRES if self._is_hires() else FIRST, int(self._p.iteration)
         self._session = Session(self.plan(steps), self.switch)
         self._session.__enter__()
-        self._session.step(self._offset)
+        self._session.prepare(self._offset)
 
     def at_call(self, params: Any) -> None:
         """The denoiser is about to be evaluated: switch to the step that this evaluation belongs to."""
@@ -115,6 +122,7 @@ class Passes:
         self._under_way = False
         if self._session is not None:
             self._session.close()
+            self.applied.append(AppliedPass(*self._place, self._session.plan, self._session.recorded()))
             self._session = None
         self.switch.detach()
 
@@ -122,6 +130,16 @@ class Passes:
         """Make the pass that is under way stop with `error`."""
         self._failure = error
         self.switch.fail(error)
+
+    def give_up(self) -> None:
+        """Go on without K-LoRA in this and all further batches."""
+        self._given_up = self.stopped = True
+        self.end()
+        self.switch.leave()
+
+    def tags(self) -> Sequence[tuple[str, float]]:
+        """Name and weight of what the host itself is to load, as by <lora:name:weight>."""
+        return () if self._given_up else self.switch.tags()
 
     def plan(self, steps: int) -> Plan:
         """The plan of the batch for a whole schedule of `steps` steps."""
