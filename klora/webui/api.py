@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import io
 from secrets import compare_digest
 from threading import BoundedSemaphore, Lock
 from typing import Any
 
 from fastapi import Body, Depends, FastAPI, HTTPException
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from klora.analysis import analyze
-from klora.core.score_cache import ScoreCache
+from klora.analysis import Analysis, analyze
 from klora.errors import KLoraError, SettingsError
+from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
-from klora.webui import loras, paths
+from klora.webui import loras, options
 
 WHOLE_NUMBERS = {"steps": (20, 1, 1000), "seed": (0, 0, 2**63 - 1)}
 """What an analysis takes beside the settings: default, minimum, maximum."""
 
+FORMATS = ("json", "png")
 MOST_AT_ONCE = 4
 EXAMPLE = {"subject": "my_dog", "style": "ink_drawing", "alpha": 1.5, "steps": 20}
 
@@ -33,14 +35,17 @@ def register(_demo: Any, app: FastAPI) -> None:
     app.add_api_route("/klora/v1/loras", list_loras, methods=["GET"], summary="LoRAs to choose as subject and style", **common)
     app.add_api_route(
         "/klora/v1/analyze", analyze_pair, methods=["POST"], summary="Plan of a pair, without a picture", response_model=None,
-        openapi_extra=_documented_request(), responses={422: {"description": "What is wrong: {detail, fields}"}, 503: {"description": "Busy"}},
+        openapi_extra=_documented_request(), responses={
+            200: {"description": "The plan, or its selection map", "content": {"image/png": {}}},
+            422: {"description": "What is wrong: {detail, fields}"}, 503: {"description": "Busy"},
+        },
         **common,
     )  # fmt: skip
 
 
 def schema() -> dict[str, Any]:
     """The settings as txt2img and img2img take them: `"alwayson_scripts": {"K-LoRA": {"args": [{...}]}}`."""
-    return json_schema()
+    return json_schema(options.read().run_defaults())
 
 
 def list_loras() -> list[dict[str, str]]:
@@ -48,39 +53,53 @@ def list_loras() -> list[dict[str, str]]:
     return [{"name": lora.name, "alias": lora.alias, "hash": lora.shorthash} for lora in loras.list_loras()]
 
 
-def analyze_pair(request: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
-    """Who is chosen on each layer at each step: the JSON of `python -m klora analyze`. Takes the settings, `steps` and `seed`."""
+def analyze_pair(request: dict[str, Any] = Body(...)) -> Response:  # noqa: B008
+    """Who is chosen on each layer at each step: the JSON of `python -m klora analyze`, or with `"format": "png"` its selection map.
+
+    Takes the settings, `steps`, `seed` and `format`.
+    """
     try:
-        settings, steps, seed = _parsed(request)
+        settings, steps, seed, form = _parsed(request)
         subject, style = (loras.find(getattr(settings, role), role).path for role in ("subject", "style"))
         if not _places.acquire(blocking=False):
             sentence = f"{MOST_AT_ONCE} analyses are under way or waiting already: try again when one is done."
             return JSONResponse({"detail": sentence}, 503, {"Retry-After": "5"})
         try:
             with _analysis:
-                return JSONResponse(analyze(subject, style, settings, steps=steps, seed=seed, cache=ScoreCache(paths.cache_folder())).to_json())
+                return _written(analyze(subject, style, settings, steps=steps, seed=seed, **options.read().for_analysis()), form)
         finally:
             _places.release()
     except KLoraError as error:
         return JSONResponse({"detail": str(error), "fields": getattr(error, "problems", {})}, 422)
 
 
-def _parsed(request: dict[str, Any]) -> tuple[Settings, int, int]:
-    """Settings, steps and seed of a request; a SettingsError says all that is wrong with it."""
+def _written(analysis: Analysis, form: str) -> Response:
+    if form == "json":
+        return JSONResponse(analysis.to_json())
+    picture = io.BytesIO()
+    draw_map(analysis.plan, analysis.subject.path.stem, analysis.style.path.stem).save(picture, "PNG")
+    return Response(picture.getvalue(), media_type="image/png")
+
+
+def _parsed(request: dict[str, Any]) -> tuple[Settings, int, int, str]:
+    """Settings, steps, seed and format of a request; a SettingsError says all that is wrong with it."""
     numbers = {name: request.get(name, default) for name, (default, _, _) in WHOLE_NUMBERS.items()}
     problems = {
         name: f"{name!r} is a whole number from {WHOLE_NUMBERS[name][1]} to {WHOLE_NUMBERS[name][2]}, not {str(value)[:60]!r}."
         for name, value in numbers.items()
         if isinstance(value, bool) or not isinstance(value, int) or not WHOLE_NUMBERS[name][1] <= value <= WHOLE_NUMBERS[name][2]
     }
+    form = request.get("format", FORMATS[0])
+    if form not in FORMATS:
+        problems["format"] = f"'format' is {' or '.join(FORMATS)}, not {str(form)[:60]!r}."
     settings = Settings()
     try:
-        settings = Settings.parse({**{name: value for name, value in request.items() if name not in numbers}, "enabled": True})
+        settings = Settings.parse({**{name: value for name, value in request.items() if name not in (*numbers, "format")}, "enabled": True})
     except SettingsError as error:
         problems = {**error.problems, **problems}
     if problems:
         raise SettingsError(problems)
-    return settings, numbers["steps"], numbers["seed"]
+    return settings, numbers["steps"], numbers["seed"], form
 
 
 def _documented_request() -> dict[str, Any]:
@@ -88,6 +107,9 @@ def _documented_request() -> dict[str, Any]:
     del body["$schema"]
     for name, (default, low, high) in WHOLE_NUMBERS.items():
         body["properties"][name] = {"title": name.capitalize(), "type": "integer", "default": default, "minimum": low, "maximum": high}
+    body["properties"]["format"] = {
+        "title": "Format", "description": "json: the plan; png: its selection map.", "enum": list(FORMATS), "default": FORMATS[0],
+    }  # fmt: skip
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": {**body, "example": EXAMPLE}}}}}
 
 

@@ -93,6 +93,10 @@ class Options:
         hosts = torch.device(devices.device)
         return hosts if self.scoring_device == AUTO and hosts.type == "cuda" else torch.device("cpu")
 
+    def for_analysis(self) -> dict[str, Any]:
+        """What `klora.analysis.analyze` is to be told."""
+        return {"cache": self.cache(), "device": self.device(), "accelerators": self.accelerator_words()}
+
     def accelerator_words(self) -> tuple[str, ...]:
         """Lower-case words that tell an accelerator by its name."""
         return tuple(filter(None, (word.strip().lower() for word in self.accelerators.split(","))))
