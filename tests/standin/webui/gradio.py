@@ -22,6 +22,18 @@ class Dropdown(Component):
     pass
 
 
+class Radio(Component):
+    pass
+
+
+class Button(Component):
+    pass
+
+
+class HTML(Component):
+    pass
+
+
 class Slider(Component):
     pass
 
