@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.plan import Plan, make_plan
@@ -43,6 +45,8 @@ def analyze(
     steps: int,
     seed: int = 0,
     cache: ScoreCache | None = None,
+    device: torch.device | None = None,
+    accelerators: Sequence[str] = ACCELERATORS,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Analysis:
@@ -50,6 +54,8 @@ def analyze(
 
     Args:
         settings: of it the selector, schedule, α, β, K scale and γ.
+        device: where to score; CUDA or ROCm if there is one, else the CPU, if None.
+        accelerators: words in the name of a LoRA that is neither a subject nor a style.
         progress: called as progress(layers done, layers in all) while scoring.
         cancelled: asked between layers.
 
@@ -59,11 +65,11 @@ def analyze(
     """
     files = read_lora(subject), read_lora(style)
     check_pair(*files)
-    scores = score_pair(*files, k_scale=settings.k_scale, cache=cache, progress=progress, cancelled=cancelled)
+    scores = score_pair(*files, k_scale=settings.k_scale, cache=cache, device=device, progress=progress, cancelled=cancelled)
     plan = make_plan(
         scores, steps=steps, schedule=settings.schedule_of_run(), selector=settings.selector, gamma=settings.gamma, seed=seed
     )
-    return Analysis(*files, plan, pair_warnings(*files, plan))
+    return Analysis(*files, plan, pair_warnings(*files, plan, accelerators))
 
 
 def check_pair(subject: LoraFile, style: LoraFile) -> None:
@@ -82,12 +88,12 @@ def check_pair(subject: LoraFile, style: LoraFile) -> None:
 BASE_NAMES = {"sdxl": "SDXL", "flux": "FLUX"}
 
 
-def pair_warnings(subject: LoraFile, style: LoraFile, plan: Plan) -> list[str]:
+def pair_warnings(subject: LoraFile, style: LoraFile, plan: Plan, accelerators: Sequence[str] = ACCELERATORS) -> list[str]:
     """What is worth knowing of a pair that can be fused, one plain sentence each."""
     warnings = []
     for role, lora in (("subject", subject), ("style", style)):
         name = lora.path.name
-        if any(map(is_accelerator, (name, *own_names(lora.metadata)))):
+        if any(is_accelerator(text, accelerators) for text in (name, *own_names(lora.metadata))):
             warnings.append(
                 f"The {role} LoRA {name} looks like an accelerator (it makes a model need few steps), which is neither a subject "
                 "nor a style: put it in the prompt and choose another LoRA here."
@@ -109,7 +115,7 @@ def pair_warnings(subject: LoraFile, style: LoraFile, plan: Plan) -> list[str]:
     return [printable(warning) for warning in warnings]
 
 
-def is_accelerator(name: str) -> bool:
-    """Whether a LoRA's name says that it makes a model need few steps (LCM, Lightning, Hyper, Turbo, DMD)."""
+def is_accelerator(name: str, words: Sequence[str] = ACCELERATORS) -> bool:
+    """Whether a LoRA's name has one of these lower-case words, which say that it makes a model need few steps."""
     low = name.lower()
-    return any(word in low for word in ACCELERATORS)
+    return any(word in low for word in words)

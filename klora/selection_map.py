@@ -32,12 +32,13 @@ class Column:
     block: str
 
 
-def draw_map(plan: Plan, subject: str, style: str, selection: np.ndarray | None = None) -> Image.Image:
+def draw_map(plan: Plan, subject: str, style: str, selection: np.ndarray | None = None, note: str = "") -> Image.Image:
     """The selection map of a plan, or of what was really applied.
 
     Args:
         subject, style: names for the legend.
         selection: recorded rows instead of the plan's, int of shape (steps, layers); -1 where a step did not run.
+        note: what the title says beside the names.
     """
     rows = plan.selection.astype(np.int16) if selection is None else selection
     columns, cell = _columns(plan)
@@ -46,11 +47,21 @@ def draw_map(plan: Plan, subject: str, style: str, selection: np.ndarray | None 
     image = Image.new("RGB", (LEFT + width + SHARE_LEFT + SHARE_WIDTH + 16, TOP + height * len(rows) + BLOCK_LABELS + 40), PAPER)
     image.paste(Image.fromarray(_cells(rows, columns, cell, height, width)), (LEFT, TOP))
     draw = ImageDraw.Draw(image)
-    _title(draw, plan, subject, style)
+    _title(draw, plan, f"{subject} in the style of {style}{', ' * bool(note)}{note}")
     _steps_axis(draw, len(rows), height)
     _block_names(image, columns, cell, TOP + height * len(rows) + 6)
     _shares(draw, rows, height, LEFT + width + SHARE_LEFT)
-    _legend(image, plan, subject, style)
+    _legend(image, plan, rows, subject, style)
+    return image
+
+
+def stacked(maps: Sequence[Image.Image]) -> Image.Image:
+    """Several maps as one picture, one below the other."""
+    image = Image.new("RGB", (max(part.width for part in maps), sum(part.height for part in maps)), PAPER)
+    top = 0
+    for part in maps:
+        image.paste(part, (0, top))
+        top += part.height
     return image
 
 
@@ -70,10 +81,11 @@ def _columns(plan: Plan) -> tuple[list[Column], int]:
 
 
 def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, width: int) -> np.ndarray:
-    """The map itself, uint8 of shape (steps * height, width, 3); one-sided layers are hatched."""
+    """The map itself, uint8 of shape (steps * height, width, 3); one-sided layers are hatched where they ran."""
     colours = np.array([STYLE, SUBJECT, BOTH, NOT_RUN], np.uint8)
     pixels = np.full((len(rows) * height, width, 3), PAPER, np.uint8)
     hatch = _hatch(*pixels.shape[:2])
+    hatch[np.repeat((rows < 0).any(axis=1), height)] = False
     for column in columns:
         span = slice(column.left, column.left + cell)
         pixels[:, span] = np.repeat(colours[rows[:, column.index]], height, axis=0)[:, None]
@@ -82,9 +94,9 @@ def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, 
     return pixels
 
 
-def _title(draw: ImageDraw.ImageDraw, plan: Plan, subject: str, style: str) -> None:
+def _title(draw: ImageDraw.ImageDraw, plan: Plan, title: str) -> None:
     s = plan.schedule
-    draw.text((LEFT, 10), plain(f"{subject} in the style of {style}"), INK, font(18))
+    draw.text((LEFT, 10), plain(title), INK, font(18))
     schedule = f"S = {s.alpha:g} t/T + {s.beta:g}" if s.name == "s" else f"S* = ({s.alpha:g} t/T + {s.beta:g}) mod {ALPHA_M:g}"
     text = f"{plan.selector}    {schedule}    gamma = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
     draw.text((LEFT, 34), plain(text), INK, font(13))
@@ -124,16 +136,18 @@ def _shares(draw: ImageDraw.ImageDraw, rows: np.ndarray, height: int, left: int)
             draw.rectangle((left, top, right, top + height - 2), SUBJECT)
 
 
-def _legend(image: Image.Image, plan: Plan, subject: str, style: str) -> None:
+def _legend(image: Image.Image, plan: Plan, rows: np.ndarray, subject: str, style: str) -> None:
     draw, left, top = ImageDraw.Draw(image), LEFT, image.height - 28
     entries = [(SUBJECT, f"subject: {subject}"), (STYLE, f"style: {style}")]
     if (plan.selection == Choice.BOTH).any():
         entries.append((BOTH, "both"))
+    if (rows < 0).any():
+        entries.append((NOT_RUN, "did not run"))
     if any(layer.only for layer in plan.scores.layers):
-        entries.append((NOT_RUN, "hatched: only one LoRA changes this layer"))
+        entries.append((PAPER, "hatched: only one LoRA changes this layer"))
     for colour, text in entries:
         swatch = np.full((14, 14, 3), colour, np.uint8)
-        if colour == NOT_RUN:
+        if colour == PAPER:
             swatch[_hatch(14, 14)] = FAINT
         image.paste(Image.fromarray(swatch), (left, top))
         draw.text((left + 20, top + 7), plain(text), INK, font(13), anchor="lm")

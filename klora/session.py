@@ -15,7 +15,8 @@ class Session:
     """Runs one plan on one host. A context manager: leaving it, in whatever way, detaches.
 
     Attributes:
-        applied: what was really put on the layers, {step: uint8 row of Choice, shape (layers,)}; steps that never ran are absent.
+        plan: of the whole schedule.
+        applied: what was on the layers at the steps that ran, {step: uint8 row of Choice, shape (layers,)}.
     """
 
     def __init__(self, plan: Plan, switch: LayerSwitch) -> None:
@@ -37,15 +38,28 @@ class Session:
         self._current = None
         self._switch.detach()
 
+    def prepare(self, index: int) -> None:
+        """Make the layers what the first step to run, `index`, wants: cheapest before the host loads the denoiser."""
+        self._put(self.plan.selection[min(index, self.plan.steps - 1)])
+
     def step(self, index: int) -> None:
-        """Make the layers what the plan says for step `index` (0-based in the whole schedule; the last step beyond its end).
+        """Step `index` runs (0-based in the whole schedule; the last step beyond its end): make the layers what the plan says for it.
 
         Several model evaluations of one step may each call it: only the first can find something to switch.
         """
         index = min(index, self.plan.steps - 1)
-        row = self.plan.selection[index]
+        self._put(self.plan.selection[index])
+        self.applied[index] = self.plan.selection[index]
+
+    def recorded(self) -> np.ndarray:
+        """`applied` as an int16 array of shape (steps, layers), -1 where a step did not run."""
+        rows = np.full(self.plan.selection.shape, -1, np.int16)
+        for index, row in self.applied.items():
+            rows[index] = row
+        return rows
+
+    def _put(self, row: np.ndarray) -> None:
         changed = np.arange(len(row)) if self._current is None else np.flatnonzero(row != self._current)
         if len(changed):
             self._switch.apply({self._names[i]: Choice(int(row[i])) for i in changed})
         self._current = row
-        self.applied[index] = row

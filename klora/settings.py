@@ -142,13 +142,16 @@ class Settings:
         return cls(**good)
 
     @classmethod
-    def parse_api(cls, args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> Settings:
+    def parse_api(
+        cls, args: Sequence[Any], overrides: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
+    ) -> Settings:
         """Settings from the arguments of the always-on script: one dict, or values in the order of the fields.
 
         A dict means enabled unless it says `"enabled": false`. What else the arguments of a run without K-LoRA say does not matter.
 
         Args:
             overrides: values by name that win over the arguments before anything is checked (the X/Y/Z plot's).
+            defaults: values by name for what the arguments leave out.
 
         Raises:
             SettingsError: as `parse` does.
@@ -158,7 +161,7 @@ class Settings:
                                          "give one dict with the names instead."})
         named = args and isinstance(args[0], Mapping)
         values = {"enabled": True, **args[0]} if named else dict(zip(SPECS, args, strict=False))
-        merged = {**values, **(overrides or {})}
+        merged = {**(defaults or {}), **values, **(overrides or {})}
         if merged.get("enabled", False) is False:
             return cls()
         return cls.parse(merged)
@@ -172,6 +175,10 @@ class Settings:
         by_rule = {"both": ("subject", "style"), "subject": ("subject",), "style": ("style",), "none": ()}[self.text_encoder]
         left_out = {"Subject only": "style", "Style only": "subject"}.get(self.selector)
         return tuple(role for role in by_rule if role != left_out)
+
+    def weight(self, role: str) -> float:
+        """The multiplier of "subject" or "style"."""
+        return self.subject_weight if role == "subject" else self.style_weight
 
     def schedule_of_run(self) -> Schedule:
         """The scaling factor S(t) that these settings ask for."""
@@ -191,8 +198,14 @@ def as_text(name: str, value: Any) -> str:
     return str(value)
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of the settings, as the HTTP API takes them."""
+def json_schema(defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of the settings, as the HTTP API takes them.
+
+    Args:
+        defaults: {field: default} where it is not the built-in one.
+    """
+    defaults = {**DEFAULTS, **(defaults or {})}
+
     def of(name: str, spec: Spec) -> dict[str, Any]:
         common = {"title": spec.label, "description": spec.help}
         if spec.kind == "flag":
@@ -200,9 +213,9 @@ def json_schema() -> dict[str, Any]:
         if spec.kind == "lora":
             return {**common, "type": "string"}
         if spec.kind == "choice":
-            return {**common, "enum": list(spec.choices), "default": DEFAULTS[name]}
+            return {**common, "enum": list(spec.choices), "default": defaults[name]}
         number: dict[str, Any] = {"type": "number", "minimum": spec.bounds[0], "maximum": spec.bounds[1]}
-        default = AUTO if DEFAULTS[name] is None else DEFAULTS[name]
+        default = AUTO if defaults[name] is None else defaults[name]
         if spec.choices:
             return {**common, "anyOf": [{"enum": list(spec.choices)}, number], "default": default}
         return {**common, **number, "default": default}

@@ -1,12 +1,14 @@
 """The K-LoRA script of the WebUIs: life cycle and error boundary; everything else is in the package klora."""
 
+from contextlib import contextmanager
+
 from modules import script_callbacks, scripts
 
 from klora.errors import Cancelled
 from klora.hosts.detect import UnknownHost
 from klora.settings import Settings
-from klora.webui import api, preview, ui, xyz
-from klora.webui.generation import Run, refuse, release
+from klora.webui import api, options, preview, ui, xyz
+from klora.webui.generation import Run, fail, go_on_without, release, run_of
 
 
 class KLoraScript(scripts.Script):
@@ -27,20 +29,10 @@ class KLoraScript(scripts.Script):
 
     def process(self, p, *args):
         release(p)
-        try:
-            settings = Settings.parse_api(args, getattr(p, "klora_xyz", {}))
-            if not settings.enabled:
-                return
-            run = Run(p, settings)
-            run.prepare()
-            p.klora_run = run
-        except Cancelled:
-            return
-        except UnknownHost as error:
-            print(f"K-LoRA: {error}")
-            p.comment(str(error))
-        except Exception as error:  # noqa: BLE001 the host would go on without K-LoRA and without a word
-            tell(p, error)
+        with boundary(p):
+            settings = Settings.parse_api(args, getattr(p, "klora_xyz", {}), options.read().run_defaults())
+            if settings.enabled:
+                Run(p, settings)
 
     def after_extra_networks_activate(self, p, *args, **kwargs):
         within(p, lambda run: run.networks_loaded(kwargs.get("extra_network_data")))
@@ -49,7 +41,7 @@ class KLoraScript(scripts.Script):
         within(p, lambda run: run.begin_pass())
 
     def postprocess(self, p, processed, *args):
-        within(p, lambda run: run.tell_warnings(processed))
+        within(p, lambda run: run.tell(processed))
         release(p)
 
 
@@ -58,22 +50,29 @@ def on_cfg_denoiser(params):
 
 
 def within(p, action):
-    """Do `action` with the run of `p`, if it has one; what goes wrong stops that run."""
-    run = getattr(p, "klora_run", None)
-    if run is None or run.p is not p:
-        return
+    """Do `action` with the run of `p`, if it has one."""
+    run = run_of(p)
+    if run is not None:
+        with boundary(p):
+            action(run)
+
+
+@contextmanager
+def boundary(p):
+    """What goes wrong within is printed and ends the run of `p`: the host would go on without K-LoRA and without a word."""
     try:
-        action(run)
-    except Exception as error:  # noqa: BLE001 the host would go on without K-LoRA and without a word
+        yield
+    except Cancelled:
+        return
+    except UnknownHost as error:
         print(f"K-LoRA: {error}")
-        run.fail(error)
-
-
-def tell(p, error):
-    print(f"K-LoRA: {error}")
-    refuse(p, error)
+        go_on_without(p, error)
+    except Exception as error:  # noqa: BLE001 whatever it is, it must not get lost
+        print(f"K-LoRA: {error}")
+        fail(p, error)
 
 
 script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
 script_callbacks.on_app_started(api.register)
 script_callbacks.on_app_started(preview.register)
+script_callbacks.on_ui_settings(options.register)

@@ -67,15 +67,26 @@ class ScoreCache:
             return None
         if payload is None:
             return None
-        with contextlib.suppress(OSError):
-            os.utime(entry)
+        _used(entry)
         return _unpack(payload)
 
     def store(self, content: str, known: FileProfile) -> None:
         """Remember what is known of a file of this content."""
         payload = _pack(known)
         self._write(self._entry(content), _digest(payload, content) + payload)
-        self._evict()
+        self.trim()
+
+    def trim(self) -> None:
+        """Bring the folder below the limit: the least recently used go first."""
+        files = self._files()
+        total = sum(size for _, size, _ in files)
+        newest = files[-1][0] if files else 0.0
+        for used, size, path in files:
+            abandoned = path.suffix == ".tmp" and used < newest - STALE_TEMPORARY_SECONDS
+            if abandoned or (total > self.limit and path.suffix != ".tmp"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                total -= size
 
     def size(self) -> int:
         """Bytes on disk."""
@@ -95,11 +106,14 @@ class ScoreCache:
         return self.folder / f"{hashlib.sha256(path.encode(errors='surrogatepass')).hexdigest()}.note"
 
     def _noted(self, state: tuple[str, int, int]) -> str | None:
+        place = self._note(state[0])
         try:
-            note = json.loads(self._note(state[0]).read_text(encoding="ascii"))
-            return str(note["content"]) if note["state"] == list(state) else None
+            note = json.loads(place.read_text(encoding="ascii"))
+            content = str(note["content"]) if note["state"] == list(state) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        _used(place)
+        return content
 
     def _hash(self, path: Path, state: tuple[str, int, int]) -> str:
         digest = hashlib.sha256()
@@ -132,16 +146,10 @@ class ScoreCache:
                     found.append((stat.st_mtime, stat.st_size, path))
         return sorted(found)
 
-    def _evict(self) -> None:
-        files = self._files()
-        total = sum(size for _, size, _ in files)
-        newest = files[-1][0] if files else 0.0
-        for used, size, path in files:
-            abandoned = path.suffix == ".tmp" and used < newest - STALE_TEMPORARY_SECONDS
-            if abandoned or (total > self.limit and path.suffix != ".tmp"):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                total -= size
+
+def _used(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 def _digest(payload: bytes, content: str) -> bytes:

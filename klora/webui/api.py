@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from secrets import compare_digest
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from klora.analysis import analyze
-from klora.core.score_cache import ScoreCache
+from klora.analysis import Analysis, analyze
 from klora.errors import Cancelled, KLoraError, SettingsError, printable
+from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
-from klora.webui import loras, paths
+from klora.webui import loras, options
 from klora.webui.turns import Busy, turn, while_connected
 
 WHOLE_NUMBERS = {"steps": (20, 1, 1000), "seed": (0, 0, 2**63 - 1)}
 """What an analysis takes beside the settings: default, minimum, maximum."""
 
 MOST_BYTES = 1 << 16
+FORMATS = ("json", "png")
 EXAMPLE = {"subject": "my_dog", "style": "ink_drawing", "alpha": 1.5, "steps": 20}
 
 
@@ -33,6 +35,7 @@ def register(_demo: Any, app: FastAPI) -> None:
     app.add_api_route(
         "/klora/v1/analyze", analyze_pair, methods=["POST"], summary="Plan of a pair, without a picture", response_model=None,
         openapi_extra=_documented_request(), responses={
+            200: {"description": "The plan, or its selection map", "content": {"image/png": {}}},
             413: {"description": "The request is too long"}, 422: {"description": "What is wrong: {detail, fields}"}, 503: {"description": "Busy"},
         },
         **common,
@@ -41,7 +44,7 @@ def register(_demo: Any, app: FastAPI) -> None:
 
 def schema() -> dict[str, Any]:
     """The settings as txt2img and img2img take them: `"alwayson_scripts": {"K-LoRA": {"args": [{...}]}}`."""
-    return json_schema()
+    return json_schema(options.read().run_defaults())
 
 
 def list_loras() -> list[dict[str, str]]:
@@ -49,8 +52,11 @@ def list_loras() -> list[dict[str, str]]:
     return [{"name": printable(lora.name), "alias": printable(lora.alias), "hash": lora.shorthash} for lora in loras.list_loras()]
 
 
-async def analyze_pair(request: Request) -> JSONResponse:
-    """Who is chosen on each layer at each step: the JSON of `python -m klora analyze`. Takes the settings, `steps` and `seed`."""
+async def analyze_pair(request: Request) -> Response:
+    """Who is chosen on each layer at each step: the JSON of `python -m klora analyze`, or with `"format": "png"` its selection map.
+
+    Takes the settings, `steps`, `seed` and `format`.
+    """
     content = await _content(request)
     if content is None:
         return JSONResponse({"detail": f"The request is longer than {MOST_BYTES} bytes, which no analysis needs.", "fields": {}}, 413)
@@ -67,13 +73,12 @@ async def _content(request: Request) -> bytes | None:
     return content
 
 
-def _answer(content: bytes, cancelled: Callable[[], bool]) -> JSONResponse:
+def _answer(content: bytes, cancelled: Callable[[], bool]) -> Response:
     try:
-        settings, steps, seed = _parsed(content)
+        settings, steps, seed, form = _parsed(content)
         subject, style = (loras.find(getattr(settings, role), role).path for role in ("subject", "style"))
         with turn(cancelled):
-            cache = ScoreCache(paths.cache_folder())
-            return JSONResponse(analyze(subject, style, settings, steps=steps, seed=seed, cache=cache, cancelled=cancelled).to_json())
+            return _written(analyze(subject, style, settings, steps=steps, seed=seed, cancelled=cancelled, **options.read().for_analysis()), form)
     except Cancelled:
         return JSONResponse({"detail": "The client hung up, so the analysis was given up.", "fields": {}}, 499)
     except Busy as error:
@@ -82,8 +87,16 @@ def _answer(content: bytes, cancelled: Callable[[], bool]) -> JSONResponse:
         return JSONResponse({"detail": str(error), "fields": getattr(error, "problems", {})}, 422)
 
 
-def _parsed(content: bytes) -> tuple[Settings, int, int]:
-    """Settings, steps and seed of a request; a SettingsError says all that is wrong with it."""
+def _written(analysis: Analysis, form: str) -> Response:
+    if form == "json":
+        return JSONResponse(analysis.to_json())
+    picture = io.BytesIO()
+    draw_map(analysis.plan, analysis.subject.path.stem, analysis.style.path.stem).save(picture, "PNG")
+    return Response(picture.getvalue(), media_type="image/png")
+
+
+def _parsed(content: bytes) -> tuple[Settings, int, int, str]:
+    """Settings, steps, seed and format of a request; a SettingsError says all that is wrong with it."""
     try:
         request = json.loads(content)
     except (ValueError, RecursionError):
@@ -96,14 +109,17 @@ def _parsed(content: bytes) -> tuple[Settings, int, int]:
         for name, value in numbers.items()
         if isinstance(value, bool) or not isinstance(value, int) or not WHOLE_NUMBERS[name][1] <= value <= WHOLE_NUMBERS[name][2]
     }
+    form = request.get("format", FORMATS[0])
+    if form not in FORMATS:
+        problems["format"] = f"'format' is {' or '.join(FORMATS)}, not {str(form)[:60]!r}."
     settings = Settings()
     try:
-        settings = Settings.parse({**{name: value for name, value in request.items() if name not in numbers}, "enabled": True})
+        settings = Settings.parse({**{name: value for name, value in request.items() if name not in (*numbers, "format")}, "enabled": True})
     except SettingsError as error:
         problems = {**error.problems, **problems}
     if problems:
         raise SettingsError(problems)
-    return settings, numbers["steps"], numbers["seed"]
+    return settings, numbers["steps"], numbers["seed"], form
 
 
 def _documented_request() -> dict[str, Any]:
@@ -111,6 +127,9 @@ def _documented_request() -> dict[str, Any]:
     del body["$schema"]
     for name, (default, low, high) in WHOLE_NUMBERS.items():
         body["properties"][name] = {"title": name.capitalize(), "type": "integer", "default": default, "minimum": low, "maximum": high}
+    body["properties"]["format"] = {
+        "title": "Format", "description": "json: the plan; png: its selection map.", "enum": list(FORMATS), "default": FORMATS[0],
+    }  # fmt: skip
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": {**body, "example": EXAMPLE}}}}}
 
 

@@ -13,14 +13,13 @@ from klora.core.blocks import block_of, forward_order, group_of
 from klora.core.lora_file import LoraFile
 from klora.core.plan import make_plan
 from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
-from klora.core.score_cache import ScoreCache
 from klora.core.scores import score_pair
 from klora.errors import HostError, KLoraError, PairError, printable
 from klora.file_notes import trained_on, trigger_words
 from klora.report import value_range
 from klora.selection_map import BOTH, STYLE, SUBJECT
 from klora.settings import DEFAULTS, SPECS
-from klora.webui import infotext, loras, paths
+from klora.webui import infotext, loras, options
 
 ROLES = ("subject", "style")
 
@@ -31,7 +30,7 @@ def constants() -> dict[str, Any]:
         "colours": {role: "#{:02x}{:02x}{:02x}".format(*colour) for role, colour in (("subject", SUBJECT), ("style", STYLE), ("both", BOTH))},
         "schedules": SCHEDULES,
         "alphaM": ALPHA_M,
-        "defaults": {name: infotext.control_value(name, value) for name, value in DEFAULTS.items()},
+        "defaults": {name: infotext.control_value(name, value) for name, value in {**DEFAULTS, **options.read().run_defaults()}.items()},
         "infotext": {name: spec.infotext for name, spec in SPECS.items() if spec.kind != "flag"},
         "numbers": {
             name: {"label": spec.label, "words": spec.choices, "bounds": spec.bounds} for name, spec in SPECS.items() if spec.kind == "number"
@@ -85,7 +84,8 @@ def scores(names: Mapping[str, str], k_scale: float, cancelled: Callable[[], boo
     """
     subject, style = (loras.read(loras.find(names[role], role).path) for role in ROLES)
     check_pair(subject, style)
-    found = score_pair(subject, style, k_scale=k_scale, cache=ScoreCache(paths.cache_folder()), cancelled=cancelled)
+    chosen = options.read()
+    found = score_pair(subject, style, k_scale=k_scale, cache=chosen.cache(), device=chosen.device(), cancelled=cancelled)
     layers = found.layers
     in_order = sorted(range(len(layers)), key=lambda i: forward_order(layers[i].name))
     places = {index: place for place, index in enumerate(in_order)}
@@ -102,7 +102,7 @@ def scores(names: Mapping[str, str], k_scale: float, cancelled: Callable[[], boo
             "group": [group_of(layer.name) for layer in layers],
             "place": [places[i] for i in range(len(layers))],
         },
-        "warnings": pair_warnings(subject, style, make_plan(found, steps=1, schedule=Schedule.named("s"))),
+        "warnings": pair_warnings(subject, style, make_plan(found, steps=1, schedule=Schedule.named("s")), chosen.accelerator_words()),
     }  # fmt: skip
 
 

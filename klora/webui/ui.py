@@ -11,7 +11,7 @@ from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion, ToolButton
 
 from klora.settings import DEFAULTS, SPECS
-from klora.webui import card, infotext, loras
+from klora.webui import card, infotext, loras, options
 
 SWAPPED = ("subject", "style", "subject_weight", "style_weight")
 OFFERED_NUMBERS = 11
@@ -75,16 +75,18 @@ def _id(tab: str, name: str) -> str:
 
 
 def _control(name: str, tab: str) -> Any:
-    spec = SPECS[name]
+    spec, starts = SPECS[name], {**DEFAULTS, **options.read().run_defaults()}
     common: dict[str, Any] = {
-        "label": spec.label, "value": infotext.control_value(name, DEFAULTS[name]), "elem_id": _id(tab, name), "tooltip": spec.help,
+        "label": spec.label, "value": infotext.control_value(name, starts[name]), "elem_id": _id(tab, name), "tooltip": spec.help,
     }  # fmt: skip
     if spec.kind == "lora":
         control = gr.Dropdown(choices=_lora_names(), allow_custom_value=True, **common)
         control.do_not_save_to_config = True
         return control
     if spec.kind == "choice":
-        return gr.Dropdown(choices=list(spec.choices), **common)
+        control = gr.Dropdown(choices=list(spec.choices), **common)
+        control.do_not_save_to_config = name in options.RUN_DEFAULTS
+        return control
     if spec.choices:
         return gr.Dropdown(choices=[*spec.choices, *_offered(spec.slider)], allow_custom_value=True, **common)
     low, high, step = spec.slider or (*spec.bounds, 0.01)

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from standin.webui.modules.options import Options
 from webui_host import HTML, Block, Component, Dropdown, InputAccordion, Networks, Slider, module
 
 
@@ -17,9 +18,11 @@ def networks(monkeypatch):
 
 @pytest.fixture
 def shared(monkeypatch):
-    made = module("modules.shared", cmd_opts=SimpleNamespace(api_auth=None))
-    monkeypatch.setitem(sys.modules, "modules", module("modules", shared=made))
+    made = module("modules.shared", cmd_opts=SimpleNamespace(api_auth=None), opts=Options({}))
+    devices = module("modules.devices", device="cpu")
+    monkeypatch.setitem(sys.modules, "modules", module("modules", shared=made, devices=devices))
     monkeypatch.setitem(sys.modules, "modules.shared", made)
+    monkeypatch.setitem(sys.modules, "modules.devices", devices)
     return made
 
 

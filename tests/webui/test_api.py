@@ -1,14 +1,17 @@
 """The extension's HTTP API answers as documented, and a wrong request with a sentence per fault."""
 
+import io
 import threading
 from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from PIL import Image, ImageChops
 from webui_host import NetworkOnDisk
 
 from klora.analysis import analyze
+from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
 from klora.webui import api, paths, turns
 
@@ -45,6 +48,13 @@ def test_analysis_is_that_of_the_command_line():
     assert answer.json() == analyze(*files, Settings(selector="Random"), steps=6, seed=3).to_json()
 
 
+def test_analysis_as_a_picture_is_the_map_of_its_plan():
+    answer = client().post("/klora/v1/analyze", json={**NAMES, "steps": 6, "format": "png"})
+    assert answer.headers["content-type"] == "image/png"
+    plan = analyze(PAIR / "subject.safetensors", PAIR / "style.safetensors", Settings(), steps=6).plan
+    assert ImageChops.difference(Image.open(io.BytesIO(answer.content)), draw_map(plan, "subject", "style")).getbbox() is None
+
+
 def test_steps_are_twenty_by_default():
     assert client().post("/klora/v1/analyze", json=NAMES).json()["steps"] == 20
 
@@ -56,6 +66,7 @@ def test_steps_are_twenty_by_default():
     ({**NAMES, "subjct_weight": 1}, ["subjct_weight"], "did you mean 'subject_weight'"),
     ({**NAMES, "alpha": "x", "steps": 0, "seed": "1"}, ["alpha", "steps", "seed"], "'steps' is a whole number from 1 to 1000"),
     ({**NAMES, "steps": True}, ["steps"], "whole number"),
+    ({**NAMES, "format": "jpg"}, ["format"], "'format' is json or png"),
 ])
 def test_a_wrong_request_is_said(body, fields, said):
     answer = client().post("/klora/v1/analyze", json=body)
@@ -123,5 +134,6 @@ def test_the_openapi_page_describes_the_request():
     page = client().get("/openapi.json").json()
     assert {path for path in page["paths"] if "klora" in path} == {f"/klora/v1/{name}" for name in ("schema", "loras", "analyze")}
     request = page["paths"]["/klora/v1/analyze"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert request["properties"].keys() == {*json_schema()["properties"], "steps", "seed"}
+    assert request["properties"].keys() == {*json_schema()["properties"], "steps", "seed", "format"}
+    assert "image/png" in page["paths"]["/klora/v1/analyze"]["post"]["responses"]["200"]["content"]
     assert all(method["tags"] == ["K-LoRA"] for name, path in page["paths"].items() for method in path.values())

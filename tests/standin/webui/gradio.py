@@ -25,6 +25,14 @@ class Dropdown(Component):
     pass
 
 
+class Radio(Component):
+    pass
+
+
+class Button(Component):
+    pass
+
+
 class HTML(Component):
     pass
 

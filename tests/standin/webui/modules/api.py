@@ -26,7 +26,7 @@ class Api:
             ("POST", "img2img"): lambda request=Body(...): self._generate(request, True),  # noqa: B008
             ("POST", "interrupt"): shared.state.interrupt,
             ("POST", "skip"): shared.state.skip,
-            ("GET", "options"): lambda: vars(shared.opts),
+            ("GET", "options"): lambda: shared.opts.data,
             ("POST", "options"): self._set_options,
             ("POST", "refresh-loras"): self._refresh_loras,
             ("POST", "refresh-checkpoints"): sd_models.list_models,
@@ -57,7 +57,8 @@ class Api:
 
     def _set_options(self, request=Body(...)):  # noqa: B008
         with shared.queue_lock:
-            vars(shared.opts).update(request)
+            for name, value in request.items():
+                shared.opts.set(name, value)
             sd_models.reload_model_weights()
 
     def _generate(self, request, is_img2img):
@@ -81,6 +82,7 @@ class Api:
         with shared.queue_lock:
             p = kind(**{name: value for name, value in request.items() if name in processing.DEFAULTS})
             p.scripts, p.script_args = runner, args
+            p.do_not_save_samples, p.outpath_samples = not request.get("save_images", False), shared.opts.outdir_txt2img_samples
             shared.state.begin()
             processed = runner.run(p) or processing.process_images(p)
         return {"images": [as_base64(image) for image in processed.images], "parameters": {}, "info": processed.js()}
@@ -100,5 +102,5 @@ class Api:
 
 def as_base64(image):
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from modules import extra_networks, infotext_utils, sd_models, sd_samplers_common, shared
+from modules.images import save_image
 
 EDIT = re.compile(r"\[([^:\[\]]*):([^:\[\]]*):([\d.]+)\]")
 SAVED = ("prompt", "negative_prompt", "seed", "steps", "sampler_name", "cfg_scale", "width", "height", "denoising_strength")
@@ -128,13 +130,14 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
 
 class Processed:
     def __init__(self, p, images_list, infotexts):
-        self.images, self.infotexts = images_list, infotexts
+        self.images, self.infotexts, self.index_of_first_image = images_list, infotexts, 0
         self.fields = {name: getattr(p, name) for name in SAVED}
         self.extra_generation_params = p.extra_generation_params
         self.comments = "".join(f"{comment}\n" for comment in p.comments)
 
     def js(self):
-        fields = {**self.fields, "extra_generation_params": self.extra_generation_params, "infotexts": self.infotexts}
+        own = ("extra_generation_params", "infotexts", "index_of_first_image")
+        fields = {**self.fields, **{name: getattr(self, name) for name in own}}
         return json.dumps(fields, default=lambda _: None)
 
 
@@ -170,11 +173,11 @@ def process_images(p):
     p.scripts.before_process(p)
     stored = {name: getattr(shared.opts, name) for name in p.override_settings}
     try:
-        vars(shared.opts).update(p.override_settings)
+        shared.opts.data.update(p.override_settings)
         sd_models.reload_model_weights()
         return process_images_inner(p)
     finally:
-        vars(shared.opts).update(stored)
+        shared.opts.data.update(stored)
 
 
 @torch.no_grad()
@@ -215,8 +218,12 @@ def process_images_inner(p):
         p.scripts.post_sample(p, samples)
         decoded = [shared.sd_model.decode_first_stage(sample.contiguous(), *p.size()) for sample in samples]
         p.scripts.postprocess_batch(p, images=decoded, batch_number=p.iteration)
-        infotexts += [create_infotext(p, part.start + i) for i in range(len(decoded))]
-        images += decoded
+        for i, array in enumerate(decoded):
+            image, infotext = Image.fromarray(array), create_infotext(p, part.start + i)
+            if shared.opts.samples_save and not p.do_not_save_samples:
+                save_image(image, p.outpath_samples, p.seeds[i], infotext)
+            images.append(image)
+            infotexts.append(infotext)
     if not p.disable_extra_networks and images:
         extra_networks.deactivate(p, p.extra_network_data)
     processed = Processed(p, images, infotexts or [create_infotext(p, 0)])

@@ -3,10 +3,13 @@
 from threading import Lock
 from types import SimpleNamespace
 
+from modules.options import Options
+
 DEFAULTS = {
     "sd_model_checkpoint": None, "lora_functional": False, "lora_in_memory_limit": 0, "lora_add_hashes_to_infotext": True, "fp8_storage": "Disable",
     "cache_fp16_weight": False, "skip_early_cond": 0.0, "s_min_uncond": 0.0, "img2img_fix_steps": False, "CLIP_stop_at_last_layers": 1,
     "live_previews_enable": True, "persistent_cond_cache": True, "refiner_switch_by_sample_steps": False,
+    "samples_save": False, "outdir_txt2img_samples": "outputs",
 }  # fmt: skip
 
 
@@ -31,7 +34,7 @@ class State:
         self.restart_requested = True
 
 
-opts = SimpleNamespace(**DEFAULTS)
+opts = Options(DEFAULTS)
 cmd_opts = SimpleNamespace(api_auth=None, folder=None)
 state = State()
 sd_model = None

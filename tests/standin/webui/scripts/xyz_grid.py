@@ -6,6 +6,7 @@ import numpy as np
 from gradio import Checkbox, Dropdown, Slider, Textbox
 from modules import scripts
 from modules.processing import process_images
+from PIL import Image
 
 
 class AxisOption:
@@ -55,5 +56,5 @@ class Script(scripts.Script):
                     cells.append(process_images(cell))
         images = [image for cell in cells for image in cell.images]
         processed = cells[0]
-        processed.images = [np.concatenate(images, axis=1), *(images if args[10] else [])]
+        processed.images = [Image.fromarray(np.concatenate(images, axis=1)), *(images if args[10] else [])]
         return processed

@@ -1,0 +1,169 @@
+"""The section "K-LoRA" of the host's settings page: one declaration, from which the page is made and the options are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from klora.analysis import ACCELERATORS
+from klora.core.score_cache import ScoreCache
+from klora.settings import DEFAULTS, SPECS
+from klora.webui import paths
+
+SECTION = ("klora", "K-LoRA")
+STOP, GO_ON = "stop", "go on without K-LoRA"
+AUTO, CPU = "auto", "CPU"
+RUN_DEFAULTS = ("text_encoder", "hires")
+"""Settings of a run whose start value is an option."""
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the page needs to know of one option.
+
+    Attributes:
+        choices: all values; empty for a switch, a number or a text.
+        bounds: least and most of a number, and the slider's step.
+    """
+
+    label: str
+    help: str
+    choices: tuple[str, ...] = ()
+    bounds: tuple[int, int, int] | None = None
+    changed: Callable[[], None] | None = None
+
+
+def _option(default: Any, label: str, help: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"option": Option(label, help, **more)})
+
+
+def _run_default(name: str) -> Any:
+    help = f"{SPECS[name].help} What an API request takes that says nothing of it, and the panel after Reload UI."
+    return _option(DEFAULTS[name], f"{SPECS[name].label}, unless chosen otherwise", help, choices=SPECS[name].choices)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options as the user has set them."""
+
+    text_encoder: str = _run_default("text_encoder")
+    hires: str = _run_default("hires")
+    map_in_gallery: bool = _option(
+        False, "Show the selection map in the gallery", "As a picture behind the others, in the answers of the API too: which LoRA "
+        "was applied on each layer at each step. The panel shows it in any case. Left out while a script such as X/Y/Z plot or SD upscale runs.",
+    )
+    map_saved: bool = _option(
+        False, "Save the selection map beside each saved picture", "As <picture>-klora-map.png.",
+    )
+    cache_size: int = _option(
+        256, "Score cache, MB at most", "Scores of LoRA files seen before, about 1 MB a file; the least recently used go first.",
+        bounds=(1, 2048, 1), changed=lambda: read().cache().trim(),
+    )
+    scoring_device: str = _option(
+        AUTO, "Scoring device", "auto: the WebUI's GPU where it is CUDA or ROCm, else the CPU. CPU: leaves the GPU's memory alone, and is slower.",
+        choices=(AUTO, CPU),
+    )
+    accelerators: str = _option(
+        ", ".join(ACCELERATORS), "Words in the names of accelerator LoRAs", "Separated by commas. A subject or style LoRA with one of them in "
+        "its file's name is warned of: it makes a model need few steps, and is neither a subject nor a style.",
+    )
+    on_error: str = _option(
+        STOP, "When K-LoRA cannot be applied", "stop: no picture, and a sentence that says why. go on without K-LoRA: the picture is made as if "
+        "K-LoRA was off, and its parameters say why. What goes wrong once sampling runs stops it in any case.", choices=(STOP, GO_ON),
+    )
+
+    def run_defaults(self) -> dict[str, Any]:
+        """{setting of a run: its start value}."""
+        return {name: getattr(self, name) for name in RUN_DEFAULTS}
+
+    def cache(self) -> ScoreCache:
+        """The score cache, of the size chosen."""
+        return ScoreCache(paths.cache_folder(), self.cache_size * MEBIBYTE)
+
+    def device(self) -> torch.device:
+        """Where to score."""
+        from modules import devices
+
+        hosts = torch.device(devices.device)
+        return hosts if self.scoring_device == AUTO and hosts.type == "cuda" else torch.device("cpu")
+
+    def for_analysis(self) -> dict[str, Any]:
+        """What `klora.analysis.analyze` is to be told."""
+        return {"cache": self.cache(), "device": self.device(), "accelerators": self.accelerator_words()}
+
+    def accelerator_words(self) -> tuple[str, ...]:
+        """Lower-case words that tell an accelerator by its name."""
+        return tuple(filter(None, (word.strip().lower() for word in self.accelerators.split(","))))
+
+
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(Options)}
+BUILT_IN = Options()
+
+
+def read() -> Options:
+    """The options as the host holds them now. A value that cannot be, of a config file edited by hand, counts as the built-in default."""
+    from modules import shared
+
+    values: dict[str, Any] = {name: getattr(shared.opts, _key(name), None) for name in OPTIONS}
+    return Options(**{name: value for name, value in values.items() if _fits(name, value)})
+
+
+def register() -> None:
+    """Add the section to the host's settings page."""
+    from modules import options, shared
+
+    infos = {_key(name): _info(name) for name in OPTIONS}
+    infos[_key("clear_cache")] = options.OptionInfo("", "Clear the score cache", _clear_button)
+    infos[_key("clear_cache")].do_not_save = True
+    for key, info in options.options_section(SECTION, infos).items():
+        shared.opts.add_option(key, info)
+
+
+def _key(name: str) -> str:
+    return f"klora_{name}"
+
+
+def _fits(name: str, value: Any) -> bool:
+    option, default = OPTIONS[name], getattr(BUILT_IN, name)
+    if option.choices:
+        return value in option.choices
+    if option.bounds:
+        return isinstance(value, (int, float)) and option.bounds[0] <= value <= option.bounds[1]
+    return isinstance(value, type(default))
+
+
+def _info(name: str) -> Any:
+    import gradio as gr
+    from modules.options import OptionInfo
+
+    option, default = OPTIONS[name], getattr(BUILT_IN, name)
+    component: Any = None
+    arguments: dict[str, Any] | None = None
+    if option.choices:
+        component, arguments = gr.Radio, {"choices": list(option.choices)}
+    elif option.bounds:
+        low, high, step = option.bounds
+        component, arguments = gr.Slider, {"minimum": low, "maximum": high, "step": step}
+    return OptionInfo(default, option.label, component, arguments, onchange=option.changed).info(option.help)
+
+
+def _clear_button(label: str, value: str, elem_id: str) -> Any:
+    """A button with the cache's present size in its text. Returns an empty control to stand for the option, for the host sets its value."""
+    import gradio as gr
+
+    def text() -> str:
+        return f"{label} ({read().cache().size() / MEBIBYTE:.1f} MB now)"
+
+    def clear() -> str:
+        read().cache().clear()
+        return text()
+
+    button = gr.Button(text, elem_id=_key("clear_cache"))
+    button.click(fn=clear, inputs=[], outputs=[button], show_progress=False)
+    return gr.HTML(value, elem_id=elem_id)

@@ -1,0 +1,206 @@
+"""The sampling passes of one generation: of each its schedule, its clock and its session, and what happens when the host changes the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from klora.core.plan import Plan, make_plan
+from klora.core.scores import PairScores
+from klora.hosts.base import Pair, PairSwitch, WebUI
+from klora.session import Session
+from klora.settings import Settings
+from klora.webui import clock
+from klora.webui.applied import FIRST, HIRES, AppliedPass
+
+
+class Passes:
+    """A first pass, and with hires a second one, for every batch of the processing object `p`.
+
+    Args:
+        webui: the host's adapter.
+        model: the checkpoint that the host has loaded, of which the run is.
+
+    Attributes:
+        switch: the pair's hold on that checkpoint.
+        stopped: whether the run goes on without K-LoRA.
+        applied: what was applied in the passes that are over.
+    """
+
+    def __init__(self, p: Any, settings: Settings, webui: WebUI, model: Any, pair: Pair, scores: PairScores) -> None:
+        self.switch: PairSwitch = webui.switch(model, pair)
+        self.stopped = False
+        self.applied: list[AppliedPass] = []
+        self._given_up = False
+        self._p = p
+        self._settings = settings
+        self._webui = webui
+        self._model = model
+        self._checkpoint = _checkpoint_of(model)
+        self._pair = pair
+        self._scores = scores
+        self._session: Session | None = None
+        self._under_way = False
+        self._failure: BaseException | None = None
+        self._place = FIRST, 0
+        self._offset = 0
+        self._steps_of_pass = 1
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a pass with K-LoRA is."""
+        return self._under_way
+
+    @contextmanager
+    def around_encoding(self) -> Iterator[None]:
+        """Around the host's encoding of the prompts, which happens before a pass, and within one when a refiner takes over."""
+        if self._under_way:
+            self._stop_at_other_model()
+        if self._under_way or self.stopped:
+            yield
+        else:
+            with self.switch.held():
+                yield
+
+    @contextmanager
+    def around_sampling(self) -> Iterator[None]:
+        """Around the passes of one batch.
+
+        Raises:
+            BaseException: what `fail` was given, if the host has swallowed it.
+        """
+        with nullcontext() if self._given_up else self.switch.held():
+            try:
+                yield
+            finally:
+                self.end()
+        if self._failure is not None:
+            raise self._failure
+
+    def networks_loaded(self, activated: Any) -> bool:
+        """The host has activated the networks of a pass: tell the pair from the prompt's own.
+
+        Args:
+            activated: the host's extra_network_data of that pass.
+
+        Returns:
+            Whether K-LoRA is in this pass.
+        """
+        if self._given_up or (activated is getattr(self._p, "hr_extra_network_data", None) and self._settings.hires == "off"):
+            self.end()
+            return False
+        if self._at_other_model():
+            self._stop("at the model change")
+            return False
+        self._follow_model()
+        self.switch.networks_loaded()
+        return True
+
+    def begin(self) -> None:
+        """A pass is about to start: plan its whole schedule, of which img2img and the hires pass run the end."""
+        self.end()
+        if self.stopped or (self._is_hires() and self._settings.hires == "off"):
+            return
+        self._under_way = True
+        steps, self._offset, self._steps_of_pass = self._schedule_of_pass()
+        if self._settings.hires == "restart":
+            steps, self._offset = self._steps_of_pass, 0
+        self._place = HIRES if self._is_hires() else FIRST, int(self._p.iteration)
+        self._session = Session(self.plan(steps), self.switch)
+        self._session.__enter__()
+        self._session.prepare(self._offset)
+
+    def at_call(self, params: Any) -> None:
+        """The denoiser is about to be evaluated: switch to the step that this evaluation belongs to."""
+        self._stop_at_other_model()
+        if self._session is not None:
+            self._session.step(self._index(params))
+
+    def end(self) -> None:
+        """Detach from the networks; harmless when it was done before."""
+        self._under_way = False
+        if self._session is not None:
+            self._session.close()
+            self.applied.append(AppliedPass(*self._place, self._session.plan, self._session.recorded()))
+            self._session = None
+        self.switch.detach()
+
+    def fail(self, error: BaseException) -> None:
+        """Make the pass that is under way stop with `error`."""
+        self._failure = error
+        self.switch.fail(error)
+
+    def give_up(self) -> None:
+        """Go on without K-LoRA in this and all further batches."""
+        self._given_up = self.stopped = True
+        self.end()
+        self.switch.leave()
+
+    def tags(self) -> Sequence[tuple[str, float]]:
+        """Name and weight of what the host itself is to load, as by <lora:name:weight>."""
+        return () if self._given_up else self.switch.tags()
+
+    def plan(self, steps: int) -> Plan:
+        """The plan of the batch for a whole schedule of `steps` steps."""
+        settings, seeds = self._settings, getattr(self._p, "seeds", None) or [0]
+        return make_plan(
+            self._scores, steps=steps, schedule=settings.schedule_of_run(), selector=settings.selector, gamma=settings.gamma, seed=int(seeds[0])
+        )
+
+    def _is_hires(self) -> bool:
+        return bool(getattr(self._p, "is_hr_pass", False))
+
+    def _schedule_of_pass(self) -> tuple[int, int, int]:
+        """(steps of the whole schedule, first step that runs, number of steps that run), as the host's samplers count them."""
+        from modules.processing import StableDiffusionProcessingImg2Img
+        from modules.sd_samplers_common import setup_img2img_steps
+
+        p = self._p
+        if not self._is_hires() and not isinstance(p, StableDiffusionProcessingImg2Img):
+            return p.steps, 0, p.steps
+        steps, t_enc = setup_img2img_steps(p, (getattr(p, "hr_second_pass_steps", 0) or p.steps) if self._is_hires() else None)
+        run = t_enc + 1
+        return max(steps, run), max(steps - run, 0), run
+
+    def _index(self, params: Any) -> int:
+        """The step of an evaluation: by counting calls, or, for a sampler without a fixed number, by the place of its noise level."""
+        if self._p.sampler.config.name not in clock.UNBOUNDED:
+            return self._step_of(params.denoiser.step)
+        sigmas = self._p.sampler.get_sigmas(self._p, self._session.plan.steps if self._session else 1)[:-1]
+        return int((sigmas > float(params.sigma.max()) * 1.0001).sum())
+
+    def _step_of(self, evaluation: int) -> int:
+        sampler, steps = self._p.sampler.config, self._steps_of_pass
+        return self._offset + clock.step_of(evaluation, sampler.name, steps=steps, order=max(1, sampler.total_steps(steps) // steps))
+
+    def _at_other_model(self) -> bool:
+        """Whether the host has loaded another checkpoint, be it into the same model."""
+        from modules import shared
+
+        return _checkpoint_of(shared.sd_model) != self._checkpoint
+
+    def _stop_at_other_model(self) -> None:
+        """A refiner takes over within a pass: the host loads it, encodes the text anew, and goes on sampling."""
+        if self._session is not None and self._at_other_model():
+            self._stop(f"at the model change before step {self._step_of(self._p.sampler.model_wrap_cfg.step) + 1}")
+
+    def _follow_model(self) -> None:
+        """After a refiner the host may load the checkpoint of the run into a new model."""
+        from modules import shared
+
+        self.stopped = False
+        if shared.sd_model is not self._model:
+            self._model = shared.sd_model
+            self.switch = self._webui.switch(self._model, self._pair)
+
+    def _stop(self, where: str) -> None:
+        """Go on without K-LoRA, and write that into the picture."""
+        self.stopped = True
+        self.end()
+        self.switch.leave()
+        self._p.extra_generation_params["K-LoRA stopped"] = where
+
+
+def _checkpoint_of(model: Any) -> str | None:
+    return getattr(getattr(model, "sd_checkpoint_info", None), "filename", None)

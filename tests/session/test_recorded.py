@@ -1,0 +1,52 @@
+"""What a session records is what ran, and a map of it is blank where nothing ran."""
+
+import numpy as np
+
+from klora.core.plan import make_plan
+from klora.core.schedule import Schedule
+from klora.core.scores import LayerScore, PairScores
+from klora.selection_map import NOT_RUN, draw_map
+from klora.session import Session
+
+
+class Layers:
+    """A switch that remembers what is on each layer."""
+
+    def __init__(self):
+        self.on = {}
+
+    def attach(self):
+        pass
+
+    def apply(self, choices):
+        self.on.update(choices)
+
+    def detach(self):
+        self.on = {}
+
+
+def plan_of(steps):
+    layers = [LayerScore(f"input_blocks.{i}.1.proj_in", 4, 2, 2, 1.0 + i / 10, 1.2, 1.0, 1.0, 1.0, 1.0, None) for i in range(8)]
+    return make_plan(PairScores(tuple(layers), 1.0), steps=steps, schedule=Schedule.named("s"))
+
+
+def test_only_steps_that_ran_are_recorded_and_preparing_is_no_step():
+    plan, layers = plan_of(6), Layers()
+    with Session(plan, layers) as session:
+        session.prepare(2)
+        assert list(layers.on.values()) == plan.selection[2].tolist()
+        assert (session.recorded() == -1).all()
+        for step in (2, 2, 3):
+            session.step(step)
+    ran = np.isin(np.arange(6), (2, 3))
+    assert (session.recorded()[ran] == plan.selection[ran]).all()
+    assert (session.recorded()[~ran] == -1).all()
+
+
+def test_the_map_of_what_ran_is_blank_elsewhere():
+    plan = plan_of(6)
+    rows = plan.selection.astype(np.int16)
+    rows[3:] = -1
+    whole, half = (np.asarray(draw_map(plan, "dog", "ink", selection)) for selection in (None, rows))
+    assert not (whole == NOT_RUN).all(-1).any()
+    assert (half == NOT_RUN).all(-1).sum() > 0
