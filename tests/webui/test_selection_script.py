@@ -85,6 +85,7 @@ def test_recorded_digits_are_the_choices_and_a_step_that_did_not_run_has_no_shar
     assert answer == [[[1, 0, 2], [0, 0, 2], [3, 3, 3]], [0.5, 0.5 / 3, None], [1, 2]]
 
 
+@pytest.mark.usefixtures("shared")
 def test_numbers_are_read_as_the_settings_read_them():
     texts = ["1.5", " 2 ", ".5", "-0.5", "1e2", "1e-3", "AUTO", "off", "", "x", "101", "-1e9", "1,5", "0x10", "1_0", "٣", "inf", "1e999", "--1"]
     numbers = card.constants()["numbers"]
