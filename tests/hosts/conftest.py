@@ -38,6 +38,7 @@ def pytest_generate_tests(metafunc):
     of_hosts = {
         "timed": [timed for facts in PRESENT for clocks in facts.clocks.values() for timed in clocks],
         "place": [place for facts in PRESENT for place in facts.places],
+        "retried_place": [place for facts in PRESENT for place, faults in facts.places.items() if faults > 1],
         "upscaler": [upscaler for facts in PRESENT for upscaler in facts.upscalers],
         "storage": [storage for facts in PRESENT for storage in facts.storages],
     }
@@ -61,6 +62,11 @@ def timed(any_timed, host):
 @pytest.fixture
 def place(any_place, host):
     return of_this_host(any_place, host.facts.places)
+
+
+@pytest.fixture
+def retried_place(any_retried_place, host):
+    return of_this_host(any_retried_place, [place for place, faults in host.facts.places.items() if faults > 1])
 
 
 @pytest.fixture

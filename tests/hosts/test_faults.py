@@ -34,11 +34,9 @@ def test_a_fault_within_a_run_is_answered_and_leaves_nothing_behind(host, plain,
 
 
 @pytest.mark.parametrize(("where", "faults"), [(0, 1), (0.6, 1), (0.6, 3)])
-def test_faults_that_a_retry_gets_over_do_not_change_the_picture(host, fused, calls_of_a_run, place, where, faults):
-    if faults >= host.facts.places[place]:
-        pytest.skip("there is no retry")
+def test_faults_that_a_retry_gets_over_do_not_change_the_picture(host, fused, calls_of_a_run, retried_place, where, faults):
     host.picture(prompt="a dog")
-    with host.fault(place, 1 + int(calls_of_a_run[place] * where), "OutOfMemoryError", faults):
+    with host.fault(retried_place, 1 + int(calls_of_a_run[retried_place] * where), "OutOfMemoryError", faults):
         assert same(host.picture(host.pair), fused)
     assert same(host.picture(host.pair), fused)
 
