@@ -3,6 +3,7 @@
     KLORA_HOST_URL=http://127.0.0.1:7860 KLORA_HOST_FOLDER=/path/to/webui pytest tests/hosts
 """
 
+import os
 import threading
 import time
 from contextlib import contextmanager
@@ -212,6 +213,37 @@ def test_a_lora_in_diffusers_keys_fuses_as_in_kohyas(host):
         names = ("klora_test_diffusers", "klora_test_kohya")
         pictures = [host.picture({"subject": name, "style": host.style}) for name in names for _ in range(2)]
         assert all(same(pictures[0], other) for other in pictures[1:])
+
+
+@contextmanager
+def replaced(path, tensors, when):
+    """With another file in the place of one, changed at this time (seconds after the one before)."""
+    before, changed = path.read_bytes(), path.stat().st_mtime
+    try:
+        new = path.with_suffix(".new")
+        save_file({key: value.clone() for key, value in tensors.items()}, new)
+        os.utime(new, (changed + when, changed + when))
+        new.replace(path)
+        yield
+    finally:
+        path.write_bytes(before)
+        os.utime(path, (changed, changed))
+
+
+@pytest.mark.parametrize("when", [3600, -3600])
+def test_a_file_that_was_replaced_between_two_runs_is_the_one_applied(host, when):
+    """By a newer one, as trainers do, or by an older one, as when a copy is put back. Without a press on refresh."""
+    before = load_file(host.file(host.subject))
+    after = {key: -value if "up" in key or "lora_B" in key else value for key, value in before.items()}
+    names = ("klora_test_replaced", "klora_test_after")
+    with in_the_lora_folder(host, **dict(zip(names, (before, after), strict=True))):
+        first = host.picture({"subject": names[0], "style": host.style})
+        expected = host.picture({"subject": names[1], "style": host.style})
+        assert same(host.picture({"subject": names[0], "style": host.style}), first)
+        with replaced(host.file(names[0]), after, when):
+            assert same(host.picture({"subject": names[0], "style": host.style}), expected)
+        assert same(host.picture({"subject": names[0], "style": host.style}), first)
+        assert not same(first, expected)
 
 
 def plot(host):
