@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 from klora.core.blocks import leader_of
 from klora.core.lora_file import LoraFile
@@ -36,14 +37,15 @@ class A1111:
         return "sdxl" if getattr(model, "is_sdxl", False) else None
 
     def switch(self, model: Any, pair: Pair) -> A1111Switch:
-        return A1111Switch(self._networks, pair)
+        return A1111Switch(self._networks, model, pair)
 
 
 class A1111Switch:
     """`PairSwitch` of A1111's UNet; its text encoders get the members that are told to be on them."""
 
-    def __init__(self, networks: Any, pair: Pair) -> None:
+    def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
         self._networks = networks
+        self._model = model
         self._members = pair.members
         self._readable = pair.readable
         self._layer_of = {_network_name(name): name for name in pair.layers}
@@ -71,6 +73,7 @@ class A1111Switch:
         chosen = [self._pair[member.role] for member in self._members if member.on_text_encoder]
         self._on_text_encoder = [net for net in chosen if not all(key.startswith(DENOISER) for key in net.modules)]
         self._networks.loaded_networks[:] = [*self._others, *self._pair.values()]
+        self._forget_earlier_files()
         self._settled.clear()
 
     def _network(self, member: Member, loaded: Mapping[str, Any]) -> Any:
@@ -79,7 +82,7 @@ class A1111Switch:
         if host_reads(member.file):
             if _place(path) not in loaded:
                 raise HostError(f"The WebUI did not load the {member.role} LoRA {path}: its console says why.")
-            return loaded[_place(path)]
+            return self._of_this_file(loaded[_place(path)], path)
         name = f"K-LoRA {member.name}"
         on_disk = self._networks.network.NetworkOnDisk(name, str(self._readable(member.file)))
         net = self._networks.load_network(name, on_disk)
@@ -88,6 +91,27 @@ class A1111Switch:
         net.dyn_dim = None
         net.mentioned_name = None
         return net
+
+    def _of_this_file(self, net: Any, path: Path) -> Any:
+        """The network, loaded anew if the host has kept it although an older file has been put in the place of the one it is from."""
+        if net.mtime == path.stat().st_mtime:
+            return net
+        anew = self._networks.load_network(net.name, net.network_on_disk)
+        for name in ("te_multiplier", "unet_multiplier", "dyn_dim", "mentioned_name"):
+            setattr(anew, name, getattr(net, name))
+        return anew
+
+    def _forget_earlier_files(self) -> None:
+        """Put back the layers that may hold an earlier file under the name of one of the pair.
+
+        A layer remembers its networks by name only. The model remembers which objects of these names its layers have been given.
+        """
+        known = self._model.__dict__.setdefault("klora_networks", {})
+        new = {net.name: ref(net) for net in self._pair.values() if net.name not in known or known[net.name]() is not net}
+        for module in self._model.network_layer_mapping.values() if new else ():
+            if any(entry[0] in new for entry in getattr(module, "network_current_names", ())):
+                self._undo(module)
+        known.update(new)
 
     @contextmanager
     def held(self) -> Iterator[None]:

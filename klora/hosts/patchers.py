@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -81,7 +82,7 @@ class PatcherSwitch(ABC):
             added = self._loaded[member.role].clip
             if member.on_text_encoder and added:
                 objects.clip = objects.clip.clone()
-                self._add(objects.clip.patcher, str(member.file.path), member.weight, added)
+                self._add(objects.clip.patcher, _state_of(member.file.path), member.weight, added)
         self._model.forge_objects_after_applying_lora = objects.shallow_copy()
         self._model.current_lora_hash = f"K-LoRA {uuid4()}"
 
@@ -159,12 +160,22 @@ class PatcherSwitch(ABC):
         path = str(member.file.path if self._host_reads(member.file) else self._pair.readable(member.file))
         load, original = self._networks.load_lora_for_models, self._model.forge_objects_original
         mode = {"online_mode": self._online} if "online_mode" in inspect.signature(load).parameters else {}
-        tensors = dict(self._networks.load_lora_state_dict(path))
+        tensors = dict(self._read(path))
         unet, clip = load(original.unet, original.clip, tensors, member.weight, member.weight, filename=path, **mode)
         loaded = Loaded(self._patches_of(unet), self._patches_of(clip.patcher))
         if not loaded.unet and member.weight:
             raise HostError(f"The WebUI did not load the {member.role} LoRA {member.file.path}: its console says why.")
         return loaded
+
+    def _read(self, path: str) -> Mapping[str, Tensor]:
+        """The host's reading of a file. Forge keeps the last ones by their names, whatever becomes of the files."""
+        read = self._networks.load_lora_state_dict
+        if hasattr(read, "cache_clear"):
+            states = read.__dict__.setdefault("klora_states", {})
+            if states.get(path) != _state_of(path):
+                read.cache_clear()
+                states[path] = _state_of(path)
+        return read(path)
 
     def _host_reads(self, lora: LoraFile) -> bool:
         """Whether the host's loader understands a file's keys as they are; it knows no scale in the header."""
@@ -233,6 +244,15 @@ class PatcherSwitch(ABC):
                     "two LoRAs: export it in the split keys of diffusers, or take the selector LoRA Switch or Fixed."
                 )
             return dense(reader(layer))
+
+
+def _state_of(path: str | Path) -> str:
+    """A name of the file as it now is; of one that is gone its path."""
+    try:
+        state = Path(path).stat()
+    except OSError:
+        return str(path)
+    return f"{path} {state.st_size} {state.st_mtime_ns} {state.st_ino}"
 
 
 class OnePatchDict(PatcherSwitch):

@@ -4,11 +4,13 @@
 """
 
 import json
+import os
 import threading
+from contextlib import contextmanager
 
 import pytest
 from host import SAME_MODULES, complaint, pixels, same, tag
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from klora.__main__ import main
 
@@ -100,6 +102,37 @@ def test_one_lora_as_both_is_refused(host):
 
 def test_positional_arguments_equal_the_dict(host):
     assert same(host.picture([True, host.subject, host.style, 0.8]), host.picture({**host.pair, "subject_weight": 0.8}))
+
+
+@contextmanager
+def replaced(path, tensors, when):
+    """With another file in the place of one, changed at this time (seconds after the one before)."""
+    before, changed = path.read_bytes(), path.stat().st_mtime
+    try:
+        new = path.with_suffix(".new")
+        save_file({key: value.clone() for key, value in tensors.items()}, new)
+        os.utime(new, (changed + when, changed + when))
+        new.replace(path)
+        yield
+    finally:
+        path.write_bytes(before)
+        os.utime(path, (changed, changed))
+
+
+@pytest.mark.parametrize("when", [3600, -3600])
+def test_a_file_that_was_replaced_between_two_runs_is_the_one_applied(host, when):
+    """By a newer one, as trainers do, or by an older one, as when a copy is put back. Without a press on refresh."""
+    before = load_file(host.file(host.subject))
+    after = {key: -value if "up" in key or "lora_B" in key else value for key, value in before.items()}
+    names = ("klora_test_replaced", "klora_test_after")
+    with host.more_loras(**dict(zip(names, (before, after), strict=True))):
+        first = host.picture({"subject": names[0], "style": host.style})
+        expected = host.picture({"subject": names[1], "style": host.style})
+        assert same(host.picture({"subject": names[0], "style": host.style}), first)
+        with replaced(host.file(names[0]), after, when):
+            assert same(host.picture({"subject": names[0], "style": host.style}), expected)
+        assert same(host.picture({"subject": names[0], "style": host.style}), first)
+        assert not same(first, expected)
 
 
 def plot(host):

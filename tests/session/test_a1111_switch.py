@@ -14,6 +14,7 @@ from klora.hosts.a1111 import A1111Switch, host_reads
 from klora.hosts.base import Member, Pair
 
 LAYERS = ["input_blocks.4.1.proj_in", "input_blocks.4.1.proj_out", "middle_block.1.proj_in"]
+FILES = Path(__file__).parents[1] / "data" / "golden" / "sdxl_attention_same_rank"
 NAMES = ["diffusion_model_" + layer.replace(".", "_") for layer in LAYERS]
 NORM, ENCODER = "diffusion_model_middle_block_1_norm", "0_transformer_text_model_encoder_layers_0_mlp_fc1"
 
@@ -47,12 +48,17 @@ class Networks(SimpleNamespace):
 
 
 def network(name, added, places):
-    on_disk = SimpleNamespace(filename=f"/models/Lora/{name}.safetensors")
-    return SimpleNamespace(name=name, network_on_disk=on_disk, modules=dict.fromkeys(places, added))
+    path = FILES / f"{name}.safetensors"
+    mtime = path.stat().st_mtime if path.exists() else None
+    return Network(name=name, network_on_disk=SimpleNamespace(filename=str(path)), modules=dict.fromkeys(places, added), mtime=mtime)
+
+
+class Network(SimpleNamespace):
+    """One that can be referred to weakly, as the host's."""
 
 
 def member(role, on_text_encoder):
-    file = SimpleNamespace(path=Path(f"/models/Lora/{role}.safetensors"), dialect="kohya", scale_from_metadata=False)
+    file = SimpleNamespace(path=FILES / f"{role}.safetensors", dialect="kohya", scale_from_metadata=False)
     return Member(role, role, file, 1.0, on_text_encoder)
 
 
@@ -60,15 +66,19 @@ class Host:
     """A host with a model of a few layers, the pair loaded after one other network."""
 
     def __init__(self, text_encoder=("subject", "style")):
-        self.networks = Networks()
+        self.networks, self.known = Networks(), {}
         new = {"weight": 1000, "backup": 1000, "network_current_names": ()}
         self.model = [SimpleNamespace(network_layer_name=name, **new) for name in [*NAMES, NORM, ENCODER]]
         self.other, self.subject = network("other", 1, NAMES), network("subject", 10, [*NAMES, NORM, ENCODER])
         self.style = network("style", 100, [*NAMES, ENCODER])
         self.networks.loaded_networks[:] = [self.other, self.subject, self.style]
         self.pair = Pair(tuple(member(role, role in text_encoder) for role in ("subject", "style")), LAYERS, ["middle_block.1.norm"], None)
-        self.switch = A1111Switch(self.networks, self.pair)
+        self.switch = self.new_switch()
         self.own_apply = self.networks.network_apply_weights
+
+    def new_switch(self):
+        model = SimpleNamespace(network_layer_mapping={module.network_layer_name: module for module in self.model}, klora_networks=self.known)
+        return A1111Switch(self.networks, model, self.pair)
 
     def start(self):
         self.switch.networks_loaded()
@@ -110,7 +120,7 @@ def test_afterwards_the_host_puts_every_layer_right_by_itself():
 
 def test_what_a_dead_run_left_is_undone_by_the_next():
     host = Host().start()
-    again = A1111Switch(host.networks, host.pair)
+    again = host.new_switch()
     again.networks_loaded()
     again.attach()
     again.detach()
@@ -132,7 +142,7 @@ def test_a_layer_that_the_host_cannot_merge_stops_the_run_and_is_not_taken_for_d
 def test_a_network_the_host_did_not_load_is_named():
     host = Host()
     host.networks.loaded_networks[:] = [host.other, host.subject]
-    with pytest.raises(HostError, match=r"did not load the style LoRA /models/Lora/style.safetensors"):
+    with pytest.raises(HostError, match=r"did not load the style LoRA .*style.safetensors"):
         host.switch.networks_loaded()
 
 
