@@ -10,8 +10,7 @@
         const answer = await fetch(`./klora/internal/${route}`, {
             method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body), signal,
         });
-        const content = await answer.json().catch(() => ({detail: `The WebUI answered with status ${answer.status}.`}));
-        return answer.ok ? content : {problem: String(content.detail), again: answer.status === 503};
+        return answer.ok ? answer.json() : {problem: `The WebUI answered with status ${answer.status}.`, again: false};
     }
 
     const field = (tab, name) => gradioApp().querySelector(`#${tab}_${name} input[type=number]`);

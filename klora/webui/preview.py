@@ -13,9 +13,6 @@ from klora.settings import Settings
 from klora.webui import card
 from klora.webui.turns import Busy, turn, while_connected
 
-TRY_AGAIN = 503
-"""Status of an answer that will be another in a moment."""
-
 
 def register(_demo: Any, app: FastAPI) -> None:
     """Add the routes to the host's app, behind the log-in of its page if it has one."""
@@ -30,7 +27,10 @@ def files(request: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
 
 
 async def scores(request: Request, asked: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
-    """The scores of the pair, `card.scores`. Given up when the page hangs up, and put off while the WebUI is generating."""
+    """The scores of the pair, `card.scores`. Given up when the page hangs up, and put off while the WebUI is generating.
+
+    What is wrong is part of an answer with status 200, as browsers log others: {"problem": sentence, "again": whether to ask again soon}.
+    """
     return await while_connected(request, lambda gone: _scored(asked, lambda: gone() or _generating()))
 
 
@@ -40,11 +40,15 @@ def _scored(asked: dict[str, Any], cancelled: Callable[[], bool]) -> JSONRespons
         with turn(cancelled):
             return JSONResponse(card.scores(_names(asked), k_scale, cancelled))
     except Cancelled:
-        return JSONResponse({"detail": "The pair is scored when the WebUI has finished its picture."}, TRY_AGAIN)
+        return _later("The pair is scored when the WebUI has finished its picture.")
     except Busy as error:
-        return JSONResponse({"detail": str(error)}, TRY_AGAIN)
+        return _later(str(error))
     except KLoraError as error:
-        return JSONResponse({"detail": str(error)}, 422)
+        return JSONResponse({"problem": str(error), "again": False})
+
+
+def _later(sentence: str) -> JSONResponse:
+    return JSONResponse({"problem": sentence, "again": True})
 
 
 def _names(request: dict[str, Any]) -> dict[str, str]:

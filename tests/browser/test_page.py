@@ -1,88 +1,9 @@
-"""K-LoRA in the page of a running WebUI, in headless Chromium. Screenshots go to the folder that KLORA_SCREENSHOTS names.
-
-    KLORA_HOST_URL=http://127.0.0.1:7860 KLORA_SCREENSHOTS=/tmp pytest tests/browser
-"""
+"""K-LoRA's controls in the page of a running WebUI."""
 
 import json
-import os
 import re
-import shutil
-from pathlib import Path
 
-import pytest
-
-URL = os.environ.get("KLORA_HOST_URL", "").rstrip("/")
-SUBJECT, STYLE = os.environ.get("KLORA_SUBJECT", "xl_subject"), os.environ.get("KLORA_STYLE", "xl_style")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-OF_THE_HOST = ("reading 'props'", "iframeResizer", "ERR_", "Failed to load resource", "manifest")
-"""Errors that the hosts' own pages print without any extension."""
-
-pytestmark = pytest.mark.skipif(not (URL and CHROMIUM), reason="KLORA_HOST_URL names no running WebUI, or there is no Chromium")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with playwright.sync_playwright() as started:
-        made = started.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def page(browser):
-    opened = browser.new_page(viewport={"width": 1400, "height": 1500})
-    opened.set_default_timeout(120_000)
-    errors = []
-    opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.goto(URL, wait_until="domcontentloaded")
-    opened.wait_for_selector("#txt2img_generate")
-    opened.wait_for_function("window.opts && Object.keys(opts).length > 0")
-    opened.wait_for_timeout(2000)
-    for name, value in (("width", 128), ("height", 128), ("steps", 4)):
-        opened.fill(f"#txt2img_{name} input[type=number]", str(value))
-        opened.press(f"#txt2img_{name} input[type=number]", "Tab")
-    yield opened
-    opened.close()
-    assert not [error for error in errors if not any(known in error for known in OF_THE_HOST)]
-
-
-def shot(page, name):
-    if folder := os.environ.get("KLORA_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
-def control(name):
-    return f"#klora_txt2img_{name}"
-
-
-def choose(page, name, value):
-    page.click(f"{control(name)} input")
-    page.fill(f"{control(name)} input", value)
-    page.wait_for_timeout(300)
-    page.press(f"{control(name)} input", "Enter")
-    page.press(f"{control(name)} input", "Tab")
-
-
-def switch_on(page):
-    page.check(f"{control('enabled')}-visible-checkbox, {control('enabled')}-checkbox >> visible=true")
-    page.wait_for_timeout(500)
-    if not page.is_visible(control("subject")):
-        page.click(f"{control('enabled')} >> text=K-LoRA")
-
-
-def generate(page):
-    before = page.inner_text("#html_info_txt2img") if page.query_selector("#html_info_txt2img") else ""
-    page.click("#txt2img_generate")
-    page.wait_for_function("before => { const t = document.querySelector('#html_info_txt2img')?.innerText; return t && t !== before }", arg=before)
-    page.wait_for_timeout(1000)
-    return page.inner_text("#html_info_txt2img")
-
-
-def value(page, name):
-    return page.input_value(f"{control(name)} input >> nth=0")
+from webui_page import STYLE, SUBJECT, choose, control, generate, shot, switch_on, value
 
 
 def test_choosing_two_loras_and_pressing_generate_is_enough(page):
