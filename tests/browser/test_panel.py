@@ -7,7 +7,8 @@ from webui_page import STYLE, SUBJECT, URL, choose, control, generate, open_page
 
 VIEW = control("view")
 ANALYZE = """async ([names, settings]) => {
-    const post = async (path, body) => (await fetch(path, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)})).json();
+    const headers = {"Content-Type": "application/json"};
+    const post = async (path, body) => (await fetch(path, {method: "POST", headers, body: JSON.stringify(body)})).json();
     const {alphaM} = JSON.parse(document.querySelector(".klora-view").dataset.constants), pair = await post("./klora/internal/scores", names);
     const differing = [];
     for (const one of settings) {
@@ -62,7 +63,7 @@ def test_nothing_is_asked_until_a_lora_is_chosen_then_its_card_then_the_map(page
     shot(page, "panel")
     card = page.inner_text(f"{VIEW} .klora-card")
     assert all(part in card for part in (SUBJECT, STYLE, "kohya keys", "layers both change", "γ", "subject's share"))
-    assert title(page) == "K-LoRA, S = 1.5 t/T + 0.5, " + title(page).split(", ")[2] + ", 20 steps" or "4 steps" in title(page)
+    assert title(page).startswith("K-LoRA, S = 1.5 t/T + 0.5, γ ")
     assert page.get_attribute(f"{VIEW} .klora-cells", "aria-label").startswith("Selection map. ")
 
 

@@ -149,7 +149,9 @@ def test_scores_are_the_plans_in_its_order_with_places_in_the_network(k_scale):
     assert found["layers"]["block"] == [block_of(name) for name in names]
 
 
-@pytest.mark.parametrize(("more", "said"), [({"style": "flux"}, "for FLUX"), ({"k_scale": "x"}, "'k_scale' (K scale)"), ({"style": ""}, "No style LoRA")])
+@pytest.mark.parametrize(("more", "said"), [
+    ({"style": "flux"}, "for FLUX"), ({"k_scale": "x"}, "'k_scale' (K scale)"), ({"style": ""}, "No style LoRA"),
+])  # fmt: skip
 def test_a_pair_that_cannot_be_scored_gets_its_sentence(more, said):
     answer = scores(**more).json()
     assert said in answer["problem"]
