@@ -21,7 +21,9 @@ from klora.core.lora_file import read_lora
 
 SMALL = {"prompt": "a cat", "steps": 4, "width": 128, "height": 128, "seed": 42}
 SAME_MODULES = {"hr_additional_modules": ["Use same choices"]}
-"""What Forge must be told for a hires pass, and for an infotext, of which its API cannot read this one field (TypeError); others ignore it."""
+"""What Forge must be told for a hires pass; others ignore it."""
+LISTS = {**SAME_MODULES, "styles": []}
+"""The fields that the API of Forge cannot read from an infotext (TypeError), with or without K-LoRA."""
 PROBE_MISSING = "link tests/hosts/probe into the WebUI's extensions and start it again"
 
 

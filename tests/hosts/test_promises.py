@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from host import SAME_MODULES, complaint, pixels, same, tag
+from host import LISTS, complaint, pixels, same, tag
 from safetensors.torch import load_file, save_file
 
 from klora.__main__ import main
@@ -72,7 +72,7 @@ def test_infotext_names_both_with_their_hashes_and_what_is_not_default_and_nothi
 
 def test_infotext_given_to_the_api_makes_the_same_picture(host):
     arrays, info = host.pictures({**host.pair, "schedule": "s*", "subject_weight": 0.8, "text_encoder": "none", "gamma": 0.7, "beta": 0.9})
-    status, answer = host.call("/sdapi/v1/txt2img", {"infotext": info, **SAME_MODULES})
+    status, answer = host.call("/sdapi/v1/txt2img", {"infotext": info, **LISTS})
     assert status == 200
     assert same(arrays[0], pixels(answer["images"][0]))
 
