@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,7 @@ def _info(name: str) -> Any:
     elif option.bounds:
         low, high, step = option.bounds
         component, arguments = gr.Slider, {"minimum": low, "maximum": high, "step": step}
-    return OptionInfo(default, option.label, component, arguments, onchange=option.changed).info(option.help)
+    return OptionInfo(default, option.label, component, arguments, onchange=option.changed).info(html.escape(option.help))
 
 
 def _clear_button(label: str, value: str, elem_id: str) -> Any:

@@ -32,6 +32,7 @@ def test_the_page_has_every_option_in_one_section_with_a_label_and_a_help(page):
     assert list(page) == [*declared, "clear_cache"]
     assert all(info.section == ("klora", "K-LoRA") and info.label for info in page.values())
     assert all(page[name].comment_after for name in declared)
+    assert not any("<" in page[name].comment_after for name in declared), "the page takes it for HTML"
 
 
 def test_untouched_the_options_are_the_built_in_ones(page, shared):
