@@ -45,7 +45,7 @@ def _option(default: Any, label: str, help: str, **more: Any) -> Any:
 
 
 def _run_default(name: str) -> Any:
-    help = f"{SPECS[name].help} What an API request takes that says nothing of it, and the panel after Reload UI."
+    help = f"{SPECS[name].help} Taken for an API request that does not say, and shown in the panel after Reload UI."
     return _option(DEFAULTS[name], f"{SPECS[name].label}, unless chosen otherwise", help, choices=SPECS[name].choices)
 
 
