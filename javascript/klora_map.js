@@ -3,7 +3,7 @@
 /* The selection map of the page: steps down, layers across, beside it the schedule and the subject's share of every step. */
 (function(klora) {
     const AXIS = 34, TOP = 30, BELOW = 46, BLOCK_GAP = 2, GROUP_GAP = 8, COURSE = 158, CURVE = 92;
-    const HEIGHT = 300, LEAST_ROW = 4, MOST_ROW = 20, LEAST_CELL = 0.5, MOST_CELL = 16, WIDE_CELL = 12, NAMES = 170, MOST_PIXELS = 16000;
+    const HEIGHT = 300, LEAST_ROW = 4, MOST_ROW = 20, LEAST_CELL = 0.3, MOST_CELL = 16, WIDE_CELL = 12, NAMES = 170, MOST_PIXELS = 16000;
     const NARROW = 560;
 
     const percent = share => share === null ? "–" : `${Math.round(share * 100)}%`;
@@ -157,6 +157,7 @@
             const {pair, rows} = this.view, {columns, groups, blocks, width} = this.layout, {cell, row} = this;
             const context = canvasOf(this.cells, width, this.height, cell);
             const fills = [this.colours.style, this.colours.subject, this.colours.both, null];
+            context.globalCompositeOperation = "lighter"; // layers narrower than a pixel add up to their mean colour
             for (const {layer, left} of columns) {
                 for (let first = 0, step = 1; step <= rows.length; step++) {
                     if (step < rows.length && rows[step][layer] === rows[first][layer]) continue;
@@ -168,6 +169,7 @@
                     first = step;
                 }
             }
+            context.globalCompositeOperation = "source-over";
             const ran = rows.map(one => one[0] !== klora.NOT_RUN);
             context.fillStyle = hatch(context, this.paper);
             context.globalAlpha = 0.65;

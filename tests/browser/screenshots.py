@@ -11,7 +11,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 from webui_page import CHROMIUM, FLAGS, STYLE, SUBJECT, URL, choose, control, generate, open_page, set_number, switch_on
 
-WIDTH = 1280
+WIDTH = 1440
 
 
 def install(page, path):
@@ -54,7 +54,7 @@ def compare(page, path):
         if axis == "y":
             page.fill(f"#script_txt2img_xyz_plot_{axis}_values textarea", values)
         else:
-            page.click("#script_txt2img_xyz_plot_fill_x_tool_button")
+            page.click("#xyz_grid_fill_x_tool_button >> visible=true")
             page.wait_for_timeout(1500)
     generate(page)
     page.wait_for_timeout(2000)
