@@ -157,9 +157,9 @@ def test_an_analysis_whose_client_hangs_up_is_given_up(monkeypatch):
 
 def test_one_that_waits_for_its_turn_gives_up_too(monkeypatch):
     request = {"type": "http.request", "body": json.dumps(NAMES).encode(), "more_body": False}
-    with api._analysis:
+    with turns.turn(lambda: False):
         assert post([request, {"type": "http.disconnect"}]) == [499]
-    assert api._places._value == api.MOST_AT_ONCE
+    assert turns.places._value == turns.MOST_AT_ONCE
     assert client().post("/klora/v1/analyze", json=NAMES).status_code == 200
 
 
