@@ -281,3 +281,36 @@ def test_a_read_only_folder_is_no_fault(cache):
         cache.clear()
     finally:
         cache.folder.chmod(0o700)
+
+
+FULL = """
+import sys; sys.path[:0] = sys.argv[2:]
+import resource, signal
+from pathlib import Path
+from test_score_cache import CONTENT, known
+from klora.core.score_cache import ScoreCache
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+ScoreCache(Path(sys.argv[1])).store(CONTENT, known(200, seed=1))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit is POSIX' own")
+def test_a_disk_that_is_full_in_the_middle_of_a_write_leaves_what_was_there(cache):
+    cache.store(CONTENT, known())
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", FULL, str(cache.folder), str(here), str(here.parents[1])], check=True)
+    assert same(cache.load(CONTENT), known())
+    assert list(cache.folder.glob("*.tmp")) == []
+
+
+def test_every_single_bit_of_an_entry_counts(cache):
+    """The checksum covers format, content and all that follows it, so a changed entry is no entry."""
+    cache.store(CONTENT, known(2, extra=1))
+    entry = entry_of(cache)
+    data = entry.read_bytes()
+    for place in range(len(data)):
+        entry.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        assert cache.load(CONTENT) is None
+    entry.write_bytes(data)
+    assert same(cache.load(CONTENT), known(2, extra=1))

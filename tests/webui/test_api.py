@@ -1,7 +1,12 @@
 """The extension's HTTP API answers as documented, and a wrong request with a sentence per fault."""
 
+import asyncio
 import io
+import json
+import sys
 import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from PIL import Image, ImageChops
 from webui_host import NetworkOnDisk
 
 from klora.analysis import analyze
+from klora.errors import Cancelled
 from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
 from klora.webui import api, paths, turns
@@ -113,6 +119,114 @@ def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
     assert codes == [200] * turns.MOST_AT_ONCE
     assert max(most) == 1
     assert host.post("/klora/v1/analyze", json=NAMES).status_code == 200
+
+
+def post(messages):
+    """The statuses that a server sees when a client's messages are these; the last one stays the last."""
+    app, sent = FastAPI(), []
+    api.register(None, app)
+    scope = {
+        "type": "http", "method": "POST", "path": "/klora/v1/analyze", "raw_path": b"/klora/v1/analyze", "root_path": "", "scheme": "http",
+        "http_version": "1.1", "asgi": {"version": "3.0"}, "query_string": b"", "headers": [(b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+    }  # fmt: skip
+    coming = list(messages)
+
+    async def receive():
+        await asyncio.sleep(0.01)
+        return coming.pop(0) if len(coming) > 1 else coming[0]
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return [message["status"] for message in sent if "status" in message]
+
+
+def test_an_analysis_whose_client_hangs_up_is_given_up(monkeypatch):
+    def endless(*_args, cancelled, **_kwargs):
+        while not cancelled():
+            time.sleep(0.01)
+        raise Cancelled
+
+    monkeypatch.setattr(api, "analyze", endless)
+    request = {"type": "http.request", "body": json.dumps(NAMES).encode(), "more_body": False}
+    assert post([request, {"type": "http.disconnect"}]) == [499]
+    monkeypatch.undo()
+
+
+def test_one_that_waits_for_its_turn_gives_up_too(monkeypatch):
+    request = {"type": "http.request", "body": json.dumps(NAMES).encode(), "more_body": False}
+    with turns.turn(lambda: False):
+        assert post([request, {"type": "http.disconnect"}]) == [499]
+    assert turns.places._value == turns.MOST_AT_ONCE
+    assert client().post("/klora/v1/analyze", json=NAMES).status_code == 200
+
+
+BODIES = {
+    "nothing": b"", "no JSON": b"{", "a number that is none": b"NaN", "a list": b"[]", "a string": b'"subject"',
+    "brackets without end": b"[" * 60_000,
+    "bytes that are no text": b"\xff\xfe\x00", "a number of 5000 digits": b'{"steps": ' + b"9" * 5000 + b"}",
+    "many names": json.dumps({**NAMES, **{f"name{i}": i for i in range(2000)}}).encode(), "half a pair": b'{"subject": "\\ud800", "style": "style"}',
+    **{f"{name} {value}": json.dumps({**NAMES, name: value}).encode() for name in ("alpha", "gamma", "seed", "steps", "selector", "subject_weight")
+       for value in (float("nan"), float("inf"), 1e300, -(10**400), [], {"a": [1]}, "x" * 60_000, True)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_whatever_is_sent_the_answer_is_a_sentence(body):
+    answer = client().post("/klora/v1/analyze", content=BODIES[body])
+    assert answer.status_code == 422
+    sentence = answer.json()["detail"]
+    assert sentence.isprintable()
+    assert 20 < len(sentence) < 3000
+
+
+def test_a_request_of_a_megabyte_is_not_read(monkeypatch):
+    answer = client().post("/klora/v1/analyze", json={**NAMES, "subject": "x" * 2**20})
+    assert answer.status_code == 413
+    assert "longer than" in answer.json()["detail"]
+
+
+OUTSIDE = ("../{}", "sub/../../{}", "{}", "./{}", "C:{}", "file://{}", "{}\x00.safetensors", "~/{}", "..\\{}", "link/{}")
+
+
+@pytest.mark.parametrize("form", OUTSIDE)
+def test_no_name_makes_it_open_a_file_that_the_host_does_not_list(networks, tmp_path, form):
+    """Files it opens are seen by Python's audit events; reading one that is not listed would be seen."""
+    secret = tmp_path / "secret.safetensors"
+    secret.write_bytes((PAIR / "style.safetensors").read_bytes())
+    lora_folder = tmp_path / "Lora"
+    lora_folder.mkdir()
+    (lora_folder / "link").symlink_to(tmp_path)
+    for path in (secret, secret.with_suffix("")):
+        with opened() as paths:
+            answer = client().post("/klora/v1/analyze", json={**NAMES, "style": form.format(path)})
+        assert answer.status_code == 422
+        assert not [opened for opened in paths if "secret" in opened]
+
+
+@contextmanager
+def opened():
+    """The paths that are opened within."""
+    found = []
+    listeners.append(found)
+    try:
+        yield found
+    finally:
+        listeners.remove(found)
+
+
+listeners: list[list[str]] = []
+
+
+def on_audit(event, arguments):
+    if event == "open" and listeners:
+        for found in listeners:
+            found.append(str(arguments[0]))
+
+
+sys.addaudithook(on_audit)
 
 
 @pytest.mark.parametrize("path", ["schema", "loras"])

@@ -1,0 +1,33 @@
+"""Whatever was done to the WebUI before, in whatever order, the next picture is what it would have been alone."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from soak import ACTIONS, act, prepare, tensors
+
+
+@pytest.fixture(scope="module")
+def prepared(standin, request):
+    host = request.getfixturevalue("host")
+    if host is not standin:
+        pytest.skip("soak.py does this to running hosts")
+    prepare(host)
+    return host
+
+
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@given(actions=st.lists(st.tuples(st.sampled_from(sorted(ACTIONS)), st.integers(0, 2**31)), min_size=2, max_size=6))
+def test_no_order_of_actions_changes_a_later_picture(prepared, actions):
+    for name, seed in actions:
+        act(prepared, name, seed)
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_no_action_leaves_tensors_behind(prepared, name):
+    act(prepared, name, 1)
+    before = tensors(prepared)
+    for _ in range(2):
+        act(prepared, name, 1)
+    after = tensors(prepared)
+    assert after["count"] <= before["count"]
+    assert after["bytes"] <= before["bytes"]
