@@ -3,6 +3,7 @@
 import pytest
 from facts import FACTS
 from host import RunningHost, same
+from plans import references_of
 from standin import StandIn
 
 from klora.webui import paths
@@ -88,6 +89,11 @@ def plain(host):
 @pytest.fixture(scope="module")
 def fused(host, plain):
     return host.picture(host.pair)
+
+
+@pytest.fixture(scope="module")
+def references(host):
+    return references_of(host)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 from functools import cache
 
+from host import tag
+
 from klora.analysis import analyze
 from klora.settings import Settings
 
@@ -17,13 +19,20 @@ def planned(subject, style, steps, seed, settings):
     return analyze(subject, style, Settings.parse(dict(settings)), steps=steps, seed=seed).plan
 
 
+def references_of(host, subject=1, style=1):
+    """{Choice: checksums of all layers}, of the host's own tags at these weights: style alone, subject alone, both; and None for neither."""
+    subjects, styles = tag(host.subject, subject), tag(host.style, style)
+    tags = {0: styles, 1: subjects, 2: subjects + styles, None: ""}
+    return {choice: host.weights(prompt="a cat" + text, steps=1)[0] for choice, text in tags.items()}
+
+
 def checksum(weights, layer):
     path, _, piece = layer.partition(":")
     return weights[path][PIECES[piece] if piece else 0]
 
 
 def assert_follows(calls, plan, clock, references):
-    """Every weight is, at every evaluation, what the host's own tag of the chosen LoRA makes of it; see `references` in test_weights.py."""
+    """Every weight is, at every evaluation, what the host's own tag of the chosen LoRA makes of it; see `references_of`."""
     assert len(calls) == len(clock)
     for seen, step in zip(calls, clock, strict=True):
         wrong = [

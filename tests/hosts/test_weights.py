@@ -4,18 +4,11 @@ The reference is the running host itself: its weights under <lora:subject:1> and
 """
 
 import pytest
-from host import SAME_MODULES, as_base64, same, tag
+from host import SAME_MODULES, as_base64, same
 from plans import assert_follows, plan_of
 
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, **SAME_MODULES}
 FOUR = [0, 1, 2, 3]
-
-
-@pytest.fixture(scope="module")
-def references(host):
-    """{Choice: checksums of all layers}: style alone, subject alone, both; and None for neither."""
-    tags = {0: tag(host.style), 1: tag(host.subject), 2: tag(host.subject) + tag(host.style), None: ""}
-    return {choice: host.weights(prompt="a cat" + text, steps=1)[0] for choice, text in tags.items()}
 
 
 def test_every_weight_is_the_chosen_loras_at_every_evaluation(host, timed, references):
