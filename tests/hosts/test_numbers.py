@@ -3,9 +3,9 @@
 import pytest
 import torch
 from host import same, tag
-from plans import assert_applied, plan_of
+from plans import assert_follows, plan_of
 from safetensors.torch import load_file
-from test_promises import in_the_lora_folder
+from test_weights import FOUR, references  # noqa: F401
 
 DTYPES = [name for name in ("float16", "bfloat16", "float8_e4m3fn") if hasattr(torch, name)]
 
@@ -14,7 +14,7 @@ DTYPES = [name for name in ("float16", "bfloat16", "float8_e4m3fn") if hasattr(t
 def test_a_lora_in_few_bits_fuses_as_the_same_numbers_in_float32(host, dtype):
     few = {key: value.to(getattr(torch, dtype)) if value.dim() > 1 else value for key, value in load_file(host.file(host.subject)).items()}
     many = {key: value.float() for key, value in few.items()}
-    with in_the_lora_folder(host, klora_test_few=few, klora_test_many=many):
+    with host.more_loras(klora_test_few=few, klora_test_many=many):
         fused = [host.picture({"subject": name, "style": host.style}) for name in ("klora_test_few", "klora_test_many")]
         assert same(*fused)
         alone = host.picture({"subject": "klora_test_few", "style": host.style, "selector": "Subject only"})
@@ -23,7 +23,7 @@ def test_a_lora_in_few_bits_fuses_as_the_same_numbers_in_float32(host, dtype):
 
 def test_a_lora_of_network_alpha_zero_is_refused_with_a_sentence(host):
     zero = {key: torch.zeros_like(value) if key.endswith(".alpha") else value for key, value in load_file(host.file(host.subject)).items()}
-    with in_the_lora_folder(host, klora_test_zero=zero):
+    with host.more_loras(klora_test_zero=zero):
         status, answer = host.request({"subject": "klora_test_zero", "style": host.style})
     assert status == 422
     assert "changes nothing on the layers it shares" in answer["detail"]
@@ -36,25 +36,14 @@ def test_weights_of_nought_and_below_are_the_hosts_own(host, weights, tags):
 
 
 def test_weights_never_change_the_choice(host):
-    host.applied()
-    host.picture({**host.pair, "subject_weight": 0, "style_weight": -1})
-    assert_applied(host, host.applied()[0], plan_of(host, 4), [0, 1, 2, 3])
+    tags = {0: tag(host.style, -1), 1: tag(host.subject, 0.5), None: ""}
+    weighted = {choice: host.weights(prompt="a cat" + text, steps=1)[0] for choice, text in tags.items()}
+    calls = host.weights({**host.pair, "subject_weight": 0.5, "style_weight": -1})
+    assert_follows(calls, plan_of(host, 4), FOUR, weighted)
 
 
-def test_150_steps(host):
-    host.applied()
-    host.picture(host.pair, steps=150, sampler_name="Euler")
-    assert_applied(host, host.applied()[0], plan_of(host, 150), list(range(150)))
-
-
-def test_eight_pictures_at_once_follow_one_plan(host):
-    host.applied()
-    pictures = host.pictures(host.pair, batch_size=8)[0]
-    assert len(pictures[-8:]) == 8
-    assert_applied(host, host.applied()[0], plan_of(host, 4), [0, 1, 2, 3])
-
-
-def test_one_step_without_guidance_is_the_first_choice(host):
-    host.applied()
-    host.picture(host.pair, steps=1, cfg_scale=1)
-    assert_applied(host, host.applied()[0], plan_of(host, 1), [0])
+@pytest.mark.parametrize(("fields", "steps"), [
+    ({"steps": 150, "sampler_name": "Euler"}, 150), ({"batch_size": 8}, 4), ({"steps": 1, "cfg_scale": 1}, 1),
+])
+def test_many_steps_one_step_and_large_batches_follow_the_plan(host, fields, steps, references):  # noqa: F811
+    assert_follows(host.weights(host.pair, **fields), plan_of(host, steps), range(steps), references)
