@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 _OTHER_BASES = tuple(
-    (re.compile(pattern), name)
+    (re.compile(pattern, re.MULTILINE), name)
     for pattern, name in (
         (r"(down_blocks[._]0|up_blocks[._]3)[._]attentions", "Stable Diffusion 1.x or 2.x"),
         (r"input_blocks[._][12][._]1[._]|output_blocks[._](9|10|11)[._]", "Stable Diffusion 1.x or 2.x"),
@@ -23,7 +23,7 @@ _OTHER_BASES = tuple(
 )
 
 _NOT_LORAS = tuple(
-    (re.compile(pattern), name)
+    (re.compile(pattern, re.MULTILINE), name)
     for pattern, name in (
         (r"emb_params|string_to_param|^clip_[lg]$|^<", "a textual inversion embedding"),
         (r"[._]oft_|^oft_|\.(oft|boft)_|\.on_input$", "an OFT, BOFT or IA3 network, which multiplies weights"),
@@ -51,8 +51,5 @@ LONGEST_KEY = 500
 
 
 def _first(table: tuple[tuple[re.Pattern[str], str], ...], keys: Iterable[str]) -> str | None:
-    keys = list(keys)
-    for pattern, name in table:
-        if any(pattern.search(key, 0, LONGEST_KEY) for key in keys):
-            return name
-    return None
+    lines = "\n".join(key[:LONGEST_KEY] for key in keys)
+    return next((name for pattern, name in table if pattern.search(lines)), None)

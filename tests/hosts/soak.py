@@ -16,13 +16,12 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from host import RunningHost, as_base64, same, tag  # noqa: E402
+from host import PROBE_MISSING, SAME_MODULES, RunningHost, as_base64, same, tag  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from standin import StandIn  # noqa: E402
 
 from klora.core.selectors import SELECTORS  # noqa: E402
 
-PLACES = ("load", "text encoder", "callback", "apply", "restore", "merge", "forward", "decode")
 PATIENCE_SECONDS = 120
 
 
@@ -42,13 +41,14 @@ def plain_with_tags(host, chance):
 
 
 def fused(host, chance):
-    sampler = chance.choice(["Euler", "Euler a", "DPM++ 2M", "Heun"])
-    host.answer(settings_of(host, chance), steps=chance.choice([1, 2, 4, 7]), sampler_name=sampler, cfg_scale=chance.choice([1, 7]))
+    sampler, steps = chance.choice(list(host.clocks))
+    host.answer(settings_of(host, chance), steps=steps, sampler_name=sampler, cfg_scale=1 if host.base == "flux" else chance.choice([1, 7]))
 
 
 def hires(host, chance):
     rule = {"hires": chance.choice(["continue", "restart", "off"])}
-    host.answer({**settings_of(host, chance), **rule}, enable_hr=True, hr_scale=1.5, denoising_strength=0.5, **host.hires_fields)
+    fields = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.5, "hr_upscaler": chance.choice(host.facts.upscalers), **SAME_MODULES}
+    host.answer({**settings_of(host, chance), **rule}, **fields)
 
 
 def img2img(host, chance):
@@ -73,12 +73,13 @@ def cut_short(host, chance):
 
 
 def fault(host, chance):
-    kind = chance.choice(["RuntimeError", "OutOfMemoryError"])
-    status, _ = host.call("/klora-probe/v1/fault", {"place": chance.choice(PLACES), "call": chance.randrange(1, 60), "kind": kind})
-    assert status == 200, "link tests/hosts/probe into the WebUI's extensions and start it again"
+    kind = chance.choice(["RuntimeError", "OutOfMemoryError", "interrupt"])
+    place = chance.choice(list(host.facts.places))
+    armed = {"place": place, "call": chance.randrange(1, 60), "kind": kind, "times": host.facts.places[place]}
+    assert host.call("/klora-probe/v1/fault", armed)[0] == 200, PROBE_MISSING
     with_klora = chance.random() < 0.7
     host.request(settings_of(host, chance) if with_klora else None, prompt="a bird" + ("" if with_klora else tag(host.subject)))
-    host.call("/klora-probe/v1/fault", {"place": "nowhere", "call": 0, "kind": kind})
+    host.call("/klora-probe/v1/fault")
 
 
 @contextmanager
@@ -124,9 +125,8 @@ ACTIONS = {
 }  # fmt: skip
 
 
-def prepare(host, **hires_fields):
-    """Remember the first pictures; the conditions of `act`."""
-    host.hires_fields = hires_fields or {"hr_upscaler": "Latent"}
+def prepare(host):
+    """Remember the first pictures, as `act` needs them."""
     host.first, host.first_fused = host.picture(), host.picture(host.pair)
 
 
@@ -143,7 +143,7 @@ def tensors(host):
 
 def soak(host, count, seed):
     """`count` actions in random order; the tensors alive at the end are at most 2 % more than after the first tenth."""
-    prepare(host, **({"hr_upscaler": "None", "hr_additional_modules": ["Use same choices"]} if host.facts.probed_name is None else {}))
+    prepare(host)
     chance, warm = random.Random(seed), None
     for number in range(count):
         name = chance.choice(list(ACTIONS))
@@ -160,7 +160,8 @@ def soak(host, count, seed):
 def main():
     count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     if (host := RunningHost.from_environment()) is not None:
-        soak(host, count, seed)
+        with host.ready():
+            soak(host, count, seed)
         return
     torch.set_num_threads(1)
     with StandIn(Path(tempfile.mkdtemp())).in_place() as standin:
