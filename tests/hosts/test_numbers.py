@@ -3,14 +3,8 @@
 import pytest
 import torch
 from host import same, tag
-<<<<<<< HEAD
 from plans import assert_follows, plan_of, references_of
 from safetensors.torch import load_file
-=======
-from plans import assert_follows, plan_of
-from safetensors.torch import load_file
-from test_weights import FOUR, references  # noqa: F401
->>>>>>> trust
 
 DTYPES = [name for name in ("float16", "bfloat16", "float8_e4m3fn") if hasattr(torch, name)]
 
@@ -41,25 +35,12 @@ def test_weights_of_nought_and_below_are_the_hosts_own(host, weights, tags):
 
 
 def test_weights_never_change_the_choice(host):
-<<<<<<< HEAD
-    references = references_of(host, subject=0, style=-1)
-    calls = host.weights({**host.pair, "subject_weight": 0, "style_weight": -1})
+    references = references_of(host, subject=0.5, style=-1)
+    calls = host.weights({**host.pair, "subject_weight": 0.5, "style_weight": -1})
     assert_follows(calls, plan_of(host, 4), [0, 1, 2, 3], references)
 
 
 @pytest.mark.parametrize("fields", [{"steps": 150, "sampler_name": "Euler"}, {"batch_size": 8}, {"steps": 1, "cfg_scale": 1}])
 def test_many_steps_many_pictures_and_one_step_without_guidance_follow_the_plan(host, references, fields):
     steps = fields.get("steps", 4)
-=======
-    tags = {0: tag(host.style, -1), 1: tag(host.subject, 0.5), None: ""}
-    weighted = {choice: host.weights(prompt="a cat" + text, steps=1)[0] for choice, text in tags.items()}
-    calls = host.weights({**host.pair, "subject_weight": 0.5, "style_weight": -1})
-    assert_follows(calls, plan_of(host, 4), FOUR, weighted)
-
-
-@pytest.mark.parametrize(("fields", "steps"), [
-    ({"steps": 150, "sampler_name": "Euler"}, 150), ({"batch_size": 8}, 4), ({"steps": 1, "cfg_scale": 1}, 1),
-])
-def test_many_steps_one_step_and_large_batches_follow_the_plan(host, fields, steps, references):  # noqa: F811
->>>>>>> trust
     assert_follows(host.weights(host.pair, **fields), plan_of(host, steps), range(steps), references)
