@@ -1,6 +1,7 @@
 """The card and the selection map in the page of a running WebUI, before and after a generation."""
 
 import json
+import re
 
 import pytest
 from webui_page import STYLE, SUBJECT, URL, choose, control, generate, open_page, own, set_number, shot, switch_on
@@ -28,6 +29,11 @@ def with_pair(page, steps=20):
     page.wait_for_selector(f"{VIEW} .klora-cells >> visible=true")
     page.wait_for_timeout(500)
     return page
+
+
+def open_advanced(page):
+    page.click(f"{control('advanced')} >> text=Advanced")
+    page.wait_for_timeout(500)
 
 
 def picture(page):
@@ -63,14 +69,13 @@ def test_nothing_is_asked_until_a_lora_is_chosen_then_its_card_then_the_map(page
     shot(page, "panel")
     card = page.inner_text(f"{VIEW} .klora-card")
     assert all(part in card for part in (SUBJECT, STYLE, "kohya keys", "layers both change", "γ", "subject's share"))
-    assert title(page).startswith("K-LoRA, S = 1.5 t/T + 0.5, γ ")
+    assert re.fullmatch(r"K-LoRA, S = 1\.5 t/T \+ 0\.5, γ [\d.]+, 4 steps", title(page))
     assert page.get_attribute(f"{VIEW} .klora-cells", "aria-label").startswith("Selection map. ")
 
 
 def test_every_setting_of_the_plan_redraws_the_map_and_asks_the_server_nothing(page):
     with_pair(page)
-    page.click(f"{control('advanced')} >> text=Advanced")
-    page.wait_for_timeout(500)
+    open_advanced(page)
     requests, seen = asked(page), [picture(page)]
     for act, said in (
         (lambda: set_number(page, control("alpha"), 3), "S = 3 t/T + 0.5"),
@@ -91,7 +96,7 @@ def test_every_setting_of_the_plan_redraws_the_map_and_asks_the_server_nothing(p
 
 def test_only_k_scale_has_the_pair_scored_anew(page):
     with_pair(page)
-    page.click(f"{control('advanced')} >> text=Advanced")
+    open_advanced(page)
     requests, before = asked(page), picture(page)
     set_number(page, control("k_scale"), 5)
     page.wait_for_function("([place, before]) => document.querySelector(place).toDataURL() !== before", arg=[f"{VIEW} .klora-cells", before])
@@ -170,7 +175,7 @@ def test_after_a_picture_the_map_is_what_was_applied(page):
     page.click(f"{VIEW} .klora-choices button >> text=planned")
     assert title(page).startswith("K-LoRA, S = ")
     page.click(f"{VIEW} .klora-choices button >> text=applied")
-    set_number(page, "#txt2img_steps", 9)
+    open_advanced(page)
     choose(page, "selector", "Fixed")
     page.wait_for_function(f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('Fixed')")
 
