@@ -12,6 +12,7 @@ import struct
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, .
     with lora.tensor_file.open() as tensors:
         entries = {key: entry for module in lora.modules for key, entry in _entries(lora, module)}
         entries.update({key: _Entry(key) for key in lora.embeddings})
-        _write(target, entries, tensors, lora.metadata)
+        _write(target, entries, tensors, lora)
     return lora.unknown_keys
 
 
@@ -103,7 +104,7 @@ def _flat(name: str) -> str:
 
 
 def _magnitude_shape(module: FileModule, rows: slice | None) -> tuple[int, ...]:
-    height = max(module.shapes["peft_magnitude"]) if rows is None else rows.stop - rows.start
+    height = prod(module.shapes["peft_magnitude"]) if rows is None else rows.stop - rows.start
     return (height, *[1] * (len(module.shapes["down"]) - 1))
 
 
@@ -116,14 +117,17 @@ def _tensor(entry: _Entry, tensors: OpenTensors) -> Tensor:
     return (tensor if entry.shape is None else tensor.reshape(entry.shape)).contiguous()
 
 
-def _write(target: Path, entries: Mapping[str, _Entry], tensors: OpenTensors, metadata: Mapping[str, str]) -> None:
+def _write(target: Path, entries: Mapping[str, _Entry], tensors: OpenTensors, lora: LoraFile) -> None:
     """The safetensors format, tensor by tensor, so that no second copy of the file is held in memory."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(lora.metadata)} if lora.metadata else {}
     end = 0
     for key, entry in entries.items():
         tensor = _tensor(entry, tensors)
         start, end = end, end + tensor.numel() * tensor.element_size()
-        code = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _DTYPES:
+            raise LoraFileError(f'The tensor "{entry.source}" of "{lora.path.name}" holds {dtype} numbers: save the LoRA in fp32, fp16, bf16 or fp8.')
+        code = _DTYPES[dtype]
         header[key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -289,3 +289,14 @@ def test_links_in_circles_pipes_and_devices_are_no_files(tmp_path: Path) -> None
     (tmp_path / "zero.ckpt").symlink_to("/dev/zero")
     for path in tmp_path.iterdir():
         assert path.name in said(path)
+
+
+def test_a_rewritten_file_holds_no_numbers_that_no_lora_has(tmp_path: Path) -> None:
+    path = saved(tmp_path / "odd.safetensors", {**GOOD, UP.replace("lora_up.weight", "diff_b"): torch.ones(8, dtype=torch.complex64)})
+    assert 'of "odd.safetensors" holds complex64 numbers' in said(path)
+
+
+def test_a_magnitude_that_is_one_number_is_rewritten(tmp_path: Path) -> None:
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    ends = {"lora_A.weight": torch.ones(2, 8), "lora_B.weight": torch.ones(8, 2), "lora_magnitude_vector": torch.tensor(3.0)}
+    ask_for_everything(saved(tmp_path / "odd.safetensors", {f"{layer}.{end}": tensor for end, tensor in ends.items()}))
