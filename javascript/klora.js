@@ -287,7 +287,6 @@
             this.passes = (info.extra_generation_params || {})["K-LoRA applied"] || [];
             this.passIndex = 0;
             if (this.passes.length) this.shown = "applied";
-            if (this.card && !this.card.checkpoint) this.refresh();
             this.redraw();
         }
 
@@ -336,6 +335,11 @@
             if (info !== (this.seenInfo ?? "")) {
                 this.seenInfo = info;
                 this.generated(info);
+            }
+            const log = (gradioApp().querySelector(`#html_log_${this.tab}`) || {}).textContent;
+            if (this.seenLog !== log) {
+                this.seenLog = log;
+                if (this.card && !this.card.checkpoint) this.refresh(DEBOUNCE);
             }
             const checkpoint = (gradioApp().querySelector("#setting_sd_model_checkpoint input") || {}).value + opts.sd_model_checkpoint;
             if (this.seenCheckpoint !== checkpoint) {
