@@ -15,6 +15,8 @@ from klora.webui import card, infotext, loras, options
 
 SWAPPED = ("subject", "style", "subject_weight", "style_weight")
 OFFERED_NUMBERS = 11
+NONE = "None"
+"""No LoRA, as the hosts' own lists say it. With an empty value gradio 4.40 counts the first of a list as chosen, so that nobody can choose it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def _control(name: str, tab: str) -> Any:
         "label": spec.label, "value": infotext.control_value(name, starts[name]), "elem_id": _id(tab, name), "tooltip": spec.help,
     }  # fmt: skip
     if spec.kind == "lora":
-        control = gr.Dropdown(choices=_lora_names(), allow_custom_value=True, **common)
+        control = gr.Dropdown(choices=_lora_names(), allow_custom_value=True, **{**common, "value": NONE})
         control.do_not_save_to_config = True
         return control
     if spec.kind == "choice":
@@ -102,4 +104,4 @@ def _offered(slider: tuple[float, float, float] | None) -> list[str]:
 
 
 def _lora_names() -> list[str]:
-    return [lora.name for lora in loras.list_loras()]
+    return [NONE, *(lora.name for lora in loras.list_loras())]

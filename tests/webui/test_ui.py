@@ -35,7 +35,7 @@ def test_asked_for_again_it_makes_the_same_controls(ui, controls):
 
 def test_pair_is_offered_by_name(controls):
     subject, style = controls.components[1:3]
-    assert subject.choices == style.choices == ["dog", "ink"]
+    assert subject.choices == style.choices == ["None", "dog", "ink"]
     assert subject.do_not_save_to_config
 
 
@@ -50,7 +50,7 @@ def watched(ui, monkeypatch, name):
 def test_refresh_offers_new_files_in_both(ui, networks, monkeypatch):
     button, components = watched(ui, monkeypatch, "create_refresh_button")
     networks.on_disk.append(NetworkOnDisk("new"))
-    assert button.clicked.fn() == {"choices": ["new"]}
+    assert button.clicked.fn() == {"choices": ["None", "new"]}
     assert button.clicked.outputs == components[1:3]
 
 
