@@ -3,7 +3,7 @@
 import json
 import re
 
-from webui_page import STYLE, SUBJECT, choose, control, generate, shot, switch_on, value
+from webui_page import STYLE, SUBJECT, choose, control, generate, paste, shot, switch_on, value
 
 
 def test_choosing_two_loras_and_pressing_generate_is_enough(page):
@@ -31,8 +31,7 @@ def test_swap_exchanges_the_pair(page):
 def test_pasting_parameters_restores_every_control(page):
     text = (f"a dog\nSteps: 4, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, "
             "K-LoRA subject weight: 0.7, K-LoRA selector: Fixed, K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off")  # fmt: skip
-    page.fill("#txt2img_prompt textarea", text)
-    page.click("#paste")
+    paste(page, text)
     page.wait_for_function(f"document.querySelector({json.dumps(control('subject') + ' input')})?.value === {json.dumps(STYLE)}")
     page.wait_for_timeout(1000)
     assert [value(page, name) for name in ("subject", "style", "selector")] == [STYLE, SUBJECT, "Fixed"]

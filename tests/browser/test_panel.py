@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from webui_page import STYLE, SUBJECT, URL, choose, control, generate, open_page, own, set_number, shot, switch_on
+from webui_page import STYLE, SUBJECT, URL, choose, control, generate, open_page, own, paste, set_number, shot, switch_on
 
 VIEW = control("view")
 ANALYZE = """async ([names, settings]) => {
@@ -200,8 +200,7 @@ def test_steps_that_an_interrupt_left_out_are_blank(page):
 def test_a_pasted_text_draws_its_map(page):
     text = (f"a dog\nSteps: 7, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, "
             "K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off")  # fmt: skip
-    page.fill("#txt2img_prompt textarea", text)
-    page.click("#paste")
+    paste(page, text)
     page.wait_for_function(f"document.querySelector('{VIEW} .klora-title')?.innerText === 'K-LoRA, S* = (2 t/T + 1.3) mod 1.5, γ 1, 7 steps'")
 
 

@@ -53,6 +53,12 @@ def choose(page, name, value):
     page.press(f"{control(name)} input", "Tab")
 
 
+def paste(page, parameters):
+    """Have the host take a picture's parameters over into its controls."""
+    page.fill("#txt2img_prompt textarea", parameters)
+    page.click("#paste")
+
+
 def switch_on(page):
     page.check(f"{control('enabled')}-visible-checkbox, {control('enabled')}-checkbox >> visible=true")
     page.wait_for_timeout(500)

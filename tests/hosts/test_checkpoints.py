@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from host import same, tag
-from plans import assert_follows, plan_of
+from host import same
+from plans import assert_follows, plan_of, references_of
 from safetensors.torch import load_file, save_file
 
 REFINER_AT = {"refiner_switch_at": 0.5}
@@ -50,9 +50,7 @@ def test_the_refiner_stops_klora_at_the_model_change(host, fused, second_checkpo
     arrays, info = host.pictures(host.pair, **refiner)
     first = int(re.search(r"K-LoRA stopped: at the model change before step (\d)", info)[1]) - 1
     assert 0 < first < 4
-    tags = {0: tag(host.style), 1: tag(host.subject), None: ""}
-    references = {choice: host.weights(prompt="a cat" + text, steps=1)[0] for choice, text in tags.items()}
-    assert_follows(calls[:first], plan_of(host, 4), list(range(first)), references)
+    assert_follows(calls[:first], plan_of(host, 4), list(range(first)), references_of(host))
     assert calls[first:] == without[first:]
     assert without[0] != without[-1]
     assert same(arrays[0], host.picture(host.pair, **refiner))

@@ -2,7 +2,7 @@
 
 import pytest
 from host import same, tag
-from plans import assert_follows, plan_of
+from plans import assert_follows, plan_of, references_of
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def test_every_storage_keeps_the_promises(host, plain, fused, storage):
         fused_there = host.picture(host.pair)
         assert same(host.picture(host.pair), fused_there)
         assert same(host.picture(), plain_there)
-        references = {choice: host.weights(prompt="a cat" + text, steps=1)[0] for choice, text in {**tags, None: ""}.items()}
+        references = references_of(host)
         for schedule in ("s", "s*"):
             assert_follows(host.weights({**host.pair, "schedule": schedule}), plan_of(host, 4, schedule=schedule), [0, 1, 2, 3], references)
         assert all(call == references[None] for call in host.weights())
