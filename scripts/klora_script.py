@@ -21,6 +21,7 @@ class KLoraScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
+        options.register()
         xyz.register()
         controls = ui.build(is_img2img, "img2img" if is_img2img else "txt2img")
         self.infotext_fields = controls.infotext_fields
@@ -49,6 +50,12 @@ def on_cfg_denoiser(params):
     within(getattr(params.denoiser, "p", None), lambda run: run.at_call(params))
 
 
+def on_app_started(_demo, app):
+    """One for all routes: the host inspects the whole stack for every callback, 50 ms of its start-up each."""
+    api.register(app)
+    preview.register(app)
+
+
 def within(p, action):
     """Do `action` with the run of `p`, if it has one."""
     run = run_of(p)
@@ -73,6 +80,4 @@ def boundary(p):
 
 
 script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
-script_callbacks.on_app_started(api.register)
-script_callbacks.on_app_started(preview.register)
-script_callbacks.on_ui_settings(options.register)
+script_callbacks.on_app_started(on_app_started)

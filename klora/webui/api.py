@@ -27,7 +27,7 @@ FORMATS = ("json", "png")
 EXAMPLE = {"subject": "my_dog", "style": "ink_drawing", "alpha": 1.5, "steps": 20}
 
 
-def register(_demo: Any, app: FastAPI) -> None:
+def register(app: FastAPI) -> None:
     """Add the routes to the host's app, behind the host's API authentication if it has one."""
     common: dict[str, Any] = {"tags": ["K-LoRA"], "dependencies": [Depends(_authenticate)] if _credentials() else []}
     app.add_api_route("/klora/v1/schema", schema, methods=["GET"], summary="JSON schema of the K-LoRA settings", **common)

@@ -14,7 +14,7 @@ from klora.webui import card
 from klora.webui.turns import Busy, turn, while_connected
 
 
-def register(_demo: Any, app: FastAPI) -> None:
+def register(app: FastAPI) -> None:
     """Add the routes to the host's app, behind the log-in of its page if it has one."""
     common: dict[str, Any] = {"methods": ["POST"], "include_in_schema": False, "response_model": None, "dependencies": [Depends(_logged_in)]}
     app.add_api_route("/klora/internal/card", files, **common)

@@ -100,7 +100,6 @@ class StandIn(Host):
         callbacks.callbacks.clear()
         for path in SCRIPTS:
             scripts.load(path)
-        callbacks.call("ui_settings")
         app = importlib.import_module("modules.api").Api().app
         callbacks.call("app_started", None, app)
         self._client = TestClient(app, raise_server_exceptions=False)

@@ -33,7 +33,7 @@ def registry(networks, shared, monkeypatch, tmp_path):
 
 def client():
     app = FastAPI()
-    api.register(None, app)
+    api.register(app)
     return TestClient(app)
 
 
@@ -124,7 +124,7 @@ def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
 def post(messages):
     """The statuses that a server sees when a client's messages are these; the last one stays the last."""
     app, sent = FastAPI(), []
-    api.register(None, app)
+    api.register(app)
     scope = {
         "type": "http", "method": "POST", "path": "/klora/v1/analyze", "raw_path": b"/klora/v1/analyze", "root_path": "", "scheme": "http",
         "http_version": "1.1", "asgi": {"version": "3.0"}, "query_string": b"", "headers": [(b"content-type", b"application/json")],

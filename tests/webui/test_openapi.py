@@ -24,7 +24,7 @@ def page(request, shared, registry):  # noqa: F811
     if request.param == "running":
         return schemathesis.openapi.from_url(f"{RUNNING}/openapi.json")
     app = FastAPI()
-    api.register(None, app)
+    api.register(app)
     return schemathesis.openapi.from_asgi("/openapi.json", app)
 
 

@@ -49,7 +49,7 @@ def host(networks, shared, monkeypatch, tmp_path):
 
 def client():
     app = FastAPI()
-    preview.register(None, app)
+    preview.register(app)
     return TestClient(app)
 
 
@@ -182,7 +182,7 @@ def test_it_waits_for_its_turn_among_the_analyses():
 def test_the_pages_log_in_guards_the_routes():
     app = FastAPI()
     app.auth, app.tokens = {"ann": "secret"}, {"token of ann": "ann"}
-    preview.register(None, app)
+    preview.register(app)
     asked = TestClient(app)
     assert asked.post("/klora/internal/card", json=NAMES).status_code == 401
     asked.cookies.set("access-token-unsecure-x", "made up")

@@ -56,9 +56,5 @@ def on_app_started(callback):
     callbacks["app_started"].append(callback)
 
 
-def on_ui_settings(callback):
-    callbacks["ui_settings"].append(callback)
-
-
 def on_script_unloaded(callback):
     callbacks["script_unloaded"].append(callback)
