@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from klora.analysis import BASE_NAMES, check_pair, pair_warnings
+from klora.analysis import BASE_NAMES, pair_warnings
 from klora.core.blocks import block_of, forward_order, group_of
 from klora.core.lora_file import LoraFile
 from klora.core.plan import make_plan
 from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
 from klora.core.scores import score_pair
-from klora.errors import HostError, KLoraError, PairError, printable
+from klora.errors import KLoraError, printable
 from klora.file_notes import trained_on, trigger_words
 from klora.report import value_range
 from klora.selection_map import BOTH, STYLE, SUBJECT
@@ -66,12 +66,10 @@ def card(names: Mapping[str, str]) -> dict[str, Any]:
     if len(files) == len(ROLES):
         subject, style = (set(files[role].layers) for role in ROLES)
         answer["layers"] = {"shared": len(subject & style), "subject": len(subject - style), "style": len(style - subject)}
-        answer["problems"] += _pair_problems(files["subject"], files["style"])
-    try:
-        answer["checkpoint"] = _checkpoint()
-    except HostError as error:
-        answer["problems"].append(str(error))
-    answer["problems"] += _checkpoint_problems(files, answer["checkpoint"])
+        _try(answer, lambda: loras.check_pair(files["subject"], files["style"]))
+    _try(answer, lambda: answer.update(checkpoint=_checkpoint()))
+    if files and answer["checkpoint"] and len({file.base for file in files.values()}) == 1:
+        _try(answer, lambda: loras.check_checkpoint(list(files.values()), answer["checkpoint"]["base"]))
     return answer
 
 
@@ -83,7 +81,7 @@ def scores(names: Mapping[str, str], k_scale: float, cancelled: Callable[[], boo
         Cancelled: when `cancelled` said so.
     """
     subject, style = (loras.read(loras.find(names[role], role).path) for role in ROLES)
-    check_pair(subject, style)
+    loras.check_pair(subject, style)
     chosen = options.read()
     found = score_pair(subject, style, k_scale=k_scale, cache=chosen.cache(), device=chosen.device(), cancelled=cancelled)
     layers = found.layers
@@ -104,6 +102,13 @@ def scores(names: Mapping[str, str], k_scale: float, cancelled: Callable[[], boo
         },
         "warnings": pair_warnings(subject, style, make_plan(found, steps=1, schedule=Schedule.named("s")), chosen.accelerator_words()),
     }  # fmt: skip
+
+
+def _try(answer: dict[str, Any], step: Callable[[], None]) -> None:
+    try:
+        step()
+    except KLoraError as error:
+        answer["problems"].append(str(error))
 
 
 def _file(lora: loras.HostLora, file: LoraFile) -> dict[str, Any]:
@@ -142,16 +147,6 @@ def _preview(lora: loras.HostLora) -> str | None:
     return page.find_preview(str(lora.path.with_suffix(""))) if page else None
 
 
-def _pair_problems(subject: LoraFile, style: LoraFile) -> list[str]:
-    if subject.path == style.path:
-        return ["Subject and style are the same LoRA: choose another one for one of them."]
-    try:
-        check_pair(subject, style)
-    except PairError as error:
-        return [str(error)]
-    return []
-
-
 def _checkpoint() -> dict[str, str | None] | None:
     """Name and base of the loaded checkpoint, without having the host load one; None while none is, or another is to take its place.
 
@@ -169,11 +164,3 @@ def _checkpoint() -> dict[str, str | None] | None:
     if info is None or (wanted is not None and wanted.filename != info.filename):
         return None
     return {"name": info.name_for_extra, "base": find_webui(networks, data.sd_model).base_of(data.sd_model)}
-
-
-def _checkpoint_problems(files: Mapping[str, LoraFile], checkpoint: Mapping[str, str | None] | None) -> list[str]:
-    bases = {file.base for file in files.values()}
-    if checkpoint is None or len(bases) != 1 or checkpoint["base"] in bases:
-        return []
-    wanted, loaded = BASE_NAMES[bases.pop()], BASE_NAMES.get(checkpoint["base"] or "", "neither SDXL nor FLUX.1")
-    return [f"The loaded checkpoint {checkpoint['name']} is {loaded} and the LoRAs are for {wanted}: load a checkpoint of {wanted}."]

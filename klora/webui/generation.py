@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from klora.analysis import BASE_NAMES, check_pair, pair_warnings
+from klora.analysis import pair_warnings
 from klora.core.lora_file import LoraFile
 from klora.core.scores import PairScores, score_pair
 from klora.errors import KLoraError
@@ -50,14 +50,8 @@ class Run:
         subject, style = self._files["subject"], self._files["style"]
         if self.p.disable_extra_networks:
             raise KLoraError("This run has extra networks switched off, which K-LoRA needs: switch them on, or K-LoRA off.")
-        if self._loras["subject"].path == self._loras["style"].path:
-            raise KLoraError(f"Subject and style are the same LoRA, {self._settings.subject}: choose another one for one of them.")
-        check_pair(subject, style)
-        if subject.base != loaded:
-            raise KLoraError(
-                f"The LoRAs {subject.path.name} and {style.path.name} are for {BASE_NAMES[subject.base]} and the loaded checkpoint is "
-                f"{BASE_NAMES.get(loaded or '', 'neither SDXL nor FLUX.1')}: load {_one(subject.base)} checkpoint, or choose LoRAs made for this one."
-            )
+        loras.check_pair(subject, style)
+        loras.check_checkpoint((subject, style), loaded)
 
     def _scored(self) -> PairScores:
         """The scores of the pair, from the cache if it was seen before."""
@@ -137,10 +131,6 @@ class Run:
     def end(self) -> None:
         """Detach from the networks; harmless when it was done before."""
         self._passes.end()
-
-
-def _one(base: str) -> str:
-    return {"sdxl": "an SDXL", "flux": "a FLUX.1"}[base]
 
 
 def run_of(p: Any) -> Run | None:

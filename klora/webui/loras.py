@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from klora import analysis
 from klora.core.lora_file import LoraFile, read_lora
-from klora.errors import SettingsError
+from klora.errors import PairError, SettingsError
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt")
 
@@ -103,6 +105,37 @@ def read(path: Path) -> LoraFile:
 @lru_cache(maxsize=16)
 def _read(path: Path, *_state: int) -> LoraFile:
     return read_lora(path)
+
+
+def check_pair(subject: LoraFile, style: LoraFile) -> None:
+    """Refuse one file in both roles, and two files of different base models.
+
+    Raises:
+        PairError: with the sentence for the user.
+    """
+    if subject.path == style.path:
+        raise PairError(f"Subject and style are the same LoRA, {subject.path.name}: choose another one for one of them.")
+    analysis.check_pair(subject, style)
+
+
+def check_checkpoint(files: Sequence[LoraFile], loaded: str | None) -> None:
+    """Refuse files that were made for another base model than the loaded checkpoint's.
+
+    Args:
+        files: one, or two of the same base model.
+        loaded: base of the checkpoint, None if it is no base that K-LoRA knows.
+
+    Raises:
+        PairError: with the sentence for the user.
+    """
+    base = files[0].base
+    if base != loaded:
+        wanted, found = analysis.BASE_NAMES[base], analysis.BASE_NAMES.get(loaded or "", "neither SDXL nor FLUX")
+        names = " and ".join(file.path.name for file in files)
+        raise PairError(
+            f"{'The LoRA' if len(files) == 1 else 'The LoRAs'} {names} {'is' if len(files) == 1 else 'are'} for {wanted} and the loaded "
+            f"checkpoint is {found}: load a checkpoint of {wanted}, or choose LoRAs made for this one."
+        )
 
 
 def hash_of(lora: HostLora) -> str:

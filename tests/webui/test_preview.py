@@ -90,7 +90,7 @@ def test_one_file_has_its_card_before_the_other_is_chosen():
 @pytest.mark.parametrize(("names", "said"), [
     ({**NAMES, "style": "subject"}, "the same LoRA"),
     ({**NAMES, "style": "flux"}, "made for SDXL but the style LoRA style.safetensors for FLUX"),
-    ({"subject": "flux"}, "The loaded checkpoint tiny is SDXL and the LoRAs are for FLUX: load a checkpoint of FLUX"),
+    ({"subject": "flux"}, "style.safetensors is for FLUX and the loaded checkpoint is SDXL: load a checkpoint of FLUX"),
 ])
 def test_what_generate_would_refuse_is_said_before(names, said):
     assert said in " ".join(the_card(**names)["problems"])
@@ -105,7 +105,7 @@ def test_a_file_that_cannot_be_used_has_its_sentence_and_the_other_its_card(name
 
 def test_a_checkpoint_that_is_neither_is_said(host, monkeypatch):
     host.models.model_data.sd_model = model(base="sd1")
-    assert "tiny is neither SDXL nor FLUX.1" in the_card(**NAMES)["problems"][0]
+    assert "the loaded checkpoint is neither SDXL nor FLUX:" in the_card(**NAMES)["problems"][0]
 
 
 @pytest.mark.parametrize("data", [
