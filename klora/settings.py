@@ -136,7 +136,7 @@ class Settings:
         if good.get("enabled"):
             for name in ("subject", "style"):
                 if not good.get(name) and name not in problems:
-                    problems[name] = f"K-LoRA is enabled but no {name} LoRA is chosen: choose one in {name!r}, or switch K-LoRA off."
+                    problems[name] = f"No {name} LoRA is chosen: choose one in {name!r}, or switch K-LoRA off."
         if problems:
             raise SettingsError(problems)
         return cls(**good)

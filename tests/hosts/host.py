@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from facts import FACTS, FIELDS
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from klora.core.lora_file import read_lora
 
@@ -73,6 +74,20 @@ class Host(ABC):
 
     def picture(self, klora=None, **fields):
         return self.pictures(klora, **fields)[0][0]
+
+    def plot(self):
+        """What the host tells of its script X/Y/Z plot."""
+        return next(script for script in self.call("/sdapi/v1/script-info")[1] if script["name"] == "x/y/z plot" and not script["is_img2img"])
+
+    def grid(self, x, x_values, y="Nothing", y_values=""):
+        """Fields of a plot whose answer ends with the single pictures; what else it asks for is left as the host's page has it."""
+        controls = self.plot()["args"]
+        axes, others = controls[:9], controls[9:]
+        labels = axes[0]["choices"]
+        text, words = (x_values, []) if isinstance(x_values, str) else ("", x_values)
+        args = [labels.index(x), text, words, labels.index(y), y_values, [], 0, "", []]
+        args += [control["label"] == "Include Sub Images" or control["value"] for control in others]
+        return {"script_name": "x/y/z plot", "script_args": args}
 
     def applied(self):
         """Where layers keep names: networks of every layer at every evaluation since it was last asked, and the number of layers rewritten."""
@@ -137,6 +152,35 @@ class Host(ABC):
             for path in paths:
                 path.unlink(missing_ok=True)
             self.call("/sdapi/v1/refresh-loras", {})
+
+    @contextmanager
+    def another_checkpoint(self, of_its_own=True):
+        """With a checkpoint whose weights differ a little; yields its name.
+
+        Args:
+            of_its_own: whether it has a configuration file of its own, where the host has such: A1111 loads such a checkpoint as a new
+                model, and others into the model that is there.
+        """
+        first = self.folder / "models" / "Stable-diffusion" / self.checkpoint
+        path = first.with_name("klora_test_second.safetensors") if of_its_own else first.with_suffix(".ckpt")
+        configuration = path.with_suffix(".yaml")
+        written = [path, configuration] if of_its_own and self.facts.configurations else [path]
+        tensors = {
+            key: value + value.std(unbiased=False) * 0.05 if value.is_floating_point() else value for key, value in load_file(first).items()
+        }
+        try:
+            if of_its_own:
+                save_file(tensors, path)
+            else:
+                torch.save({"state_dict": tensors}, path, _use_new_zipfile_serialization=False)
+            if configuration in written:
+                configuration.write_bytes(first.with_suffix(".yaml").read_bytes())
+            self.call("/sdapi/v1/refresh-checkpoints", {})
+            yield path.name
+        finally:
+            for file in written:
+                file.unlink(missing_ok=True)
+            self.call("/sdapi/v1/refresh-checkpoints", {})
 
     def reload(self):
         """As the button "Reload UI"; ends when pictures can be made again."""

@@ -110,6 +110,19 @@ def two_clients(host, chance):
         thread.join(PATIENCE_SECONDS)
 
 
+def plotted(host, chance):
+    selectors = chance.sample(list(SELECTORS), 2)
+    host.answer(settings_of(host, chance), **host.grid("[K-LoRA] Selector", selectors, "[K-LoRA] β", chance.choice(["auto", "auto,0.7"])))
+
+
+def other_checkpoint(host, chance):
+    """A run on another checkpoint of the host's, with and without K-LoRA, which refuses one of another base model."""
+    others = [name for model in host.call("/sdapi/v1/sd-models")[1] if (name := Path(model["filename"]).name) != host.checkpoint]
+    elsewhere = {"override_settings": {"sd_model_checkpoint": chance.choice(others)}}
+    status, answer = host.request(chance.choice([settings_of(host, chance), None]), **elsewhere)
+    assert status in (200, 422), answer
+
+
 def analyzed(host, chance):
     assert host.call("/klora/v1/analyze", {**pair_of(host, chance), "steps": chance.choice([1, 150])})[0] == 200
 
@@ -120,13 +133,15 @@ def reloaded(host, chance):
 
 ACTIONS = {
     action.__name__: action for action in (
-        plain_with_tags, fused, hires, img2img, batch, refused, cut_short, fault, file_replaced, two_clients, analyzed, reloaded,
+        plain_with_tags, fused, hires, img2img, batch, refused, cut_short, fault, file_replaced, two_clients, plotted,
+        other_checkpoint, analyzed, reloaded,
     )
 }  # fmt: skip
 
 
 def prepare(host):
-    """Remember the first pictures, as `act` needs them."""
+    """Remember the first pictures, as `act` needs them; A1111's very first load of a checkpoint differs from later ones by a grey level."""
+    other_checkpoint(host, random.Random(0))
     host.first, host.first_fused = host.picture(), host.picture(host.pair)
 
 
@@ -160,11 +175,11 @@ def soak(host, count, seed):
 def main():
     count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     if (host := RunningHost.from_environment()) is not None:
-        with host.ready():
+        with host.ready(), host.another_checkpoint():
             soak(host, count, seed)
         return
     torch.set_num_threads(1)
-    with StandIn(Path(tempfile.mkdtemp())).in_place() as standin:
+    with StandIn(Path(tempfile.mkdtemp())).in_place() as standin, standin.another_checkpoint():
         soak(standin, count, seed)
 
 

@@ -3,37 +3,19 @@
 import re
 
 import pytest
-import torch
 from host import same
 from plans import assert_follows, plan_of, references_of
-from safetensors.torch import load_file, save_file
 
 REFINER_AT = {"refiner_switch_at": 0.5}
 
 
 @pytest.fixture(scope="module", params=["of its own", "of the other one"])
 def second_checkpoint(request, host):
-    """A checkpoint whose weights differ a little, and whose configuration file is its own or that of the first: A1111
-    loads the first kind as a new model and the second kind into the model that is there. Yields its name."""
+    """Name of a checkpoint whose configuration file is its own or that of the first."""
     if request.param == "of the other one" and not host.facts.configurations:
         pytest.skip("this host has no configuration files")
-    first = host.folder / "models" / "Stable-diffusion" / host.checkpoint
-    tensors = {key: value + value.std(unbiased=False) * 0.05 if value.is_floating_point() else value for key, value in load_file(first).items()}
-    path = first.with_name("klora_test_second.safetensors") if request.param == "of its own" else first.with_suffix(".ckpt")
-    try:
-        if request.param == "of its own":
-            save_file(tensors, path)
-            if host.facts.configurations:
-                path.with_suffix(".yaml").write_bytes(first.with_suffix(".yaml").read_bytes())
-        else:
-            torch.save({"state_dict": tensors}, path, _use_new_zipfile_serialization=False)
-        host.call("/sdapi/v1/refresh-checkpoints", {})
-        yield path.name
-    finally:
-        path.unlink(missing_ok=True)
-        if request.param == "of its own":
-            path.with_suffix(".yaml").unlink(missing_ok=True)
-        host.call("/sdapi/v1/refresh-checkpoints", {})
+    with host.another_checkpoint(request.param == "of its own") as name:
+        yield name
 
 
 @pytest.fixture(scope="module")

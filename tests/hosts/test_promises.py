@@ -135,31 +135,15 @@ def test_a_file_that_was_replaced_between_two_runs_is_the_one_applied(host, when
         assert not same(first, expected)
 
 
-def plot(host):
-    scripts = host.call("/sdapi/v1/script-info")[1]
-    return next(script for script in scripts if script["name"] == "x/y/z plot" and not script["is_img2img"])
-
-
-def grid(host, x, x_values, y="Nothing", y_values=""):
-    """A plot whose answer ends with the single pictures; what else it asks for is left as the host's page has it."""
-    controls = plot(host)["args"]
-    axes, others = controls[:9], controls[9:]
-    labels = axes[0]["choices"]
-    text, words = (x_values, []) if isinstance(x_values, str) else ("", x_values)
-    args = [labels.index(x), text, words, labels.index(y), y_values, [], 0, "", []]
-    args += [control["label"] == "Include Sub Images" or control["value"] for control in others]
-    return {"script_name": "x/y/z plot", "script_args": args}
-
-
 def test_xyz_over_selector_gives_the_pictures_of_the_selectors(host):
     selectors = ["K-LoRA", "Subject only", "Style only"]
-    arrays, _ = host.pictures(host.pair, **grid(host, "[K-LoRA] Selector", selectors, "Seed", "42,43"))
+    arrays, _ = host.pictures(host.pair, **host.grid("[K-LoRA] Selector", selectors, "Seed", "42,43"))
     singles = [host.picture({**host.pair, "selector": name}, seed=seed) for seed in (42, 43) for name in selectors]
     assert all(same(a, b) for a, b in zip(arrays[-6:], singles, strict=True))
 
 
 def test_xyz_refuses_all_bad_values_before_the_first_picture(host):
-    status, answer = host.request(host.pair, **grid(host, "[K-LoRA] γ", "auto,high"))
+    status, answer = host.request(host.pair, **host.grid("[K-LoRA] γ", "auto,high"))
     assert status >= 400
     assert "'gamma' (γ) is auto or off or a number" in complaint(answer)
 
@@ -202,6 +186,6 @@ def test_after_reload_ui_all_is_as_before(host, plain, fused):
     host.reload()
     assert same(host.picture(host.pair), fused)
     assert same(host.picture(), plain)
-    labels = plot(host)["args"][0]["choices"]
+    labels = host.plot()["args"][0]["choices"]
     assert len(labels) == len(set(labels))
     assert "[K-LoRA] Selector" in labels

@@ -11,8 +11,9 @@ def prepared(standin, request):
     host = request.getfixturevalue("host")
     if host is not standin:
         pytest.skip("soak.py does this to running hosts")
-    prepare(host)
-    return host
+    with host.another_checkpoint():
+        prepare(host)
+        yield host
 
 
 @settings(max_examples=8, suppress_health_check=list(HealthCheck))

@@ -30,6 +30,7 @@ class Api:
             ("POST", "options"): self._set_options,
             ("POST", "refresh-loras"): self._refresh_loras,
             ("POST", "refresh-checkpoints"): sd_models.list_models,
+            ("GET", "sd-models"): lambda: [{"filename": info.filename} for info in sd_models.checkpoints.values()],
             ("GET", "script-info"): lambda: [info for runner in self.runners.values() for info in runner.info()],
         }
         for (method, name), endpoint in routes.items():
