@@ -116,11 +116,11 @@ class Run:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether a pass with K-LoRA is under way."""
-        return self._passes.under_way
+        """Whether the passes of a batch are under way: from there only an error of their own gets out."""
+        return self._passes.sampling
 
     def fail(self, error: BaseException) -> None:
-        """Make the pass that is under way stop with `error`."""
+        """Make the sampling that is under way stop with `error`."""
         self._passes.fail(GenerationRefused(error))
 
     def give_up(self) -> None:

@@ -26,12 +26,14 @@ class Passes:
         switch: the pair's hold on that checkpoint.
         stopped: whether the run goes on without K-LoRA.
         applied: what was applied in the passes that are over.
+        sampling: whether the passes of a batch are under way, with K-LoRA or without.
     """
 
     def __init__(self, p: Any, settings: Settings, webui: WebUI, model: Any, pair: Pair, scores: PairScores) -> None:
         self.switch: PairSwitch = webui.switch(model, pair)
         self.stopped = False
         self.applied: list[AppliedPass] = []
+        self.sampling = False
         self._given_up = False
         self._p = p
         self._settings = settings
@@ -46,11 +48,6 @@ class Passes:
         self._place = FIRST, 0
         self._offset = 0
         self._steps_of_pass = 1
-
-    @property
-    def under_way(self) -> bool:
-        """Whether a pass with K-LoRA is."""
-        return self._under_way
 
     @contextmanager
     def around_encoding(self) -> Iterator[None]:
@@ -71,9 +68,11 @@ class Passes:
             BaseException: what `fail` was given, if the host has swallowed it.
         """
         with nullcontext() if self._given_up else self.switch.held():
+            self.sampling = True
             try:
                 yield
             finally:
+                self.sampling = False
                 self.end()
         if self._failure is not None:
             raise self._failure
@@ -127,7 +126,7 @@ class Passes:
         self.switch.detach()
 
     def fail(self, error: BaseException) -> None:
-        """Make the pass that is under way stop with `error`."""
+        """Make the sampling of this batch stop with `error`: at its next evaluation, or at its end if K-LoRA is not attached."""
         self._failure = error
         self.switch.fail(error)
 

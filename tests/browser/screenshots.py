@@ -19,7 +19,7 @@ def install(page, path):
     page.click("#tab_extensions button >> text=Install from URL")
     page.locator("#tab_extensions input[type=text], #tab_extensions textarea").locator("visible=true").first.fill("this repository's address")
     page.wait_for_timeout(500)
-    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": WIDTH, "height": 420})
+    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": WIDTH, "height": 480})
     page.click("#tabs button >> text=txt2img")
 
 
@@ -45,20 +45,21 @@ def compare(page, path):
     page.click("#script_list input")
     page.fill("#script_list input", "X/Y/Z plot")
     page.press("#script_list input", "Enter")
-    for axis, label, values in (("x", "[K-LoRA] Selector", "K-LoRA,Subject only,Style only,Direct merge"), ("y", "Seed", "1,2")):
+    for axis, label in (("x", "[K-LoRA] Selector"), ("y", "Seed")):
         place = f"#script_txt2img_xyz_plot_{axis}_type input"
         page.click(place)
         page.fill(place, label)
         page.press(place, "Enter")
         page.wait_for_timeout(500)
         if axis == "y":
-            page.fill(f"#script_txt2img_xyz_plot_{axis}_values textarea", values)
+            page.fill("#script_txt2img_xyz_plot_y_values textarea", "1,2")
         else:
             page.click("#xyz_grid_fill_x_tool_button >> visible=true")
             page.wait_for_timeout(1500)
     generate(page)
     page.wait_for_timeout(2000)
-    page.locator("#txt2img_gallery_container, #txt2img_gallery").first.screenshot(path=path)
+    grid = page.locator("#txt2img_gallery img").first.evaluate("image => image.src")
+    path.write_bytes(page.request.get(grid).body())
 
 
 def main():

@@ -59,7 +59,8 @@ OF_FORGE = {(name, 4): once(4) for name in ("DPM++ 2M SDE Heun", "DPM++ 3M SDE",
 OF_FORGE_FLUX = {(name, 4): once(4) for name in ("IPNDM", "IPNDM_V", "DEIS", "DPM++ 3M SDE")}
 OF_NEO = {(name, 4): once(4) for name in ("DPM++ 3M SDE", "ER SDE", "LCM", "Res Multistep", "DPM++ 2M CFG++", "Euler a CFG++", "Euler CFG++")}
 
-FAMILY_PLACES = {"load": 1, "text encoder": 1, "callback": 1, "merge": 1, "forward": 1, "decode": 1}
+OF_KLORA = {"process": 1, "networks loaded": 1, "begin pass": 1, "callback": 1}
+FAMILY_PLACES = {**OF_KLORA, "load": 1, "text encoder": 1, "merge": 1, "forward": 1, "decode": 1}
 FAMILY_STORAGES = {
     name: {"forge_unet_storage_dtype": name} for name in ("float8-e4m3fn", "float8-e4m3fn (fp16 LoRA)", "Automatic (fp16 LoRA)")
 }

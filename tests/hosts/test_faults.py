@@ -57,6 +57,12 @@ def test_an_interrupt_anywhere_leaves_nothing_behind(host, plain, fused, calls_o
     assert same(host.picture(), plain)
 
 
+def test_a_fault_after_the_last_step_does_not_cost_the_picture(host, plain, fused):
+    with host.fault("tell", 1, "RuntimeError"):
+        assert same(host.picture(host.pair), fused)
+    assert same(host.picture(), plain)
+
+
 @pytest.mark.parametrize("end", ["interrupt", "skip"])
 def test_a_run_cut_short_by_the_user_leaves_nothing_behind(host, fused, end):
     host.counts()

@@ -2,7 +2,7 @@
 
 Link the folder above into the WebUI's extensions before starting it.
 
-- POST /klora-probe/v1/fault {"place", "call", "kind", "times"}: the host's own function at that place fails at its n-th call from now, and at
+- POST /klora-probe/v1/fault {"place", "call", "kind", "times"}: the function at that place fails at its n-th call from now, and at
   the next ones if "times" is more than 1; of the kind "interrupt" it does its work, and the run is interrupted.
   GET: {"armed": whether it has yet to happen}; it will not any more. GET /klora-probe/v1/counts: {place: its calls since the last GET}.
 - POST /klora-probe/v1/reload: as the button "Reload UI". GET /klora-probe/v1/started: when these scripts were loaded.
@@ -31,9 +31,11 @@ undo = []
 
 
 def places():
-    """{place: (owner, name) of the host's function there}, as far as it can be known: those of the loaded checkpoint included."""
-    model = shared.sd_model
+    """{place: (owner, name) of the function there}, as far as it can be known: the host's, those of the loaded checkpoint included, and what
+    K-LoRA does in each of its hooks."""
+    model, run = shared.sd_model, sys.modules["klora.webui.generation"].Run
     found = {
+        "process": (run, "_scored"), "networks loaded": (run, "networks_loaded"), "begin pass": (run, "begin_pass"), "tell": (run, "tell"),
         "text encoder": (type(model), "get_learned_conditioning"), "decode": (type(model), "decode_first_stage"),
         "callback": (sys.modules["klora.session"].Session, "step"),
     }  # fmt: skip
