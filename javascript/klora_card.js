@@ -70,17 +70,25 @@
         ];
     }
 
+    function offer(preset) {
+        const button = element("button", {type: "button", class: "klora-choice", title: "Sets the schedule to S* and β to auto"}, "use S*");
+        button.addEventListener("click", preset);
+        return element("p", {class: "klora-offer"}, "For FLUX the paper's authors recommend the schedule S*.", button);
+    }
+
     /**
      * The card as elements.
      * @param card the answer of /klora/internal/card
-     * @param more {gamma, share, warnings, problem}: of the scored pair, null or empty before
+     * @param more {gamma, share, warnings, problem}: of the scored pair, null or empty before; whether the preset is to be offered
      * @param prompt {add(words)}
+     * @param preset sets the controls to what is recommended for FLUX
      */
-    function drawCard(card, more, prompt) {
+    function drawCard(card, more, prompt, preset) {
         const problems = [...card.problems, ...(more.problem ? [more.problem] : [])];
         return element("div", {class: "klora-card"},
             element("div", {class: "klora-files"}, ...Object.keys(ROLES).map(role => filePane(role, card[role], prompt))),
             element("div", {class: "klora-tiles"}, ...tiles(card, more.gamma, more.share)),
+            more.offered ? offer(preset) : null,
             ...problems.map(sentence => element("p", {class: "klora-problem", role: "alert"}, sentence)),
             ...more.warnings.map(sentence => element("p", {class: "klora-warning"}, sentence)));
     }

@@ -14,6 +14,8 @@ from klora.settings import DEFAULTS, SPECS
 from klora.webui import card, infotext, loras, options
 
 SWAPPED = ("subject", "style", "subject_weight", "style_weight")
+FLUX_PRESET = {"schedule": "s*", "beta": "auto"}
+"""What the paper's authors recommend for FLUX. The card offers it, and its button presses one that nobody sees."""
 OFFERED_NUMBERS = 11
 NONE = "None"
 """No LoRA, as the hosts' own lists say it. With an empty value gradio 4.40 counts the first of a list as chosen, so that nobody can choose it."""
@@ -58,9 +60,11 @@ def build(is_img2img: bool, tab: str) -> Controls:
                 with gr.Row():
                     made |= {name: _control(name, tab) for name in folded[first:first + 2]}
         gr.HTML(card.placeholder(), elem_id=_id(tab, "view"))
+        preset = gr.Button("Use S*", elem_id=_id(tab, "preset"))
     components = [made[name] for name in SPECS]
     for component in components:
         component.change(fn=None, _js=_tell_page(tab), inputs=components, outputs=[], show_progress=False)
+    preset.click(fn=None, _js=f"() => {json.dumps(list(FLUX_PRESET.values()))}", inputs=[], outputs=[made[name] for name in FLUX_PRESET])
     swapped = [made[name] for name in SWAPPED]
     swap.click(fn=lambda a, b, c, d: (b, a, d, c), inputs=swapped, outputs=swapped, show_progress=False)
     restores = {name: infotext.Restore(name) for name in SPECS}

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from webui_page import STYLE, SUBJECT, URL, choose, control, generate, open_page, own, paste, set_number, shot, switch_on
+from webui_page import STYLE, SUBJECT, URL, choose, control, generate, open_page, own, paste, set_number, shot, switch_on, value
 
 VIEW = control("view")
 ANALYZE = """async ([names, settings]) => {
@@ -153,6 +153,24 @@ def test_a_trigger_word_goes_into_the_prompt_once(page):
     page.click(f"{VIEW} button >> text=add all")
     assert page.input_value("#txt2img_prompt textarea") == "a cat, sks dog, sitting"
     assert page.get_attribute(f"{VIEW} button >> text=sks dog", "aria-pressed") == "true"
+
+
+def test_for_flux_s_star_is_offered_and_one_press_sets_it(page):
+    def for_flux(route):
+        answer = route.fetch()
+        card = answer.json()
+        for role in ("subject", "style"):
+            card[role] = card[role] and {**card[role], "base": "FLUX"}
+        route.fulfill(response=answer, json=card)
+
+    page.route("**/klora/internal/card", for_flux)
+    with_pair(page)
+    shot(page, "flux")
+    assert not page.is_visible(control("preset"))
+    page.click(f"{VIEW} .klora-offer button")
+    page.wait_for_function(f"document.querySelector('{VIEW} .klora-title').innerText.includes('S* = (1.5 t/T + 1.3)')")
+    assert not page.is_visible(f"{VIEW} .klora-offer")
+    assert value(page, "schedule") == "s*"
 
 
 def recorded(page):

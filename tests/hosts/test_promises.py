@@ -79,7 +79,7 @@ def test_infotext_given_to_the_api_makes_the_same_picture(host):
 
 REFUSED = [
     ({"subject": "no-such"}, "no LoRA named 'no-such' (subject)"),
-    ({"style": ""}, "no style LoRA is chosen"),
+    ({"style": ""}, "No style LoRA is chosen"),
     ({"alhpa": 1}, "did you mean 'alpha'?"),
     ({"alpha": "high"}, "'alpha' (α) is a number from -100 to 100"),
     ({"selector": "klora"}, "did you mean 'K-LoRA'?"),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from standin.webui.modules.options import Options
-from webui_host import HTML, Block, Component, Dropdown, InputAccordion, Networks, Slider, module
+from webui_host import HTML, Block, Button, Component, Dropdown, InputAccordion, Networks, Slider, module
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def ui(monkeypatch, networks, shared):
         button.click(lambda: (refresh(), arguments())[1], [], components)
         return button
 
-    gradio = module("gradio", HTML=HTML, Row=Block, Accordion=Block, Dropdown=Dropdown, Slider=Slider)
+    gradio = module("gradio", Button=Button, HTML=HTML, Row=Block, Accordion=Block, Dropdown=Dropdown, Slider=Slider)
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     monkeypatch.setitem(sys.modules, "modules.ui_common", module("modules.ui_common", create_refresh_button=create_refresh_button))
     components = module("modules.ui_components", InputAccordion=InputAccordion, ToolButton=Component)

@@ -66,7 +66,7 @@ def test_steps_are_twenty_by_default():
 
 
 @pytest.mark.parametrize(("body", "fields", "said"), [
-    ({"style": "style"}, ["subject"], "no subject LoRA is chosen"),
+    ({"style": "style"}, ["subject"], "No subject LoRA is chosen"),
     ({**NAMES, "subject": "sbject"}, ["subject"], "nearest: 'subject'"),
     ({**NAMES, "subject": "/etc/passwd"}, ["subject"], "lists no LoRA named"),
     ({**NAMES, "subjct_weight": 1}, ["subjct_weight"], "did you mean 'subject_weight'"),

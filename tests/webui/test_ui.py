@@ -61,6 +61,12 @@ def test_swap_exchanges_names_and_weights(ui, networks, monkeypatch):
     assert clicked.fn("dog", "ink", 1.0, 0.7) == ("ink", "dog", 0.7, 1.0)
 
 
+def test_what_is_recommended_for_flux_are_values_of_the_controls_it_sets(ui):
+    for name, value in ui.FLUX_PRESET.items():
+        assert value in SPECS[name].choices
+        assert Settings.parse({name: value})
+
+
 def test_pasting_fills_every_control(controls):
     pasted = Infotext.read("Steps: 20, K-LoRA subject: dog, K-LoRA style: ink, K-LoRA beta: 0.7, K-LoRA subject weight: 0.8")
     filled = {component.elem_id.removeprefix("klora_txt2img_"): restore(pasted) for component, restore in controls.infotext_fields}
