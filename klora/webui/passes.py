@@ -90,7 +90,7 @@ class Passes:
             self.end()
             return False
         if self._at_other_model():
-            self._stop("at the model change")
+            self._stop_at_model_change()
             return False
         self._follow_model()
         self.switch.networks_loaded()
@@ -182,7 +182,7 @@ class Passes:
     def _stop_at_other_model(self) -> None:
         """A refiner takes over within a pass: the host loads it, encodes the text anew, and goes on sampling."""
         if self._session is not None and self._at_other_model():
-            self._stop(f"at the model change before step {self._step_of(self._p.sampler.model_wrap_cfg.step) + 1}")
+            self._stop_at_model_change()
 
     def _follow_model(self) -> None:
         """After a refiner the host may load the checkpoint of the run into a new model."""
@@ -193,8 +193,11 @@ class Passes:
             self._model = shared.sd_model
             self.switch = self._webui.switch(self._model, self._pair)
 
-    def _stop(self, where: str) -> None:
+    def _stop_at_model_change(self) -> None:
         """Go on without K-LoRA, and write that into the picture."""
+        where = "at the model change"
+        if self._session is not None:
+            where += f" before step {self._step_of(self._p.sampler.model_wrap_cfg.step) + 1}"
         self.stopped = True
         self.end()
         self.switch.leave()
