@@ -7,8 +7,7 @@ from soak import ACTIONS, act, prepare, tensors
 
 
 @pytest.fixture(scope="module")
-def prepared(standin, request):
-    host = request.getfixturevalue("host")
+def prepared(host, standin):
     if host is not standin:
         pytest.skip("soak.py does this to running hosts")
     with host.another_checkpoint():
