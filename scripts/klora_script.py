@@ -21,7 +21,6 @@ class KLoraScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        options.register()
         xyz.register()
         controls = ui.build(is_img2img, "img2img" if is_img2img else "txt2img")
         self.infotext_fields = controls.infotext_fields
@@ -79,5 +78,6 @@ def boundary(p):
         fail(p, error)
 
 
+options.register()
 script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
 script_callbacks.on_app_started(on_app_started)

@@ -116,7 +116,7 @@ def read() -> Options:
 
 
 def register() -> None:
-    """Add the section to the host's settings page."""
+    """Add the section to the host's settings page, and to its API, which knows those options only that are there before the page is built."""
     from modules import options, shared
 
     infos = {_key(name): _info(name) for name in OPTIONS}

@@ -20,7 +20,7 @@ def open_page(browser, query="", width=1400):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(URL + query, wait_until="domcontentloaded")
     page.wait_for_selector("#txt2img_generate")
-    page.wait_for_function("window.opts && Object.keys(opts).length > 0")
+    page.wait_for_function("typeof opts !== 'undefined' && Object.keys(opts).length > 0")
     page.wait_for_timeout(2000)
     for name, number in (("width", 128), ("height", 128), ("steps", 4)):
         set_number(page, f"#txt2img_{name}", number)
