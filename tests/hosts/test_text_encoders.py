@@ -40,9 +40,11 @@ def with_part(host, encoder):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_they_apply_as_the_setting_says(host, encoder):
-    with host.more_loras(klora_test_text=with_part(host, encoder)):
-        klora = {"subject": "klora_test_text", "style": host.style, "selector": "Subject only"}
-        tags = {"both": "<lora:klora_test_text:1>", "none": "<lora:klora_test_text:0:1>"}
+    """Each under a name of its own: Forge's own tags go on applying an earlier file of the same name."""
+    name = f"klora_test_{encoder}_encoder"
+    with host.more_loras(**{name: with_part(host, encoder)}):
+        klora = {"subject": name, "style": host.style, "selector": "Subject only"}
+        tags = {"both": f"<lora:{name}:1>", "none": f"<lora:{name}:0:1>"}
         expected = {rule: host.picture(prompt="a cat" + tag) for rule, tag in tags.items()}
         assert not same(expected["both"], expected["none"])
         for rule in (*tags, "both"):
