@@ -8,7 +8,7 @@ from klora.errors import Cancelled
 from klora.hosts.detect import UnknownHost
 from klora.settings import Settings
 from klora.webui import api, options, preview, ui, xyz
-from klora.webui.generation import Run, fail, go_on_without, release, run_of
+from klora.webui.generation import WITHOUT_THE_PAIR, Run, fail, go_on_without, release, run_of, warn_outer_runs
 
 
 class KLoraScript(scripts.Script):
@@ -46,7 +46,10 @@ class KLoraScript(scripts.Script):
 
 
 def on_cfg_denoiser(params):
-    within(getattr(params.denoiser, "p", None), lambda run: run.at_call(params))
+    p = getattr(params.denoiser, "p", None)
+    within(p, lambda run: run.at_call(params))
+    if run_of(p) is None:
+        warn_outer_runs(p, WITHOUT_THE_PAIR)
 
 
 def on_app_started(_demo, app):

@@ -59,6 +59,7 @@ class A1111Switch:
         self._on_text_encoder: list[Any] = []
         self._choices: dict[str, Choice] = {}
         self._settled: set[str] = set()
+        self._strengths: list[tuple] = []
         self._failure: BaseException | None = None
         self._originals: dict[str, Callable] = {}
 
@@ -154,6 +155,7 @@ class A1111Switch:
 
     def _apply(self, module: Any) -> None:
         name = getattr(module, "network_layer_name", None)
+        self._follow_strengths()
         if name in self._settled and self._failure is None:
             return
         if self._failure is not None:
@@ -171,6 +173,13 @@ class A1111Switch:
             failed = ", ".join(sorted(net for net in errors if errors[net] != before.get(net)))
             raise HostError(f"The WebUI could not apply the LoRA {failed} to the layer {name}: it does not fit this checkpoint, or memory ran out.")
         self._settled.add(name)
+
+    def _follow_strengths(self) -> None:
+        """Other extensions change the strengths of the prompt's networks from step to step: then every layer is to be applied anew."""
+        strengths = [(net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in self._others]
+        if strengths != self._strengths:
+            self._strengths = strengths
+            self._settled.clear()
 
     def _forward(self, module: Any, values: Any, original_forward: Callable) -> Any:
         """The same for the host's option to add networks to the outputs instead of the weights (`lora_functional`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 from klora.analysis import pair_warnings
 from klora.core.lora_file import LoraFile
@@ -16,6 +17,11 @@ from klora.webui.applied import AppliedMaps
 from klora.webui.hold import GenerationRefused, Hold, let_go, refuse
 from klora.webui.passes import Passes
 from klora.webui.rewritten import readable_copy
+
+WITHOUT_THE_PAIR = (
+    "K-LoRA: another extension drew a part of this picture anew, with neither LoRA of the pair. To have K-LoRA there too, add klora_script to the "
+    "scripts that this extension runs (ADetailer: Settings, ADetailer, Script names to apply to ADetailer)."
+)
 
 
 class Run:
@@ -45,6 +51,7 @@ class Run:
         for warning in pair_warnings(self._files["subject"], self._files["style"], self._passes.plan(20), self._options.accelerator_words()):
             self._hold.warn(warning)
         p.klora_run = self
+        _under_way.add(self)
 
     def _check(self, loaded: str | None) -> None:
         subject, style = self._files["subject"], self._files["style"]
@@ -128,9 +135,25 @@ class Run:
         self._passes.give_up()
         self._hold.clean_hashes()
 
+    def warn(self, sentence: str) -> None:
+        """Tell the user with the picture what is worth knowing of it."""
+        self._hold.warn(sentence)
+
     def end(self) -> None:
         """Detach from the networks; harmless when it was done before."""
+        _under_way.discard(self)
         self._passes.end()
+
+
+_under_way: WeakSet[Run] = WeakSet()
+"""Several only where an extension makes a picture of its own within another's, as ADetailer does for what it has found."""
+
+
+def warn_outer_runs(p: Any, sentence: str) -> None:
+    """Tell it with the pictures within which an extension makes another one, with `p`."""
+    for run in tuple(_under_way):
+        if run.p is not p:
+            run.warn(sentence)
 
 
 def run_of(p: Any) -> Run | None:
@@ -142,6 +165,7 @@ def run_of(p: Any) -> Run | None:
 def fail(p: Any, error: BaseException) -> None:
     """Make `p` stop with `error` at the next place from which the host lets it out, or go on without K-LoRA if the user wants that."""
     run = run_of(p)
+    warn_outer_runs(p, f"K-LoRA: another extension could not draw a part of this picture anew: {error}")
     if run is not None and run.is_sampling:
         run.fail(error)
     elif options.read().on_error == options.GO_ON:
@@ -162,7 +186,8 @@ def go_on_without(p: Any, error: BaseException) -> None:
 
 def release(p: Any) -> None:
     """Free `p` of what an earlier run on it, or on the object it was copied from, may have left."""
-    run = p.__dict__.pop("klora_run", None)
+    run = run_of(p)
     if run is not None:
         run.end()
+    p.__dict__.pop("klora_run", None)
     let_go(p)

@@ -1,11 +1,13 @@
 """K-LoRA's hold on one processing object `p` of the host: the methods of `p` that it overrides, and what they tell the host of the pair.
 
-The hold is made of attributes of that very object, which `let_go` deletes.
+The hold is made of attributes of that very object. Other extensions override methods of it in the same way, before K-LoRA does or after it:
+ControlNet its `sample`. So `let_go` takes back what is K-LoRA's and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,10 @@ class Hold:
         self._passes = passes
         self._warnings: list[str] = []
         self._originals = {name: getattr(p, name) for name in OVERRIDDEN}
-        p.parse_extra_network_prompts = self._parse_extra_network_prompts
-        p.cached_params = self._cached_params
-        p.setup_conds = self._setup_conds
-        p.sample = self._sample
+        override(p, "parse_extra_network_prompts", self._parse_extra_network_prompts)
+        override(p, "cached_params", self._cached_params)
+        override(p, "setup_conds", self._setup_conds)
+        override(p, "sample", self._sample)
 
     def warn(self, sentence: str) -> None:
         """Tell the user what is worth knowing of a run that goes on."""
@@ -128,10 +130,34 @@ def refuse(p: Any, error: BaseException) -> None:
         raise refused
 
     for name in ("init", "setup_conds", "sample"):
-        setattr(p, name, stop)
+        override(p, name, stop)
+
+
+@dataclass(frozen=True)
+class Override:
+    """What stands in the place of a method of `p`.
+
+    Attributes:
+        found: what another extension had put there before; None if it was the method of its class.
+    """
+
+    method: Callable
+    found: Callable | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.method(*args, **kwargs)
+
+
+def override(p: Any, name: str, method: Callable) -> None:
+    """Put `method` in the place of one of the methods of `p`."""
+    setattr(p, name, Override(method, p.__dict__.get(name)))
 
 
 def let_go(p: Any) -> None:
-    """Give `p` its own methods back, of whichever hold the overriding ones are."""
+    """Give `p` the methods back that it had, of whichever hold the overriding ones are."""
     for name in OVERRIDDEN:
-        p.__dict__.pop(name, None)
+        while isinstance(ours := p.__dict__.get(name), Override):
+            if ours.found is None:
+                del p.__dict__[name]
+            else:
+                p.__dict__[name] = ours.found
