@@ -89,7 +89,10 @@ class Hold:
 
         own = [params for params in data["lora"] if not self._is_of_pair(params)]
         if len(own) < len(data["lora"]):
-            self.warn("K-LoRA: the prompt names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen there.")
+            self.warn(
+                "K-LoRA: the prompt names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen there, and nothing else of "
+                "its tag counts."
+            )
         data["lora"] = own
         data["lora"] += [ExtraNetworkParams(items=[name, str(weight)]) for name, weight in self._passes.tags()]
 
