@@ -31,7 +31,7 @@ class Networks(SimpleNamespace):
         return values + sum(net.modules.get(module.network_layer_name, 0) for net in self.loaded_networks)
 
     def own_apply(self, module):
-        wanted = tuple(net.name for net in self.loaded_networks)
+        wanted = tuple((net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in self.loaded_networks)
         if module.network_current_names == wanted:
             return
         self.network_restore_weights_from_backup(module)
@@ -39,7 +39,7 @@ class Networks(SimpleNamespace):
             if (net.name, module.network_layer_name) in self.broken:
                 self.extra_network_lora.errors[net.name] = self.extra_network_lora.errors.get(net.name, 0) + 1
                 continue
-            module.weight += net.modules.get(module.network_layer_name, 0)
+            module.weight += net.modules.get(module.network_layer_name, 0) * net.unet_multiplier
         module.network_current_names = wanted
         self.rewritten.append(module.network_layer_name)
 
@@ -50,7 +50,8 @@ class Networks(SimpleNamespace):
 def network(name, added, places):
     path = FILES / f"{name}.safetensors"
     mtime = path.stat().st_mtime if path.exists() else None
-    return Network(name=name, network_on_disk=SimpleNamespace(filename=str(path)), modules=dict.fromkeys(places, added), mtime=mtime)
+    strengths = {"te_multiplier": 1, "unet_multiplier": 1, "dyn_dim": None}
+    return Network(name=name, network_on_disk=SimpleNamespace(filename=str(path)), modules=dict.fromkeys(places, added), mtime=mtime, **strengths)
 
 
 class Network(SimpleNamespace):
@@ -99,6 +100,17 @@ def test_each_layer_gets_its_choice_beside_the_other_networks():
     host = Host().start()
     host.switch.apply(choose(Choice.SUBJECT, Choice.STYLE, Choice.BOTH))
     assert host.forward() == [11, 101, 111, 10, 110]
+
+
+def test_a_strength_of_another_network_that_changes_between_steps_is_followed_by_all_its_layers():
+    host = Host().start()
+    host.switch.apply(choose(Choice.SUBJECT, Choice.STYLE, Choice.BOTH))
+    host.forward()
+    host.other.unet_multiplier = 5
+    assert host.forward() == [15, 105, 115, 10, 110]
+    host.networks.rewritten.clear()
+    assert host.forward() == [15, 105, 115, 10, 110]
+    assert not host.networks.rewritten
 
 
 def test_a_norm_follows_its_layer_and_the_text_encoder_its_rule():

@@ -100,9 +100,10 @@ class StandIn(Host):
         callbacks.callbacks.clear()
         for path in SCRIPTS:
             scripts.load(path)
-        app = importlib.import_module("modules.api").Api().app
-        callbacks.call("app_started", None, app)
-        self._client = TestClient(app, raise_server_exceptions=False)
+        api = importlib.import_module("modules.api").Api()
+        self.txt2img = api.runners[False]
+        callbacks.call("app_started", None, api.app)
+        self._client = TestClient(api.app, raise_server_exceptions=False)
 
 
 def kohya_name(layer):
