@@ -64,7 +64,7 @@ ON = {
     "controlnet with a model": lambda host, plain: controlnet(host, plain),
     "controlnet on the prompt's side only": lambda host, plain: controlnet(host, plain, control_mode="ControlNet is more important"),
     "controlnet's reference_only": lambda host, plain: controlnet(host, plain, module="reference_only"),
-    "dynamic prompts": lambda host, plain: using(host, "dynamic prompts", {}, prompt="a {cat|dog|bird}"),
+    "dynamic prompts": lambda host, plain: using(host, "dynamic prompts", {}, prompt="a {dog|bird}"),
     "dynamic prompts with a LoRA": lambda host, plain: using(
         host, "dynamic prompts", {"Combinatorial generation": True}, prompt=f"a {{cat{tag(host.other)}|dog{tag(host.other, 0.5)}}}",
     ),
