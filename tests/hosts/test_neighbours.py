@@ -57,6 +57,8 @@ def test_another_extensions_hold_on_the_picture_stays(host, beside, fused, first
     neighbour = beside(TakesHold(), first)
     assert same(host.picture(host.pair, n_iter=2), fused)
     assert neighbour.calls == 2
+    host.picture()
+    assert neighbour.calls == 3
 
 
 class ChangesStrengths:

@@ -114,6 +114,14 @@ def test_it_does_beside_the_pair_what_it_does_beside_the_hosts_own_tag(host, on,
     assert all_same(host.pictures(**on)[0], alone)
 
 
+@pytest.mark.parametrize("klora", [False, True], ids=["off", "on"])
+def test_controlnet_tells_the_prompts_side_from_the_negative_ones(host, plain, klora):
+    """It does so in a method of the picture that it overrides; where that is lost, all its modes are alike with reference_only."""
+    modes = [controlnet(host, plain, module="reference_only", control_mode=mode) for mode in ("Balanced", "ControlNet is more important")]
+    balanced, more = (host.picture(host.pair if klora else None, **fields) for fields in modes)
+    assert not same(balanced, more)
+
+
 def test_a_run_repeats_exactly_with_every_layer_as_planned_at_every_evaluation(host, on):
     first, _ = host.pictures(host.pair, **on)
     assert all_same(host.pictures(host.pair, **on)[0], first)
