@@ -31,6 +31,9 @@ PROBE_MISSING = "link tests/hosts/probe into the WebUI's extensions and start it
 class Host(ABC):
     """Its folder, what is known of its kind, and two LoRAs of its registry that fit its checkpoint."""
 
+    reload_seconds = 0
+    """How long not to ask anything of it after "Reload UI"."""
+
     def __init__(self, kind, folder, subject, style, other, checkpoint):
         self.facts, self.folder = FACTS[kind], Path(folder)
         self.subject, self.style, self.other, self.checkpoint = subject, style, other, checkpoint
@@ -193,6 +196,7 @@ class Host(ABC):
         before, patience = started(), time.monotonic() + 120
         assert before
         self.call("/klora-probe/v1/reload", {})
+        time.sleep(self.reload_seconds)
         while (now := started()) in (None, before):
             assert time.monotonic() < patience, "the WebUI did not come back"
             time.sleep(0.2)
@@ -201,6 +205,9 @@ class Host(ABC):
 
 class RunningHost(Host):
     """One that KLORA_HOST_URL and KLORA_HOST_FOLDER name; KLORA_HOST_KIND says what it is (a1111, the default, forge or neo)."""
+
+    reload_seconds = 15
+    """A1111 ends for good when it is asked between the start of its server and that of its API: "Cannot add middleware"."""
 
     @classmethod
     def from_environment(cls):
