@@ -109,7 +109,7 @@
 
         /** The controls hold other values now, by the user or by a pasted text. */
         changed(values) {
-            const before = JSON.stringify([this.names, this.kScale]);
+            const before = this.pairKey;
             this.values = values;
             this.shown = "planned";
             if (before !== this.pairKey || !this.card) this.refresh(DEBOUNCE);
