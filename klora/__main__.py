@@ -1,4 +1,4 @@
-"""`python -m klora analyze | generate | demo | settings`."""
+"""`python -m klora analyze | generate | evaluate | demo | settings`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 from klora.analysis import Analysis, analyze
 from klora.core.score_cache import ScoreCache
 from klora.errors import Cancelled, KLoraError
+from klora.evaluate import evaluate
+from klora.evaluation_tables import GROUPS
 from klora.report import preflight
 from klora.selection_map import draw_map
 from klora.settings import SPECS, Settings, as_text, markdown_table
@@ -48,10 +50,11 @@ def cache_folder() -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="klora", description="K-LoRA: this subject in that style, from two LoRA files, without training.")
-    commands = parser.add_subparsers(required=True, metavar="analyze | generate | demo | settings")
+    commands = parser.add_subparsers(required=True, metavar="analyze | generate | evaluate | demo | settings")
     _analyze_command(commands.add_parser("analyze", help="score a pair of LoRA files and show which is chosen where and when"))
     _generate_command(commands.add_parser("generate", help="make a picture with a diffusers pipeline"))
-    command = commands.add_parser("demo", help="make small models and LoRA pairs, and compare all selectors on them")
+    _evaluate_command(commands.add_parser("evaluate", help="make and measure pictures of many pairs and seeds under every selector"))
+    command = commands.add_parser("demo", help="compare the methods on pairs of the miniature, in two minutes")
     command.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default ./demo)")
     command.set_defaults(run=_demo)
     command = commands.add_parser("settings", help="print the table of all settings, as the README has it")
@@ -85,6 +88,29 @@ def _generate_command(command: argparse.ArgumentParser) -> None:
     _add_settings(command, [name for name in SPECS if name not in ("enabled", "subject", "style", "hires")])
     command.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     command.set_defaults(run=_generate)
+
+
+def _evaluate_command(command: argparse.ArgumentParser) -> None:
+    command.description = "Without --model: pairs of the miniature. With it: one pair of your own, measured with CLIP and DINO models that you have."
+    command.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for the results; an evaluation that was stopped goes on")
+    command.add_argument("--seeds", type=_positive, default=10, help="pictures of each pair and method (default 10)")
+    command.add_argument("--steps", type=_positive, default=20, help="default 20")
+    command.add_argument("--tables", nargs="+", choices=list(GROUPS), help="default: all")
+    command.add_argument("--pairs", type=_positive, help="only so many pairs of the miniature")
+    command.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
+    command.add_argument("--model", type=Path, help="an SDXL folder or single file, or a FLUX folder; then also:")
+    command.add_argument("--config", type=Path, help="for a single file: a diffusers folder with its configuration, to stay offline")
+    command.add_argument("--subject", help="the subject LoRA's file")
+    command.add_argument("--style", help="the style LoRA's file")
+    command.add_argument("--subject-weight", type=float, default=1.0, help="default 1")
+    command.add_argument("--style-weight", type=float, default=1.0, help="default 1")
+    command.add_argument("--prompt", help="with the trigger words of both")
+    command.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="default 1024x1024")
+    command.add_argument("--subject-pictures", type=Path, metavar="FOLDER", help="pictures of the subject")
+    command.add_argument("--style-pictures", type=Path, metavar="FOLDER", help="pictures in the style")
+    command.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it")
+    command.add_argument("--dino", type=Path, metavar="FOLDER", help="a DINO vision transformer as transformers saves it")
+    command.set_defaults(run=evaluate)
 
 
 def _add_settings(command: argparse.ArgumentParser, names: list[str] | tuple[str, ...]) -> None:

@@ -49,6 +49,11 @@ def fused_picture(pipeline: Any, analysis: Analysis, settings: Settings, request
         PairError: the LoRAs are made for another base model than the pipeline's.
         HostError: the pipeline lacks layers that the LoRAs change.
     """
+    return fused_pictures(pipeline, analysis, settings, request, 1)[0]
+
+
+def fused_pictures(pipeline: Any, analysis: Analysis, settings: Settings, request: Request, count: int) -> list[Image.Image]:
+    """`count` pictures with the seeds that follow `request.seed`, in one batch under one plan; otherwise as `fused_picture`."""
     subject = Lora(analysis.subject, settings.subject_weight)
     style = Lora(analysis.style, settings.style_weight)
     if base_of(pipeline) != analysis.subject.base:
@@ -67,15 +72,15 @@ def fused_picture(pipeline: Any, analysis: Analysis, settings: Settings, request
             session.step((call + 1) // pipe.scheduler.order)
             return values
 
-        return pipeline(**_arguments(pipeline, request), callback_on_step_end=at_step_end).images[0]
+        return pipeline(**_arguments(pipeline, request, count), callback_on_step_end=at_step_end).images
 
 
-def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
+def _arguments(pipeline: Any, request: Request, count: int) -> dict[str, Any]:
     accepted = inspect.signature(pipeline.__call__).parameters
     width, height = request.size
     arguments: dict[str, Any] = {
         "prompt": request.prompt, "width": width, "height": height, "num_inference_steps": request.steps,
-        "generator": torch.Generator().manual_seed(request.seed),
+        "num_images_per_prompt": count, "generator": [torch.Generator().manual_seed(request.seed + index) for index in range(count)],
     }  # fmt: skip
     if request.negative and "negative_prompt" in accepted:
         arguments["negative_prompt"] = request.negative

@@ -1,0 +1,279 @@
+"""`python -m klora evaluate`: pictures of many pairs and seeds under every selector and setting, measured, as tables and a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from klora import miniature
+from klora.analysis import analyze
+from klora.core.plan import Plan
+from klora.core.score_cache import ScoreCache
+from klora.core.selectors import SELECTORS, Choice
+from klora.errors import KLoraError
+from klora.evaluation_tables import GROUPS, Row, as_text, tables
+from klora.measures import Measure, clip_similarity, dino_similarity, gram
+from klora.runner import Request, fused_pictures, load_pipeline
+from klora.settings import Settings
+
+K_SCALES = (1.0, 0.125, 0.5, 2.0, 8.0, 64.0)
+ALPHAS, BETAS = (1.5, 1.0, 2.0), (0.5, 0.25, 0.75)
+"""The grid of the paper's supplement F; what the others are compared with comes first."""
+SHARES = (0.75, 0.5, 0.25, 0.1)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is fused and how it is measured.
+
+    Attributes:
+        prompt: with the words of both.
+        weights: of subject and style.
+        measures: by name; "subject" and "style" are always there.
+        references: training pictures of subject and style, for the report.
+    """
+
+    name: str
+    subject: Path
+    style: Path
+    prompt: str
+    weights: tuple[float, float]
+    measures: Mapping[str, Measure]
+    references: tuple[Image.Image, Image.Image]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to fuse.
+
+    Attributes:
+        changed: changes a plan, where no selector does what is asked.
+        single: each seed has a plan of its own (else one plan for all).
+    """
+
+    group: str
+    label: str
+    settings: Settings = field(default_factory=Settings)
+    changed: Callable[[Plan, int], Plan] | None = None
+    single: bool = False
+
+
+def variants(groups: Sequence[str]) -> list[Variant]:
+    """What each table compares, in the order of its rows."""
+    return [variant for variant in _all_variants() if variant.group in groups]
+
+
+def _all_variants() -> Iterator[Variant]:
+    yield Variant("selectors", "K-LoRA S")
+    yield Variant("selectors", "K-LoRA S*", Settings(schedule="s*"))
+    for name in SELECTORS:
+        if name != "K-LoRA":
+            yield Variant("selectors", name, Settings(selector=name), single=name == "Random")
+    for scale in K_SCALES:
+        yield Variant("k-scale", f"K × {scale:g}", Settings(k_scale=scale))
+    for beta in BETAS:
+        for alpha in ALPHAS:
+            yield Variant("alpha-beta", f"α {alpha:g}, β {beta:g}", Settings(alpha=alpha, beta=beta))
+    for selector in ("K-LoRA", "Frobenius"):
+        yield Variant("gamma", f"{selector}, γ auto", Settings(selector=selector))
+        yield Variant("gamma", f"{selector}, γ off", Settings(selector=selector, gamma="off"))
+    yield Variant("order", "subject, then style", changed=partial(_halves, first=Choice.SUBJECT))
+    yield Variant("order", "style, then subject", changed=partial(_halves, first=Choice.STYLE))
+    for role, absent in (("subject", "style"), ("style", "subject")):
+        alone = Settings(**{f"{absent}_weight": 0.0}, text_encoder=role)  # type: ignore[arg-type]
+        own, other = (Choice.SUBJECT, Choice.STYLE) if role == "subject" else (Choice.STYLE, Choice.SUBJECT)
+        group = f"{role}-alone"
+        yield Variant(group, "all steps and layers", alone, partial(_share, own=own, share=1.0))
+        yield Variant(group, "first half of the steps", alone, partial(_halves, first=own))
+        yield Variant(group, "second half of the steps", alone, partial(_halves, first=other))
+        for share in SHARES:
+            yield Variant(group, f"{share:.0%} of the layers", alone, partial(_share, own=own, share=share), single=True)
+
+
+def _halves(plan: Plan, _seed: int, *, first: Choice) -> Plan:
+    early = np.arange(plan.steps) < plan.steps / 2
+    chosen = np.where(early if first == Choice.SUBJECT else ~early, Choice.SUBJECT, Choice.STYLE).astype(np.uint8)
+    return replace(plan, selection=np.repeat(chosen[:, None], len(plan.scores.layers), axis=1))
+
+
+def _share(plan: Plan, seed: int, *, own: Choice, share: float) -> Plan:
+    """`own` on a random share of the layers, drawn anew at each step; the other LoRA is there at weight 0 and so stands for none."""
+    draws = np.random.RandomState(seed % 2**32).random_sample(plan.selection.shape)
+    other = Choice.STYLE if own == Choice.SUBJECT else Choice.SUBJECT
+    return replace(plan, selection=np.where(draws < share, own, other).astype(np.uint8))
+
+
+class Evaluation:
+    """Makes and measures pictures, and keeps the rows in a folder, so that a stopped evaluation goes on where it was.
+
+    Attributes:
+        rows: all that is measured so far.
+    Args:
+        batch: pictures made at once.
+        made_of: stands for the model and the LoRAs: rows of others are not gone on with.
+    """
+
+    def __init__(
+        self, pipeline: Any, folder: Path, *, steps: int, seeds: int, size: tuple[int, int], guidance: float | None, batch: int, made_of: str
+    ) -> None:
+        self.pipeline, self.folder = pipeline, folder
+        self.steps, self.seeds, self.size, self.guidance, self.batch = steps, seeds, size, guidance, batch
+        self.rows: list[Row] = []
+        self._file = folder / "rows.jsonl"
+        self._conditions = {"steps": steps, "seeds": seeds, "size": list(size), "guidance": guidance, "made of": made_of}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._cache = ScoreCache(folder / "scores")
+        self._read()
+
+    def _read(self) -> None:
+        if not self._file.exists():
+            return
+        first, *lines = self._file.read_text(encoding="utf-8").splitlines()
+        if json.loads(first) != self._conditions:
+            raise KLoraError(f"{self._file} is of an evaluation of {first}, not of {json.dumps(self._conditions)}: choose another --out.")
+        self.rows = [Row(**json.loads(line)) for line in lines]
+
+    def run(self, pairs: Sequence[Pair], wanted: Sequence[Variant], say: Callable[[str], None]) -> None:
+        """Measure all variants of all pairs; what is measured already is not made again."""
+        done = {(row.group, row.variant, row.pair) for row in self.rows}
+        left = [(pair, variant) for pair in pairs for variant in wanted if (variant.group, variant.label, pair.name) not in done]
+        for number, (pair, variant) in enumerate(left, 1):
+            rows, pictures = self._measured(pair, variant)
+            self._keep(rows)
+            strip = _strip(pictures[:4])
+            strip.save(self.folder / f"{_file_name(pair.name, variant)}.png", optimize=True)
+            say(f"{number} of {len(left)}: {pair.name}, {variant.label}: {np.mean([row.both for row in rows]):.1%}")
+
+    def strip(self, pair: str, variant: Variant) -> Path:
+        """The first pictures of a pair under a variant, in a row."""
+        return self.folder / f"{_file_name(pair, variant)}.png"
+
+    def _measured(self, pair: Pair, variant: Variant) -> tuple[list[Row], list[Image.Image]]:
+        settings = replace(
+            variant.settings, subject_weight=pair.weights[0] * variant.settings.subject_weight,
+            style_weight=pair.weights[1] * variant.settings.style_weight,
+        )  # fmt: skip
+        size = 1 if variant.single else min(self.batch, self.seeds)
+        rows, pictures = [], []
+        for first in range(0, self.seeds, size):
+            count = min(size, self.seeds - first)
+            # A pair's own seeds: otherwise chance would draw the same layers in every pair.
+            seed = first + 1000 * (sum(pair.name.encode()) % 997)
+            analysis = analyze(pair.subject, pair.style, settings, steps=self.steps, seed=seed, cache=self._cache)
+            plan = variant.changed(analysis.plan, seed) if variant.changed else analysis.plan
+            request = Request(pair.prompt, seed, self.steps, self.size, guidance=self.guidance)
+            made = fused_pictures(self.pipeline, replace(analysis, plan=plan), settings, request, count)
+            values = {name: measure(made) for name, measure in pair.measures.items()}
+            share = float(plan.subject_share.mean())
+            rows += [
+                Row(variant.group, variant.label, pair.name, seed + i, plan.scores.gamma, share, {name: float(v[i]) for name, v in values.items()})
+                for i in range(count)
+            ]
+            pictures += made
+        return rows, pictures
+
+    def _keep(self, rows: list[Row]) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            if not file.tell():
+                file.write(json.dumps(self._conditions) + "\n")
+            file.writelines(json.dumps(row.__dict__) + "\n" for row in rows)
+        self.rows += rows
+
+
+def _file_name(pair: str, variant: Variant) -> str:
+    word = "".join(c if c.isalnum() else {"*": "star", "γ": "gamma"}.get(c, "_") for c in f"{variant.group} {variant.label}")
+    return f"{pair.replace(' ', '_')}-{word}".replace("α", "alpha").replace("β", "beta").replace("γ", "gamma")
+
+
+def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
+    strip = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width
+    return strip
+
+
+def miniature_pairs(count: int | None = None) -> list[Pair]:
+    """All pairs of the miniature, or the first `count` of them, each subject and style as early as can be."""
+    subjects, styles = miniature.loras("subject"), miniature.loras("style")
+    order = sorted(
+        ((i, j) for i in range(len(subjects)) for j in range(len(styles))), key=lambda place: ((place[1] - place[0]) % len(styles), place)
+    )
+    found = []
+    for i, j in order[:count]:
+        subject, style = subjects[i], styles[j]
+        found.append(Pair(
+            f"{subject.name.removeprefix('subject_')} {style.name.removeprefix('style_')}", subject.path, style.path,
+            f"{subject.words} {style.words}", (subject.weight, style.weight), miniature.measures(subject, style),
+            (subject.pictures()[0], style.pictures()[0]),
+        ))  # fmt: skip
+    return found
+
+
+def own_pair(options: argparse.Namespace) -> Pair:
+    """The user's pair, measured with CLIP and DINO.
+
+    Raises:
+        KLoraError: something that it needs is not given or not there.
+    """
+    needed = ("subject", "style", "prompt", "subject_pictures", "style_pictures", "clip")
+    missing = ["--" + name.replace("_", "-") for name in needed if not getattr(options, name)]
+    if missing:
+        raise KLoraError(f"With --model an evaluation also needs {', '.join(missing)}.")
+    things, styles = _pictures(options.subject_pictures), _pictures(options.style_pictures)
+    measures: dict[str, Measure] = {"subject": clip_similarity(options.clip, things), "style": clip_similarity(options.clip, styles)}
+    if options.dino:
+        measures["subject (DINO)"] = dino_similarity(options.dino, things)
+    measures["style (Gram)"] = gram(styles)
+    subject, style = Path(options.subject), Path(options.style)
+    weights = options.subject_weight, options.style_weight
+    return Pair(f"{subject.stem} {style.stem}", subject, style, options.prompt, weights, measures, (things[0], styles[0]))
+
+
+def _pictures(folder: Path) -> list[Image.Image]:
+    try:
+        found = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    except OSError as error:
+        raise KLoraError(f"Cannot read the pictures in {folder}: {error}.") from error
+    if not found:
+        raise KLoraError(f"There is no picture (.png, .jpg, .webp) in {folder}.")
+    return found
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """The command.
+
+    Raises:
+        KLoraError: with the sentence for the user.
+    """
+    from klora.evaluation_report import write_report
+
+    groups = options.tables or list(GROUPS)
+    if options.model:
+        pairs, pipeline = [own_pair(options)], load_pipeline(options.model, options.config)
+        pipeline.set_progress_bar_config(disable=True)
+        size, guidance, batch = options.size or (1024, 1024), options.guidance, 1
+        made_of = f"{options.model} {pairs[0].name}"
+    else:
+        pairs, pipeline = miniature_pairs(options.pairs), miniature.load_model()
+        size, guidance, batch = miniature.SIZE, options.guidance or miniature.GUIDANCE, 10
+        made_of = miniature.fingerprint()
+    evaluation = Evaluation(
+        pipeline, options.out, steps=options.steps, seeds=options.seeds, size=size, guidance=guidance, batch=batch, made_of=made_of
+    )
+    wanted = variants(groups)
+    evaluation.run(pairs, wanted, lambda line: print(line, flush=True))
+    found = tables([row for row in evaluation.rows if row.pair in {pair.name for pair in pairs}], groups)
+    for title, lines in found.items():
+        print(f"\n{title}\n{as_text(lines)}")
+    write_report(options.out / "report.html", evaluation, pairs, wanted, found)
+    print(f"\nwrote {options.out / 'report.html'}")

@@ -1,0 +1,84 @@
+"""The miniature: a trained SDXL of toy size, its LoRAs, and the measures of its world. Shipped with the sources, loaded from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from klora.errors import HostError
+from klora.measures import Measure, Recogniser, gram, recognised
+
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "data" / "miniature"
+SIZE = (64, 64)
+GUIDANCE = 3.0
+
+
+@dataclass(frozen=True)
+class OwnLora:
+    """One of the miniature's LoRAs.
+
+    Attributes:
+        words: what calls it in a prompt: "a sks cat", "in ktb style".
+        weight: what it is to be used at.
+    """
+
+    name: str
+    role: str
+    words: str
+    weight: float
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / "loras" / f"{self.name}.safetensors"
+
+    def pictures(self) -> list[Image.Image]:
+        """What it was trained on."""
+        return [Image.open(path).convert("RGB") for path in sorted(self.path.parent.glob(f"{self.name}_*.png"))]
+
+
+def fingerprint() -> str:
+    """Changes with any file of the miniature."""
+    digest = hashlib.sha256()
+    for path in sorted(FOLDER.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def loras(role: str) -> list[OwnLora]:
+    """All subjects, or all styles.
+
+    Raises:
+        HostError: the miniature is not there.
+    """
+    try:
+        index = json.loads((FOLDER / "loras" / "loras.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HostError(f"The miniature is not in {FOLDER}: get the whole repository, not the package alone.") from error
+    return [OwnLora(name, about["role"], about["words"], about["weight"]) for name, about in index.items() if about["role"] == role]
+
+
+def load_model() -> Any:
+    """The miniature's StableDiffusionXLPipeline, float32 on the CPU.
+
+    Raises:
+        HostError: the miniature is not there.
+    """
+    from klora.runner import load_pipeline
+
+    pipeline = load_pipeline(FOLDER / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cpu")
+
+
+def measures(subject: OwnLora, style: OwnLora) -> dict[str, Measure]:
+    """How much a picture shows the subject and the style, both as probabilities, and the style by Gram statistics as a second opinion."""
+    return {
+        "subject": recognised(Recogniser.load(FOLDER / "measures" / "subject_recogniser.safetensors"), subject.name),
+        "style": recognised(Recogniser.load(FOLDER / "measures" / "style_recogniser.safetensors"), style.name),
+        "style (Gram)": gram(style.pictures()),
+    }
