@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import islice
 
 _OTHER_BASES = tuple(
     (re.compile(pattern, re.MULTILINE), name)
@@ -47,9 +48,10 @@ def not_a_lora(keys: Iterable[str]) -> str | None:
 
 
 LONGEST_KEY = 500
-"""No key of any trainer is half as long; what comes after tells nothing."""
+MOST_KEYS = 20_000
+"""No trainer writes keys half as long, nor half as many; what comes after tells nothing."""
 
 
 def _first(table: tuple[tuple[re.Pattern[str], str], ...], keys: Iterable[str]) -> str | None:
-    lines = "\n".join(key[:LONGEST_KEY] for key in keys)
+    lines = "\n".join(key[:LONGEST_KEY] for key in islice(keys, MOST_KEYS))
     return next((name for pattern, name in table if pattern.search(lines)), None)

@@ -92,6 +92,7 @@ SUFFIXES: Mapping[str, str] = MappingProxyType(
         **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2", "bm")},
     }
 )  # fmt: skip
+_SUFFIXES_BY_LAST_PART = {last: tuple(s for s in SUFFIXES if s.endswith(f".{last}")) for last in {s.rpartition(".")[2] for s in SUFFIXES}}
 _ADAPTER_NAME = re.compile(r"(\.(?:lora_[AB]|lora_magnitude_vector|(?:hada|lokr)_[wt]\w+))\.(?!(?:weight|bias)$)[^.]+")
 
 
@@ -115,7 +116,7 @@ class ParsedKey:
 def parse_key(key: str) -> ParsedKey | None:
     """The meaning of `key`, None if no dialect has it."""
     plain = _ADAPTER_NAME.sub(r"\1", key)
-    for suffix, role in SUFFIXES.items():
+    for suffix in _SUFFIXES_BY_LAST_PART.get(plain.rpartition(".")[2], ()):
         if not plain.endswith(suffix):
             continue
         stem = plain[: -len(suffix)]
@@ -124,7 +125,7 @@ def parse_key(key: str) -> ParsedKey | None:
                 path = stem[len(prefix.text) :]
                 target = _targets(prefix.network, prefix.separator).get(path)
                 if target is not None:
-                    return ParsedKey(target, role, _dialect(prefix, target, suffix), path)
+                    return ParsedKey(target, SUFFIXES[suffix], _dialect(prefix, target, suffix), path)
     return None
 
 

@@ -28,7 +28,7 @@ from klora.core.scores import profile_file, score_pair
 from klora.errors import KLoraError, LoraFileError, PairError
 from klora.settings import Settings
 
-MOST_SECONDS = 5
+HANGS_AFTER = 60
 STEM = "lora_unet_middle_block_1_proj_in"
 UP, DOWN = f"{STEM}.lora_up.weight", f"{STEM}.lora_down.weight"
 LAYER = "middle_block.1.proj_in"
@@ -42,10 +42,10 @@ def soon() -> Iterator[None]:
         return
 
     def too_long(*_: object) -> None:
-        raise AssertionError(f"took more than {MOST_SECONDS} s of the processor")
+        raise AssertionError(f"hangs: more than {HANGS_AFTER} s of the processor")
 
     before = signal.signal(signal.SIGVTALRM, too_long)
-    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, HANGS_AFTER)
     try:
         yield
     finally:
