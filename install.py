@@ -52,6 +52,7 @@ def demo(options: list) -> None:
 def test(options: list) -> None:
     set_up("dev")
     run([PYTHON, "-m", "ruff", "check", "."])
+    run([PYTHON, "-m", "ruff", "format", "--check", "."])
     run([PYTHON, "-m", "mypy"])
     run([PYTHON, "-m", "pytest", *options])
 

@@ -49,13 +49,27 @@ def cache_folder() -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="klora", description="K-LoRA: this subject in that style, from two LoRA files, without training.")
+    parser = argparse.ArgumentParser(
+        prog="klora", description="K-LoRA: this subject in that style, from two LoRA files, without training."
+    )
     commands = parser.add_subparsers(required=True, metavar="analyze | generate | evaluate | demo | settings")
-    _analyze_command(commands.add_parser("analyze", help="score a pair of LoRA files and show which is chosen where and when"))
+    _analyze_command(
+        commands.add_parser(
+            "analyze", help="score a pair of LoRA files and show which is chosen where and when"
+        )
+    )
     _generate_command(commands.add_parser("generate", help="make a picture with a diffusers pipeline"))
-    _evaluate_command(commands.add_parser("evaluate", help="make and measure pictures of many pairs and seeds under every selector"))
-    command = commands.add_parser("demo", help="compare the methods on pairs of the miniature, in two minutes")
-    command.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default ./demo)")
+    _evaluate_command(
+        commands.add_parser(
+            "evaluate", help="make and measure pictures of many pairs and seeds under every selector"
+        )
+    )
+    command = commands.add_parser(
+        "demo", help="compare the methods on pairs of the miniature, in two minutes"
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder for the results (default ./demo)"
+    )
     command.set_defaults(run=_demo)
     command = commands.add_parser("settings", help="print the table of all settings, as the README has it")
     command.set_defaults(run=lambda _options: print(markdown_table()))
@@ -74,17 +88,28 @@ def _analyze_command(command: argparse.ArgumentParser) -> None:
 
 
 def _generate_command(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", type=Path, required=True, help="an SDXL folder or single file, or a FLUX folder")
-    command.add_argument("--config", type=Path, help="for a single file: a diffusers folder with its configuration, to stay offline")
+    command.add_argument(
+        "--model", type=Path, required=True, help="an SDXL folder or single file, or a FLUX folder"
+    )
+    command.add_argument(
+        "--config",
+        type=Path,
+        help="for a single file: a diffusers folder with its configuration, to stay offline",
+    )
     command.add_argument("--subject", required=True, help="the subject LoRA's file")
     command.add_argument("--style", required=True, help="the style LoRA's file")
     command.add_argument("--prompt", required=True)
     command.add_argument("--negative", default="", help="negative prompt")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=_positive, default=30, help="default 30")
-    command.add_argument("--size", type=_size, default=(1024, 1024), metavar="WIDTHxHEIGHT", help="default 1024x1024")
+    command.add_argument(
+        "--size", type=_size, default=(1024, 1024), metavar="WIDTHxHEIGHT", help="default 1024x1024"
+    )
     command.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
-    command.add_argument("--scheduler", help="a diffusers scheduler class, such as HeunDiscreteScheduler (default: the model's own)")
+    command.add_argument(
+        "--scheduler",
+        help="a diffusers scheduler class, such as HeunDiscreteScheduler (default: the model's own)",
+    )
     _add_settings(command, [name for name in SPECS if name not in ("enabled", "subject", "style", "hires")])
     command.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     command.set_defaults(run=_generate)
@@ -92,14 +117,27 @@ def _generate_command(command: argparse.ArgumentParser) -> None:
 
 def _evaluate_command(command: argparse.ArgumentParser) -> None:
     command.description = "Without --model: pairs of the miniature. With it: one pair of your own, measured with CLIP and DINO models that you have."
-    command.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for the results; an evaluation that was stopped goes on")
-    command.add_argument("--seeds", type=_positive, default=10, help="pictures of each pair and method (default 10)")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("evaluation"),
+        help="folder for the results; an evaluation that was stopped goes on",
+    )
+    command.add_argument(
+        "--seeds", type=_positive, default=10, help="pictures of each pair and method (default 10)"
+    )
     command.add_argument("--steps", type=_positive, default=20, help="default 20")
     command.add_argument("--tables", nargs="+", choices=list(GROUPS), help="default: all")
     command.add_argument("--pairs", type=_positive, help="only so many pairs of the miniature")
     command.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
-    command.add_argument("--model", type=Path, help="an SDXL folder or single file, or a FLUX folder; then also:")
-    command.add_argument("--config", type=Path, help="for a single file: a diffusers folder with its configuration, to stay offline")
+    command.add_argument(
+        "--model", type=Path, help="an SDXL folder or single file, or a FLUX folder; then also:"
+    )
+    command.add_argument(
+        "--config",
+        type=Path,
+        help="for a single file: a diffusers folder with its configuration, to stay offline",
+    )
     command.add_argument("--subject", help="the subject LoRA's file")
     command.add_argument("--style", help="the style LoRA's file")
     command.add_argument("--subject-weight", type=float, default=1.0, help="default 1")
@@ -109,7 +147,9 @@ def _evaluate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("--subject-pictures", type=Path, metavar="FOLDER", help="pictures of the subject")
     command.add_argument("--style-pictures", type=Path, metavar="FOLDER", help="pictures in the style")
     command.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it")
-    command.add_argument("--dino", type=Path, metavar="FOLDER", help="a DINO vision transformer as transformers saves it")
+    command.add_argument(
+        "--dino", type=Path, metavar="FOLDER", help="a DINO vision transformer as transformers saves it"
+    )
     command.set_defaults(run=evaluate)
 
 
@@ -119,7 +159,11 @@ def _add_settings(command: argparse.ArgumentParser, names: list[str] | tuple[str
         spec = SPECS[name]
         allowed = "|".join([*spec.choices, *(["NUMBER"] if spec.kind == "number" else [])])
         default = as_text(name, getattr(defaults, name))
-        command.add_argument("--" + name.replace("_", "-"), metavar=allowed, help=f"{spec.help} Default: {default}.".replace("%", "%%"))
+        command.add_argument(
+            "--" + name.replace("_", "-"),
+            metavar=allowed,
+            help=f"{spec.help} Default: {default}.".replace("%", "%%"),
+        )
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -159,7 +203,9 @@ def write_results(analysis: Analysis, json_file: str | None, map_file: Path | No
         json.dump(analysis.to_json(), sys.stdout)
         print()
     elif json_file:
-        _writing(Path(json_file), lambda path: path.write_text(json.dumps(analysis.to_json()), encoding="utf-8"))
+        _writing(
+            Path(json_file), lambda path: path.write_text(json.dumps(analysis.to_json()), encoding="utf-8")
+        )
     if map_file:
         picture = draw_map(analysis.plan, analysis.subject.path.stem, analysis.style.path.stem)
         _writing(map_file, lambda path: picture.save(path))

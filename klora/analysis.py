@@ -17,7 +17,18 @@ from klora.errors import PairError, printable
 from klora.file_notes import own_names
 from klora.settings import Settings
 
-ACCELERATORS = ("lcm", "lightning", "hyper-sd", "hyper_sd", "hypersd", "turbo", "dmd", "tcd", "pcm", "schnell-lora")
+ACCELERATORS = (
+    "lcm",
+    "lightning",
+    "hyper-sd",
+    "hyper_sd",
+    "hypersd",
+    "turbo",
+    "dmd",
+    "tcd",
+    "pcm",
+    "schnell-lora",
+)
 """Words in the name of a LoRA, its file's or its own, that makes a model need few steps: neither a subject nor a style."""
 
 Progress = Callable[[int, int], None]
@@ -65,9 +76,16 @@ def analyze(
     """
     files = read_lora(subject), read_lora(style)
     check_pair(*files)
-    scores = score_pair(*files, k_scale=settings.k_scale, cache=cache, device=device, progress=progress, cancelled=cancelled)
+    scores = score_pair(
+        *files, k_scale=settings.k_scale, cache=cache, device=device, progress=progress, cancelled=cancelled
+    )
     plan = make_plan(
-        scores, steps=steps, schedule=settings.schedule_of_run(), selector=settings.selector, gamma=settings.gamma, seed=seed
+        scores,
+        steps=steps,
+        schedule=settings.schedule_of_run(),
+        selector=settings.selector,
+        gamma=settings.gamma,
+        seed=seed,
     )
     return Analysis(*files, plan, pair_warnings(*files, plan, accelerators))
 
@@ -88,7 +106,9 @@ def check_pair(subject: LoraFile, style: LoraFile) -> None:
 BASE_NAMES = {"sdxl": "SDXL", "flux": "FLUX"}
 
 
-def pair_warnings(subject: LoraFile, style: LoraFile, plan: Plan, accelerators: Sequence[str] = ACCELERATORS) -> list[str]:
+def pair_warnings(
+    subject: LoraFile, style: LoraFile, plan: Plan, accelerators: Sequence[str] = ACCELERATORS
+) -> list[str]:
     """What is worth knowing of a pair that can be fused, one plain sentence each."""
     warnings = []
     for role, lora in (("subject", subject), ("style", style)):
@@ -99,7 +119,9 @@ def pair_warnings(subject: LoraFile, style: LoraFile, plan: Plan, accelerators: 
                 "nor a style: put it in the prompt and choose another LoRA here."
             )
         if lora.unknown_keys:
-            few = ", ".join(printable(key, 80) for key in lora.unknown_keys[:3]) + (", …" if len(lora.unknown_keys) > 3 else "")
+            few = ", ".join(printable(key, 80) for key in lora.unknown_keys[:3]) + (
+                ", …" if len(lora.unknown_keys) > 3 else ""
+            )
             warnings.append(
                 f"{len(lora.unknown_keys)} tensors of the {role} LoRA {name} have names K-LoRA does not know and are left out ({few}): "
                 "if the LoRA works without K-LoRA, please report these names."

@@ -17,7 +17,16 @@ from klora.evaluation_tables import as_text, tables
 from klora.selection_map import INK, PAPER, draw_map, font, plain
 from klora.settings import Settings
 
-METHODS = ("Subject only", "Style only", "Direct merge", "K-LoRA S", "K-LoRA S*", "Fixed", "Random", "LoRA Switch")
+METHODS = (
+    "Subject only",
+    "Style only",
+    "Direct merge",
+    "K-LoRA S",
+    "K-LoRA S*",
+    "Fixed",
+    "Random",
+    "LoRA Switch",
+)
 PAIRS, SEEDS, STEPS = 4, 4, 20
 CELL, CAPTION = 96, 22
 
@@ -48,8 +57,10 @@ def demo(folder: Path) -> None:
     text = "\n\n".join(as_text(lines) for lines in found.values())
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     write_report(folder / "report.html", evaluation, pairs, methods, found)
-    print(f"\n{text}\n\nMeans with 95 % intervals over {PAIRS} pairs with {SEEDS} pictures each; 'both' is the harmonic mean of subject and style.\n"
-          f"{time.perf_counter() - start:.0f} s. Pictures side by side, selection maps and report.html are in {folder.resolve()}")
+    print(
+        f"\n{text}\n\nMeans with 95 % intervals over {PAIRS} pairs with {SEEDS} pictures each; 'both' is the harmonic mean of subject and style.\n"
+        f"{time.perf_counter() - start:.0f} s. Pictures side by side, selection maps and report.html are in {folder.resolve()}"
+    )
 
 
 def side_by_side(evaluation: Evaluation, pair: Pair, methods: Sequence[Variant]) -> Image.Image:

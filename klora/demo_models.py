@@ -67,19 +67,36 @@ def flux_pipeline() -> FluxPipeline:
     ))  # fmt: skip
 
 
-def write_kohya(path: Path, denoiser: torch.nn.Module, *, base: str, rank: int, network_alpha: float, seed: int, strength: float) -> None:
+def write_kohya(
+    path: Path,
+    denoiser: torch.nn.Module,
+    *,
+    base: str,
+    rank: int,
+    network_alpha: float,
+    seed: int,
+    strength: float,
+) -> None:
     """A random LoRA on all attention and feed-forward layers of `denoiser`, as kohya's sd-scripts name them (FLUX: fused)."""
     tensors: dict[str, Tensor] = {}
     shapes = _linear_shapes(denoiser)
     for module in _trained(base):
         rows = sum(shapes[name][0] for name in module.diffusers)
-        down, up = _factors(module.native, (rows, shapes[module.diffusers[0]][1]), rank, strength * rank / network_alpha, seed)
+        down, up = _factors(
+            module.native, (rows, shapes[module.diffusers[0]][1]), rank, strength * rank / network_alpha, seed
+        )
         stem = "lora_unet_" + module.native.replace(".", "_")
-        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(float(network_alpha))}
+        tensors |= {
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.alpha": torch.tensor(float(network_alpha)),
+        }
     save_file(tensors, path, {"ss_network_dim": str(rank), "ss_network_alpha": str(network_alpha)})
 
 
-def write_peft(path: Path, denoiser: torch.nn.Module, *, base: str, rank: int, seed: int, strength: float) -> None:
+def write_peft(
+    path: Path, denoiser: torch.nn.Module, *, base: str, rank: int, seed: int, strength: float
+) -> None:
     """The same in the keys of diffusers and PEFT (FLUX: split)."""
     tensors: dict[str, Tensor] = {}
     shapes = _linear_shapes(denoiser)
@@ -92,16 +109,30 @@ def write_peft(path: Path, denoiser: torch.nn.Module, *, base: str, rank: int, s
 
 
 def _linear_shapes(denoiser: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    return {name: (module.out_features, module.in_features) for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in denoiser.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
 
 
 def _trained(base: str) -> list[Module]:
     modules = sdxl_modules() if base == "sdxl" else flux_modules()
-    parts = (".attn1.", ".attn2.", ".ff.") if base == "sdxl" else ("_attn.qkv", "_attn.proj", "_mlp.", "linear1", "linear2")
-    return [module for module in modules if module.kind == "linear" and any(part in module.native for part in parts)]
+    parts = (
+        (".attn1.", ".attn2.", ".ff.")
+        if base == "sdxl"
+        else ("_attn.qkv", "_attn.proj", "_mlp.", "linear1", "linear2")
+    )
+    return [
+        module
+        for module in modules
+        if module.kind == "linear" and any(part in module.native for part in parts)
+    ]
 
 
-def _factors(name: str, shape: tuple[int, int], rank: int, strength: float, seed: int) -> tuple[Tensor, Tensor]:
+def _factors(
+    name: str, shape: tuple[int, int], rank: int, strength: float, seed: int
+) -> tuple[Tensor, Tensor]:
     """down (rank, columns) and up (rows, rank); a few strong entries on a flat rest, and a size of its own for each layer."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
     rows, columns = shape
@@ -149,7 +180,11 @@ def _clip_config(layers: int) -> CLIPTextConfig:
 
 
 def _letter_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
+    vocabulary = {
+        word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])
+    }
     letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )

@@ -4,7 +4,6 @@ Each carries one plain sentence that names the file or the field at fault and th
 the UI, in the API answer and in the console.
 """
 
-
 LONGEST_SENTENCE = 800
 
 

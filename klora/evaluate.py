@@ -95,12 +95,16 @@ def _all_variants() -> Iterator[Variant]:
         yield Variant(group, "first half of the steps", alone, partial(_halves, first=own))
         yield Variant(group, "second half of the steps", alone, partial(_halves, first=other))
         for share in SHARES:
-            yield Variant(group, f"{share:.0%} of the layers", alone, partial(_share, own=own, share=share), single=True)
+            yield Variant(
+                group, f"{share:.0%} of the layers", alone, partial(_share, own=own, share=share), single=True
+            )
 
 
 def _halves(plan: Plan, _seed: int, *, first: Choice) -> Plan:
     early = np.arange(plan.steps) < plan.steps / 2
-    chosen = np.where(early if first == Choice.SUBJECT else ~early, Choice.SUBJECT, Choice.STYLE).astype(np.uint8)
+    chosen = np.where(early if first == Choice.SUBJECT else ~early, Choice.SUBJECT, Choice.STYLE).astype(
+        np.uint8
+    )
     return replace(plan, selection=np.repeat(chosen[:, None], len(plan.scores.layers), axis=1))
 
 
@@ -122,13 +126,28 @@ class Evaluation:
     """
 
     def __init__(
-        self, pipeline: Any, folder: Path, *, steps: int, seeds: int, size: tuple[int, int], guidance: float | None, batch: int, made_of: str
+        self,
+        pipeline: Any,
+        folder: Path,
+        *,
+        steps: int,
+        seeds: int,
+        size: tuple[int, int],
+        guidance: float | None,
+        batch: int,
+        made_of: str,
     ) -> None:
         self.pipeline, self.folder = pipeline, folder
         self.steps, self.seeds, self.size, self.guidance, self.batch = steps, seeds, size, guidance, batch
         self.rows: list[Row] = []
         self._file = folder / "rows.jsonl"
-        self._conditions = {"steps": steps, "seeds": seeds, "size": list(size), "guidance": guidance, "made of": made_of}
+        self._conditions = {
+            "steps": steps,
+            "seeds": seeds,
+            "size": list(size),
+            "guidance": guidance,
+            "made of": made_of,
+        }
         folder.mkdir(parents=True, exist_ok=True)
         self._cache = ScoreCache(folder / "scores")
         self._read()
@@ -138,19 +157,28 @@ class Evaluation:
             return
         first, *lines = self._file.read_text(encoding="utf-8").splitlines()
         if json.loads(first) != self._conditions:
-            raise KLoraError(f"{self._file} is of an evaluation of {first}, not of {json.dumps(self._conditions)}: choose another --out.")
+            raise KLoraError(
+                f"{self._file} is of an evaluation of {first}, not of {json.dumps(self._conditions)}: choose another --out."
+            )
         self.rows = [Row(**json.loads(line)) for line in lines]
 
     def run(self, pairs: Sequence[Pair], wanted: Sequence[Variant], say: Callable[[str], None]) -> None:
         """Measure all variants of all pairs; what is measured already is not made again."""
         done = {(row.group, row.variant, row.pair) for row in self.rows}
-        left = [(pair, variant) for pair in pairs for variant in wanted if (variant.group, variant.label, pair.name) not in done]
+        left = [
+            (pair, variant)
+            for pair in pairs
+            for variant in wanted
+            if (variant.group, variant.label, pair.name) not in done
+        ]
         for number, (pair, variant) in enumerate(left, 1):
             rows, pictures = self._measured(pair, variant)
             self._keep(rows)
             strip = _strip(pictures[:4])
             strip.save(self.folder / f"{_file_name(pair.name, variant)}.png", optimize=True)
-            say(f"{number} of {len(left)}: {pair.name}, {variant.label}: {np.mean([row.both for row in rows]):.1%}")
+            say(
+                f"{number} of {len(left)}: {pair.name}, {variant.label}: {np.mean([row.both for row in rows]):.1%}"
+            )
 
     def strip(self, pair: str, variant: Variant) -> Path:
         """The first pictures of a pair under a variant, in a row."""
@@ -167,14 +195,24 @@ class Evaluation:
             count = min(size, self.seeds - first)
             # A pair's own seeds: otherwise chance would draw the same layers in every pair.
             seed = first + 1000 * (sum(pair.name.encode()) % 997)
-            analysis = analyze(pair.subject, pair.style, settings, steps=self.steps, seed=seed, cache=self._cache)
+            analysis = analyze(
+                pair.subject, pair.style, settings, steps=self.steps, seed=seed, cache=self._cache
+            )
             plan = variant.changed(analysis.plan, seed) if variant.changed else analysis.plan
             request = Request(pair.prompt, seed, self.steps, self.size, guidance=self.guidance)
             made = fused_pictures(self.pipeline, replace(analysis, plan=plan), settings, request, count)
             values = {name: measure(made) for name, measure in pair.measures.items()}
             share = float(plan.subject_share.mean())
             rows += [
-                Row(variant.group, variant.label, pair.name, seed + i, plan.scores.gamma, share, {name: float(v[i]) for name, v in values.items()})
+                Row(
+                    variant.group,
+                    variant.label,
+                    pair.name,
+                    seed + i,
+                    plan.scores.gamma,
+                    share,
+                    {name: float(v[i]) for name, v in values.items()},
+                )
                 for i in range(count)
             ]
             pictures += made
@@ -189,7 +227,10 @@ class Evaluation:
 
 
 def _file_name(pair: str, variant: Variant) -> str:
-    word = "".join(c if c.isalnum() else {"*": "star", "γ": "gamma"}.get(c, "_") for c in f"{variant.group} {variant.label}")
+    word = "".join(
+        c if c.isalnum() else {"*": "star", "γ": "gamma"}.get(c, "_")
+        for c in f"{variant.group} {variant.label}"
+    )
     return f"{pair.replace(' ', '_')}-{word}".replace("α", "alpha").replace("β", "beta").replace("γ", "gamma")
 
 
@@ -206,7 +247,8 @@ def miniature_pairs(count: int | None = None) -> list[Pair]:
     """All pairs of the miniature, or the first `count` of them, each subject and style as early as can be."""
     subjects, styles = miniature.loras("subject"), miniature.loras("style")
     order = sorted(
-        ((i, j) for i in range(len(subjects)) for j in range(len(styles))), key=lambda place: ((place[1] - place[0]) % len(styles), place)
+        ((i, j) for i in range(len(subjects)) for j in range(len(styles))),
+        key=lambda place: ((place[1] - place[0]) % len(styles), place),
     )
     found = []
     for i, j in order[:count]:
@@ -230,18 +272,33 @@ def own_pair(options: argparse.Namespace) -> Pair:
     if missing:
         raise KLoraError(f"With --model an evaluation also needs {', '.join(missing)}.")
     things, styles = _pictures(options.subject_pictures), _pictures(options.style_pictures)
-    measures: dict[str, Measure] = {"subject": clip_similarity(options.clip, things), "style": clip_similarity(options.clip, styles)}
+    measures: dict[str, Measure] = {
+        "subject": clip_similarity(options.clip, things),
+        "style": clip_similarity(options.clip, styles),
+    }
     if options.dino:
         measures["subject (DINO)"] = dino_similarity(options.dino, things)
     measures["style (Gram)"] = gram(styles)
     subject, style = Path(options.subject), Path(options.style)
     weights = options.subject_weight, options.style_weight
-    return Pair(f"{subject.stem} {style.stem}", subject, style, options.prompt, weights, measures, (things[0], styles[0]))
+    return Pair(
+        f"{subject.stem} {style.stem}",
+        subject,
+        style,
+        options.prompt,
+        weights,
+        measures,
+        (things[0], styles[0]),
+    )
 
 
 def _pictures(folder: Path) -> list[Image.Image]:
     try:
-        found = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+        found = [
+            Image.open(path).convert("RGB")
+            for path in sorted(folder.iterdir())
+            if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+        ]
     except OSError as error:
         raise KLoraError(f"Cannot read the pictures in {folder}: {error}.") from error
     if not found:
@@ -268,7 +325,14 @@ def evaluate(options: argparse.Namespace) -> None:
         size, guidance, batch = miniature.SIZE, options.guidance or miniature.GUIDANCE, 10
         made_of = miniature.fingerprint()
     evaluation = Evaluation(
-        pipeline, options.out, steps=options.steps, seeds=options.seeds, size=size, guidance=guidance, batch=batch, made_of=made_of
+        pipeline,
+        options.out,
+        steps=options.steps,
+        seeds=options.seeds,
+        size=size,
+        guidance=guidance,
+        batch=batch,
+        made_of=made_of,
     )
     wanted = variants(groups)
     evaluation.run(pairs, wanted, lambda line: print(line, flush=True))

@@ -31,7 +31,11 @@ th:first-child, td:first-child { text-align: left } small { color: #777 } img { 
 
 
 def write_report(
-    path: Path, evaluation: Evaluation, pairs: Sequence[Pair], variants: Sequence[Variant], tables: Mapping[str, Sequence[Line]]
+    path: Path,
+    evaluation: Evaluation,
+    pairs: Sequence[Pair],
+    variants: Sequence[Variant],
+    tables: Mapping[str, Sequence[Line]],
 ) -> None:
     """Write the report.
 
@@ -61,13 +65,20 @@ def _tables(tables: Mapping[str, Sequence[Line]]) -> Iterator[str]:
         names = list(lines[0].columns)
         best = {name: max(line.columns[name].value for line in lines) for name in names}
         yield f"<h2>{html.escape(title)}</h2><div class='scroll'><table><tr><th></th><th>pictures</th><th>subject's share</th>"
-        yield "".join(f"<th>{html.escape(name)}</th>" for name in names) + "<th>both, against the first</th></tr>"
+        yield (
+            "".join(f"<th>{html.escape(name)}</th>" for name in names)
+            + "<th>both, against the first</th></tr>"
+        )
         for line in lines:
             cells = "".join(
                 f"<td class='{'best' if mean.value == best[name] else ''}'>{mean.value:.1%} <small>[{mean.low:.1%}, {mean.high:.1%}]</small></td>"
                 for name, mean in line.columns.items()
             )
-            against = f"{line.against.value:+.1%} <small>[{line.against.low:+.1%}, {line.against.high:+.1%}]</small>" if line.against else ""
+            against = (
+                f"{line.against.value:+.1%} <small>[{line.against.low:+.1%}, {line.against.high:+.1%}]</small>"
+                if line.against
+                else ""
+            )
             yield f"<tr><td>{html.escape(line.label)}</td><td>{line.count}</td><td>{line.share:.0%}</td>{cells}<td>{against}</td></tr>"
         yield "</table></div>"
 
@@ -91,7 +102,9 @@ def _maps(evaluation: Evaluation, pairs: Sequence[Pair]) -> Iterator[str]:
     yield "<h2>Selection maps</h2>"
     for pair in pairs[:MAPS]:
         plan = analyze(pair.subject, pair.style, Settings(), steps=evaluation.steps).plan
-        yield f"<h3>{html.escape(pair.name)}</h3>" + _image(draw_map(plan, pair.subject.stem, pair.style.stem))
+        yield f"<h3>{html.escape(pair.name)}</h3>" + _image(
+            draw_map(plan, pair.subject.stem, pair.style.stem)
+        )
 
 
 def _small(picture: Image.Image, side: int = 128) -> Image.Image:

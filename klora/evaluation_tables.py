@@ -68,7 +68,9 @@ def mean_over_pairs(values: Mapping[str, Sequence[float]], draws: int = 2000) ->
     means = np.empty(draws)
     for draw in range(draws):
         chosen = rng.randint(len(groups), size=len(groups))
-        means[draw] = np.mean([groups[i][rng.randint(len(groups[i]), size=len(groups[i]))].mean() for i in chosen])
+        means[draw] = np.mean(
+            [groups[i][rng.randint(len(groups[i]), size=len(groups[i]))].mean() for i in chosen]
+        )
     low, high = np.percentile(means, (2.5, 97.5))
     return Mean(float(np.mean([group.mean() for group in groups])), float(low), float(high))
 
@@ -97,9 +99,15 @@ def table(rows: Sequence[Row]) -> list[Line]:
     base = {(row.pair, row.seed): row.both for row in of[labels[0]]}
     lines = []
     for label, own in of.items():
-        columns = {name: mean_over_pairs(_by_pair(own, [row.values[name] for row in own])) for name in own[0].values}
+        columns = {
+            name: mean_over_pairs(_by_pair(own, [row.values[name] for row in own])) for name in own[0].values
+        }
         columns["both"] = mean_over_pairs(_by_pair(own, [row.both for row in own]))
-        differences = [(row, row.both - base[row.pair, row.seed]) for row in own if label != labels[0] and (row.pair, row.seed) in base]
+        differences = [
+            (row, row.both - base[row.pair, row.seed])
+            for row in own
+            if label != labels[0] and (row.pair, row.seed) in base
+        ]
         against = mean_over_pairs(_by_pair(*zip(*differences, strict=True))) if differences else None
         lines.append(Line(label, len(own), float(np.mean([row.share for row in own])), columns, against))
     return lines
@@ -116,7 +124,11 @@ def as_text(lines: Sequence[Line]) -> str:
     """A table for the terminal."""
     names = list(lines[0].columns)
     width = max(len(line.label) for line in lines) + 2
-    head = f"{'':{width}}{'pictures':>9}{'subject share':>15}" + "".join(f"{name:>24}" for name in names) + f"{'both, against the first':>26}"
+    head = (
+        f"{'':{width}}{'pictures':>9}{'subject share':>15}"
+        + "".join(f"{name:>24}" for name in names)
+        + f"{'both, against the first':>26}"
+    )
     body = [
         f"{line.label:{width}}{line.count:9}{line.share:15.1%}" + "".join(f"{line.columns[name]!s:>24}" for name in names)
         + (f"{line.against!s:>26}" if line.against else "")
@@ -134,6 +146,8 @@ def tables(rows: Sequence[Row], groups: Sequence[str]) -> dict[str, list[Line]]:
             found[GROUPS[group]] = own
             continue
         far = {row.pair for row in own if not 1 / FAR_GAMMA < row.gamma < FAR_GAMMA}
-        found[f"{GROUPS[group]}: magnitudes {FAR_GAMMA:g} times apart or more ({len(far)} pairs)"] = [row for row in own if row.pair in far]
+        found[f"{GROUPS[group]}: magnitudes {FAR_GAMMA:g} times apart or more ({len(far)} pairs)"] = [
+            row for row in own if row.pair in far
+        ]
         found[f"{GROUPS[group]}: the other pairs"] = [row for row in own if row.pair not in far]
     return {title: table(own) for title, own in found.items() if own}

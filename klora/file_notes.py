@@ -40,9 +40,20 @@ def trigger_words(metadata: Metadata) -> list[str]:
 
 def trained_on(metadata: Metadata) -> str:
     """The base model that the file names, with the checkpoint of its training where it says one; "" where it says neither."""
-    base = next((metadata[key] for key in ("ss_base_model_version", "modelspec.architecture") if metadata.get(key)), "")
-    checkpoint = PurePosixPath(metadata.get("ss_sd_model_name", "").replace("\\", "/")).name.removesuffix(".safetensors").removesuffix(".ckpt")
-    return ", ".join(printable(part, LONGEST_WORD) for part in (base.removesuffix("/lora"), checkpoint) if part and part != "None")
+    base = next(
+        (metadata[key] for key in ("ss_base_model_version", "modelspec.architecture") if metadata.get(key)),
+        "",
+    )
+    checkpoint = (
+        PurePosixPath(metadata.get("ss_sd_model_name", "").replace("\\", "/"))
+        .name.removesuffix(".safetensors")
+        .removesuffix(".ckpt")
+    )
+    return ", ".join(
+        printable(part, LONGEST_WORD)
+        for part in (base.removesuffix("/lora"), checkpoint)
+        if part and part != "None"
+    )
 
 
 def own_names(metadata: Metadata) -> list[str]:

@@ -38,7 +38,11 @@ class Recogniser(nn.Module):
         stages: list[nn.Module] = []
         for before, after in pairwise(widths):
             side = 5 if before == 3 else 3
-            stages += [nn.Conv2d(before, after, side, stride=2, padding=side // 2), nn.GroupNorm(8, after), nn.SiLU()]
+            stages += [
+                nn.Conv2d(before, after, side, stride=2, padding=side // 2),
+                nn.GroupNorm(8, after),
+                nn.SiLU(),
+            ]
         pool: list[nn.Module] = [nn.Flatten()] if whole else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         self.features = nn.Sequential(*stages, *pool, nn.Dropout(0.2))
         self.head = nn.Linear(widths[-1] * (16 if whole else 1), len(self.labels))
@@ -63,7 +67,11 @@ class Recogniser(nn.Module):
 def as_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     """Float32 in [-1, 1] of shape (pictures, 3, 64, 64)."""
     small = [picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX) for picture in pictures]
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in small])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return (
+        torch.from_numpy(np.stack([np.asarray(picture) for picture in small])).permute(0, 3, 1, 2).float()
+        / 127.5
+        - 1
+    )
 
 
 def recognised(network: Recogniser, label: str) -> Measure:
@@ -94,7 +102,13 @@ def gram_statistics(picture: Image.Image) -> np.ndarray:
     for _ in range(3):
         across, down = pixels[:-2, 2:] - pixels[:-2, :-2], pixels[2:, :-2] - pixels[:-2, :-2]
         slant = pixels[2:, 2:] - pixels[:-2, :-2]
-        bend = pixels[1:-1, 1:-1] * 4 - pixels[:-2, 1:-1] - pixels[2:, 1:-1] - pixels[1:-1, :-2] - pixels[1:-1, 2:]
+        bend = (
+            pixels[1:-1, 1:-1] * 4
+            - pixels[:-2, 1:-1]
+            - pixels[2:, 1:-1]
+            - pixels[1:-1, :-2]
+            - pixels[1:-1, 2:]
+        )
         responses = np.concatenate([pixels[:-2, :-2], across, down, slant, bend], 2).reshape(-1, 15)
         matrix = responses.T @ responses / len(responses)
         found.append(matrix[np.triu_indices(15)])
@@ -141,7 +155,9 @@ def _embedded(folder: Path, references: Sequence[Image.Image], kind: type, embed
 
     def embeddings(pictures: Sequence[Image.Image]) -> Tensor:
         with torch.no_grad():
-            output = network(**processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt"))
+            output = network(
+                **processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
+            )
         return nn.functional.normalize(embedding_of(output), dim=1)
 
     wanted = embeddings(references)

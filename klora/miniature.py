@@ -38,7 +38,9 @@ class OwnLora:
 
     def pictures(self) -> list[Image.Image]:
         """What it was trained on."""
-        return [Image.open(path).convert("RGB") for path in sorted(self.path.parent.glob(f"{self.name}_*.png"))]
+        return [
+            Image.open(path).convert("RGB") for path in sorted(self.path.parent.glob(f"{self.name}_*.png"))
+        ]
 
 
 def fingerprint() -> str:
@@ -58,8 +60,14 @@ def loras(role: str) -> list[OwnLora]:
     try:
         index = json.loads((FOLDER / "loras" / "loras.json").read_text(encoding="utf-8"))
     except OSError as error:
-        raise HostError(f"The miniature is not in {FOLDER}: get the whole repository, not the package alone.") from error
-    return [OwnLora(name, about["role"], about["words"], about["weight"]) for name, about in index.items() if about["role"] == role]
+        raise HostError(
+            f"The miniature is not in {FOLDER}: get the whole repository, not the package alone."
+        ) from error
+    return [
+        OwnLora(name, about["role"], about["words"], about["weight"])
+        for name, about in index.items()
+        if about["role"] == role
+    ]
 
 
 def load_model() -> Any:
@@ -78,7 +86,11 @@ def load_model() -> Any:
 def measures(subject: OwnLora, style: OwnLora) -> dict[str, Measure]:
     """How much a picture shows the subject and the style, both as probabilities, and the style by Gram statistics as a second opinion."""
     return {
-        "subject": recognised(Recogniser.load(FOLDER / "measures" / "subject_recogniser.safetensors"), subject.name),
-        "style": recognised(Recogniser.load(FOLDER / "measures" / "style_recogniser.safetensors"), style.name),
+        "subject": recognised(
+            Recogniser.load(FOLDER / "measures" / "subject_recogniser.safetensors"), subject.name
+        ),
+        "style": recognised(
+            Recogniser.load(FOLDER / "measures" / "style_recogniser.safetensors"), style.name
+        ),
         "style (Gram)": gram(style.pictures()),
     }

@@ -30,7 +30,9 @@ def _file_lines(role: str, lora: LoraFile) -> Iterator[str]:
     ranks = value_range([layer.rank for layer in lora.layers.values()])
     alphas = value_range([layer.network_alpha for layer in lora.layers.values()])
     yield f"         {BASE_NAMES[lora.base]}, {lora.dialect} keys; {kinds}; rank {ranks}, network alpha {alphas}"
-    encoders = ", ".join(f"{name} {count}" for name, count in lora.text_encoder_layers.items() if count) or "none"
+    encoders = (
+        ", ".join(f"{name} {count}" for name, count in lora.text_encoder_layers.items() if count) or "none"
+    )
     rest = f"norms and biases: {len(lora.carried)}; unknown tensors: {len(lora.unknown_keys)}"
     yield f"         {len(lora.layers)} layers; text encoder layers: {encoders}; {rest}"
 

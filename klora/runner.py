@@ -52,7 +52,9 @@ def fused_picture(pipeline: Any, analysis: Analysis, settings: Settings, request
     return fused_pictures(pipeline, analysis, settings, request, 1)[0]
 
 
-def fused_pictures(pipeline: Any, analysis: Analysis, settings: Settings, request: Request, count: int) -> list[Image.Image]:
+def fused_pictures(
+    pipeline: Any, analysis: Analysis, settings: Settings, request: Request, count: int
+) -> list[Image.Image]:
     """`count` pictures with the seeds that follow `request.seed`, in one batch under one plan; otherwise as `fused_picture`."""
     subject = Lora(analysis.subject, settings.subject_weight)
     style = Lora(analysis.style, settings.style_weight)
@@ -95,13 +97,23 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
     Raises:
         KLoraError: with the sentence for the user.
     """
-    analysis = analyze(Path(options.subject), Path(options.style), settings, steps=options.steps, seed=options.seed, cache=cache, progress=progress)
+    analysis = analyze(
+        Path(options.subject),
+        Path(options.style),
+        settings,
+        steps=options.steps,
+        seed=options.seed,
+        cache=cache,
+        progress=progress,
+    )
     for warning in analysis.warnings:
         print(f"warning: {warning}")
     pipeline = load_pipeline(options.model, options.config)
     if options.scheduler:
         pipeline.scheduler = _scheduler(options.scheduler).from_config(pipeline.scheduler.config)
-    request = Request(options.prompt, options.seed, options.steps, options.size, options.negative, options.guidance)
+    request = Request(
+        options.prompt, options.seed, options.steps, options.size, options.negative, options.guidance
+    )
     picture = fused_picture(pipeline, analysis, settings, request)
     _save(picture, options.out, _parameters(request, analysis, settings))
     print(f"wrote {options.out}")
@@ -109,8 +121,15 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
 
 def _parameters(request: Request, analysis: Analysis, settings: Settings) -> str:
     """What made a picture, as the WebUIs write it into their pictures."""
-    own = {SPECS[role].infotext: lora.path.stem for role, lora in (("subject", analysis.subject), ("style", analysis.style))}
-    own |= {SPECS[name].infotext: as_text(name, value) for name, value in settings.changed().items() if SPECS[name].kind != "lora"}
+    own = {
+        SPECS[role].infotext: lora.path.stem
+        for role, lora in (("subject", analysis.subject), ("style", analysis.style))
+    }
+    own |= {
+        SPECS[name].infotext: as_text(name, value)
+        for name, value in settings.changed().items()
+        if SPECS[name].kind != "lora"
+    }
     size = f"{request.size[0]}x{request.size[1]}"
     fields = {"Steps": str(request.steps), "Seed": str(request.seed), "Size": size, **own}
     negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
@@ -124,7 +143,9 @@ def _save(picture: Image.Image, path: Path, parameters: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, pnginfo=text)
     except (OSError, ValueError) as error:
-        raise KLoraError(f"Cannot write {path}: {error}. Choose another file name or folder, ending in .png.") from error
+        raise KLoraError(
+            f"Cannot write {path}: {error}. Choose another file name or folder, ending in .png."
+        ) from error
 
 
 def load_pipeline(model: Path, config: Path | None = None) -> Any:
@@ -136,7 +157,9 @@ def load_pipeline(model: Path, config: Path | None = None) -> Any:
     import diffusers
 
     if not model.exists():
-        raise HostError(f"There is no model at {model}: give --model an SDXL or FLUX folder, or an SDXL .safetensors file.")
+        raise HostError(
+            f"There is no model at {model}: give --model an SDXL or FLUX folder, or an SDXL .safetensors file."
+        )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
@@ -144,7 +167,9 @@ def load_pipeline(model: Path, config: Path | None = None) -> Any:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype)
         else:
             more = {"config": str(config)} if config else {}
-            pipeline = diffusers.StableDiffusionXLPipeline.from_single_file(str(model), torch_dtype=dtype, **more)
+            pipeline = diffusers.StableDiffusionXLPipeline.from_single_file(
+                str(model), torch_dtype=dtype, **more
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise HostError(f"diffusers cannot load the model {model}: {error}") from error
     base_of(pipeline)
@@ -156,5 +181,7 @@ def _scheduler(name: str) -> Any:
 
     scheduler = getattr(diffusers, name, None)
     if scheduler is None or not hasattr(scheduler, "set_timesteps"):
-        raise HostError(f"diffusers has no scheduler {name!r}: give --scheduler a class such as EulerDiscreteScheduler.")
+        raise HostError(
+            f"diffusers has no scheduler {name!r}: give --scheduler a class such as EulerDiscreteScheduler."
+        )
     return scheduler

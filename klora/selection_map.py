@@ -32,7 +32,9 @@ class Column:
     block: str
 
 
-def draw_map(plan: Plan, subject: str, style: str, selection: np.ndarray | None = None, note: str = "") -> Image.Image:
+def draw_map(
+    plan: Plan, subject: str, style: str, selection: np.ndarray | None = None, note: str = ""
+) -> Image.Image:
     """The selection map of a plan, or of what was really applied.
 
     Args:
@@ -44,7 +46,11 @@ def draw_map(plan: Plan, subject: str, style: str, selection: np.ndarray | None 
     columns, cell = _columns(plan)
     height = max(3, min(24, ROWS_HEIGHT // len(rows)))
     width = columns[-1].left + cell
-    image = Image.new("RGB", (LEFT + width + SHARE_LEFT + SHARE_WIDTH + 16, TOP + height * len(rows) + BLOCK_LABELS + 40), PAPER)
+    image = Image.new(
+        "RGB",
+        (LEFT + width + SHARE_LEFT + SHARE_WIDTH + 16, TOP + height * len(rows) + BLOCK_LABELS + 40),
+        PAPER,
+    )
     image.paste(Image.fromarray(_cells(rows, columns, cell, height, width)), (LEFT, TOP))
     draw = ImageDraw.Draw(image)
     _title(draw, plan, f"{subject} in the style of {style}{', ' * bool(note)}{note}")
@@ -97,7 +103,11 @@ def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, 
 def _title(draw: ImageDraw.ImageDraw, plan: Plan, title: str) -> None:
     s = plan.schedule
     draw.text((LEFT, 10), plain(title), INK, font(18))
-    schedule = f"S = {s.alpha:g} t/T + {s.beta:g}" if s.name == "s" else f"S* = ({s.alpha:g} t/T + {s.beta:g}) mod {ALPHA_M:g}"
+    schedule = (
+        f"S = {s.alpha:g} t/T + {s.beta:g}"
+        if s.name == "s"
+        else f"S* = ({s.alpha:g} t/T + {s.beta:g}) mod {ALPHA_M:g}"
+    )
     text = f"{plan.selector}    {schedule}    gamma = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
     draw.text((LEFT, 34), plain(text), INK, font(13))
 

@@ -66,50 +66,100 @@ class Settings:
     """
 
     enabled: bool = _field(
-        False, "Enable", "Fuse the subject LoRA and the style LoRA with K-LoRA in this generation.", "flag", axis=False, advanced=False
+        False,
+        "Enable",
+        "Fuse the subject LoRA and the style LoRA with K-LoRA in this generation.",
+        "flag",
+        axis=False,
+        advanced=False,
     )
     subject: str = _field("", "Subject", "The LoRA of the thing or person to show.", "lora", advanced=False)
     style: str = _field("", "Style", "The LoRA of the style to show it in.", "lora", advanced=False)
     subject_weight: float = _field(
-        1.0, "Subject weight", "How strongly the subject LoRA is applied where it is chosen, as the number in <lora:name:1>. "
-        "It never changes which LoRA is chosen.", "number", bounds=(-10, 10), slider=(0, 2, 0.05), advanced=False,
+        1.0,
+        "Subject weight",
+        "How strongly the subject LoRA is applied where it is chosen, as the number in <lora:name:1>. "
+        "It never changes which LoRA is chosen.",
+        "number",
+        bounds=(-10, 10),
+        slider=(0, 2, 0.05),
+        advanced=False,
     )
     style_weight: float = _field(
-        1.0, "Style weight", "How strongly the style LoRA is applied where it is chosen, as the number in <lora:name:1>. "
-        "It never changes which LoRA is chosen.", "number", bounds=(-10, 10), slider=(0, 2, 0.05), advanced=False,
+        1.0,
+        "Style weight",
+        "How strongly the style LoRA is applied where it is chosen, as the number in <lora:name:1>. "
+        "It never changes which LoRA is chosen.",
+        "number",
+        bounds=(-10, 10),
+        slider=(0, 2, 0.05),
+        advanced=False,
     )
     selector: str = _field(
-        "K-LoRA", "Selector", "How a layer's LoRA is chosen at a step: the paper's method, its ablations, and what people compare it with.",
-        "choice", choices=tuple(SELECTORS),
+        "K-LoRA",
+        "Selector",
+        "How a layer's LoRA is chosen at a step: the paper's method, its ablations, and what people compare it with.",
+        "choice",
+        choices=tuple(SELECTORS),
     )
     schedule: str = _field(
-        "s", "Schedule", "How the favour moves from subject to style during the run: S rises from start to end; "
+        "s",
+        "Schedule",
+        "How the favour moves from subject to style during the run: S rises from start to end; "
         "S* gives the style a short moment first (more of its colours and background, less of its brushwork).",
-        "choice", choices=tuple(SCHEDULES),
+        "choice",
+        choices=tuple(SCHEDULES),
     )
     alpha: float = _field(
-        1.5, "α", "Growth of S over the run: higher hands more of the late steps to the style.", "number",
-        bounds=(-100, 100), slider=(0, 4, 0.05), infotext="alpha",
+        1.5,
+        "α",
+        "Growth of S over the run: higher hands more of the late steps to the style.",
+        "number",
+        bounds=(-100, 100),
+        slider=(0, 4, 0.05),
+        infotext="alpha",
     )
     beta: float | None = _field(
-        None, "β", "Start of S: lower gives the subject more of the early steps. auto: 0.5 for S, 1.3 for S*.", "number",
-        choices=(AUTO,), bounds=(-100, 100), slider=(0, 2, 0.05), infotext="beta",
+        None,
+        "β",
+        "Start of S: lower gives the subject more of the early steps. auto: 0.5 for S, 1.3 for S*.",
+        "number",
+        choices=(AUTO,),
+        bounds=(-100, 100),
+        slider=(0, 2, 0.05),
+        infotext="beta",
     )
     k_scale: float = _field(
-        1.0, "K scale", "Multiplies K, the number of largest entries that are summed in each layer. 1 is the paper's K: "
-        "the product of both ranks.", "number", bounds=(0.001, 10_000), slider=(0.1, 10, 0.1),
+        1.0,
+        "K scale",
+        "Multiplies K, the number of largest entries that are summed in each layer. 1 is the paper's K: "
+        "the product of both ranks.",
+        "number",
+        bounds=(0.001, 10_000),
+        slider=(0.1, 10, 0.1),
     )
     gamma: float | str = _field(
-        AUTO, "γ", "Balances two LoRAs of different magnitude. auto: from the files (eq. 9 of the paper); off: 1; or a number.", "number",
-        choices=(AUTO, OFF), bounds=(1e-6, 1e6), infotext="gamma",
+        AUTO,
+        "γ",
+        "Balances two LoRAs of different magnitude. auto: from the files (eq. 9 of the paper); off: 1; or a number.",
+        "number",
+        choices=(AUTO, OFF),
+        bounds=(1e-6, 1e6),
+        infotext="gamma",
     )
     text_encoder: str = _field(
-        "both", "Text encoder", "Whose text-encoder part applies: it runs before the first step, so no step can choose there.", "choice",
+        "both",
+        "Text encoder",
+        "Whose text-encoder part applies: it runs before the first step, so no step can choose there.",
+        "choice",
         choices=("both", "subject", "style", "none"),
     )
     hires: str = _field(
-        "continue", "Hires", "In the hires pass and in img2img the schedule continues where the noise level stands (continue), "
-        "starts again (restart), or K-LoRA stays out and neither LoRA applies in the hires pass (off).", "choice",
+        "continue",
+        "Hires",
+        "In the hires pass and in img2img the schedule continues where the noise level stands (continue), "
+        "starts again (restart), or K-LoRA stays out and neither LoRA applies in the hires pass (off).",
+        "choice",
         choices=("continue", "restart", "off"),
     )
 
@@ -126,7 +176,9 @@ class Settings:
         for name in unknown[:MOST_UNKNOWN]:
             problems[name] = f"K-LoRA has no setting {_shown(name)}{_nearest(name, SPECS)}"
         if len(unknown) > MOST_UNKNOWN:
-            problems[unknown[MOST_UNKNOWN]] = f"And {len(unknown) - MOST_UNKNOWN} more names that are no settings of K-LoRA."
+            problems[unknown[MOST_UNKNOWN]] = (
+                f"And {len(unknown) - MOST_UNKNOWN} more names that are no settings of K-LoRA."
+            )
         for name in (name for name in values if name in SPECS):
             value = values[name]
             try:
@@ -136,14 +188,19 @@ class Settings:
         if good.get("enabled"):
             for name in ("subject", "style"):
                 if not good.get(name) and name not in problems:
-                    problems[name] = f"No {name} LoRA is chosen: choose one in {name!r}, or switch K-LoRA off."
+                    problems[name] = (
+                        f"No {name} LoRA is chosen: choose one in {name!r}, or switch K-LoRA off."
+                    )
         if problems:
             raise SettingsError(problems)
         return cls(**good)
 
     @classmethod
     def parse_api(
-        cls, args: Sequence[Any], overrides: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
+        cls,
+        args: Sequence[Any],
+        overrides: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> Settings:
         """Settings from the arguments of the always-on script: one dict, or values in the order of the fields.
 
@@ -157,8 +214,12 @@ class Settings:
             SettingsError: as `parse` does.
         """
         if len(args) > len(SPECS):
-            raise SettingsError({"args": f"K-LoRA takes {len(SPECS)} values at most ({', '.join(SPECS)}) but got {len(args)}; "
-                                         "give one dict with the names instead."})
+            raise SettingsError(
+                {
+                    "args": f"K-LoRA takes {len(SPECS)} values at most ({', '.join(SPECS)}) but got {len(args)}; "
+                    "give one dict with the names instead."
+                }
+            )
         named = args and isinstance(args[0], Mapping)
         values = {"enabled": True, **args[0]} if named else dict(zip(SPECS, args, strict=False))
         merged = {**(defaults or {}), **values, **(overrides or {})}
@@ -172,7 +233,9 @@ class Settings:
 
     def text_encoder_roles(self) -> tuple[str, ...]:
         """Whose text-encoder parts apply, in order: as the rule says, but never of a LoRA that the selector leaves out altogether."""
-        by_rule = {"both": ("subject", "style"), "subject": ("subject",), "style": ("style",), "none": ()}[self.text_encoder]
+        by_rule = {"both": ("subject", "style"), "subject": ("subject",), "style": ("style",), "none": ()}[
+            self.text_encoder
+        ]
         left_out = {"Subject only": "style", "Style only": "subject"}.get(self.selector)
         return tuple(role for role in by_rule if role != left_out)
 
@@ -235,7 +298,11 @@ def markdown_table() -> str:
     lines = ["| setting | values | default | |", "| --- | --- | --- | --- |"]
     for name, spec in SPECS.items():
         default = {"": "", "False": "false"}.get(str(DEFAULTS[name]), as_text(name, DEFAULTS[name]))
-        lines.append(f"| `{name}` | {_values(spec)} | {default} | {spec.help} |".replace("*", "\\*").replace("<", "\\<"))
+        lines.append(
+            f"| `{name}` | {_values(spec)} | {default} | {spec.help} |".replace("*", "\\*").replace(
+                "<", "\\<"
+            )
+        )
     return "\n".join(lines)
 
 

@@ -8,7 +8,15 @@ from klora.errors import Cancelled
 from klora.hosts.detect import UnknownHost
 from klora.settings import Settings
 from klora.webui import api, options, preview, ui, xyz
-from klora.webui.generation import WITHOUT_THE_PAIR, Run, fail, go_on_without, release, run_of, warn_outer_runs
+from klora.webui.generation import (
+    WITHOUT_THE_PAIR,
+    Run,
+    fail,
+    go_on_without,
+    release,
+    run_of,
+    warn_outer_runs,
+)
 
 
 class KLoraScript(scripts.Script):

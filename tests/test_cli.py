@@ -22,7 +22,13 @@ def test_analyze_reports_and_writes_json_and_map(tmp_path, capsys):
     plan, picture = tmp_path / "plan.json", tmp_path / "map.png"
     assert main(["analyze", *PAIR, "--steps", "30", "--json", str(plan), "--map", str(picture)]) == 0
     report = capsys.readouterr().out
-    for words in ("kohya keys", "raw PEFT keys", "16 layers shared, 16 only in the subject, 32 only in the style", "gamma 3.00", "subject's share"):
+    for words in (
+        "kohya keys",
+        "raw PEFT keys",
+        "16 layers shared, 16 only in the subject, 32 only in the style",
+        "gamma 3.00",
+        "subject's share",
+    ):
         assert words in report
     expected = json.loads((GOLDEN / "sdxl_layers_missing" / "expected.json").read_text())
     assert json.loads(plan.read_text())["selection"] == expected["selection"]["s"]
@@ -31,7 +37,23 @@ def test_analyze_reports_and_writes_json_and_map(tmp_path, capsys):
 
 
 def test_analyze_writes_only_json_to_standard_output(capsys):
-    assert main(["analyze", *PAIR, "--json", "-", "--schedule", "s*", "--steps", "7", "--selector", "top-k with gamma"]) == 0
+    assert (
+        main(
+            [
+                "analyze",
+                *PAIR,
+                "--json",
+                "-",
+                "--schedule",
+                "s*",
+                "--steps",
+                "7",
+                "--selector",
+                "top-k with gamma",
+            ]
+        )
+        == 0
+    )
     data = json.loads(capsys.readouterr().out)
     assert (data["steps"], data["schedule"], data["beta"], data["selector"]) == (7, "s*", 1.3, "Top-K with γ")
 
@@ -55,7 +77,10 @@ def test_a_wrong_option_gets_one_sentence(options, sentence, capsys):
 def test_a_pair_of_different_bases_is_refused_by_name(capsys):
     flux = GOLDEN / "flux_fused_split" / "style.safetensors"
     assert main(["analyze", PAIR[0], str(flux)]) == 1
-    assert "subject.safetensors is made for SDXL but the style LoRA style.safetensors for FLUX" in capsys.readouterr().err
+    assert (
+        "subject.safetensors is made for SDXL but the style LoRA style.safetensors for FLUX"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_missing_file_is_named(capsys):
@@ -75,11 +100,24 @@ def test_generate_makes_a_picture_from_a_saved_model_and_says_what_is_missing(tm
     from klora.demo_models import sdxl_pipeline, write_kohya, write_peft
 
     pipeline = sdxl_pipeline()
-    model, subject, style, out = (tmp_path / name for name in ("model", "subject.safetensors", "style.safetensors", "out/picture.png"))
+    model, subject, style, out = (
+        tmp_path / name for name in ("model", "subject.safetensors", "style.safetensors", "out/picture.png")
+    )
     pipeline.save_pretrained(model)
     write_kohya(subject, pipeline.unet, base="sdxl", rank=2, network_alpha=1, seed=1, strength=0.5)
     write_peft(style, pipeline.unet, base="sdxl", rank=2, seed=2, strength=0.5)
-    options = ["--subject", str(subject), "--style", str(style), "--prompt", "a cat", "--steps", "2", "--size", "64x64"]
+    options = [
+        "--subject",
+        str(subject),
+        "--style",
+        str(style),
+        "--prompt",
+        "a cat",
+        "--steps",
+        "2",
+        "--size",
+        "64x64",
+    ]
     options += ["--beta", "0.9", "--out", str(out)]
     assert main(["generate", "--model", str(model), *options]) == 0
     with Image.open(out) as image:

@@ -30,7 +30,9 @@ QUICK = ["--seeds", "2", "--steps", "2", "--pairs", "1"]
 def test_every_selector_is_measured_and_reported_in_one_file(untrained, tmp_path, capsys):
     assert main(["evaluate", "--out", str(tmp_path), *QUICK, "--tables", "selectors"]) == 0
     printed = capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    rows = [
+        json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    ]
     assert len(rows) == 2 * len(evaluate.variants(["selectors"]))
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
     for variant in evaluate.variants(["selectors"]):
@@ -40,7 +42,9 @@ def test_every_selector_is_measured_and_reported_in_one_file(untrained, tmp_path
     assert not [word for word in ("http://", "https://", "src='/", 'src="') if word in report]
 
 
-def test_a_stopped_evaluation_goes_on_and_one_of_other_conditions_is_refused(untrained, tmp_path, capsys, monkeypatch):
+def test_a_stopped_evaluation_goes_on_and_one_of_other_conditions_is_refused(
+    untrained, tmp_path, capsys, monkeypatch
+):
     rows = tmp_path / "rows.jsonl"
     assert main(["evaluate", "--out", str(tmp_path), *QUICK, "--tables", "order"]) == 0
     whole = rows.read_text(encoding="utf-8")
@@ -95,11 +99,19 @@ def test_gram_statistics_tell_texture_and_colour_at_any_size():
 def test_a_picture_model_of_the_users_own_measures_real_pairs(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8, projection_dim=8
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=8,
     )
     transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
     size = {"shortest_edge": 32}
-    transformers.CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path
+    )
     pictures = [Image.new("RGB", (40, 50), colour) for colour in ("red", "blue")]
     values = measures.clip_similarity(tmp_path, pictures[:1])(pictures)
     assert values[0] == pytest.approx(1, abs=1e-5)
@@ -107,7 +119,10 @@ def test_a_picture_model_of_the_users_own_measures_real_pairs(tmp_path):
 
 
 def test_what_an_evaluation_of_ones_own_pair_needs_is_named(tmp_path, capsys):
-    assert main(["evaluate", "--model", str(tmp_path), "--subject", "a.safetensors", "--clip", str(tmp_path)]) == 1
+    assert (
+        main(["evaluate", "--model", str(tmp_path), "--subject", "a.safetensors", "--clip", str(tmp_path)])
+        == 1
+    )
     assert "also needs --style, --prompt, --subject-pictures, --style-pictures." in capsys.readouterr().err
 
 
@@ -120,5 +135,10 @@ def test_a_demo_shows_pictures_maps_and_a_table(untrained, tmp_path, monkeypatch
     assert main(["demo", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "table.txt").read_text(encoding="utf-8")
     assert all(method in text for method in demo.METHODS)
-    for name in ("cat_blueprint_pictures.png", "cat_blueprint_map_s.png", "cat_blueprint_map_sstar.png", "report.html"):
+    for name in (
+        "cat_blueprint_pictures.png",
+        "cat_blueprint_map_s.png",
+        "cat_blueprint_map_sstar.png",
+        "report.html",
+    ):
         assert (tmp_path / name).stat().st_size > 1000

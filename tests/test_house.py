@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = sorted([*(ROOT / "klora" / "core").glob("*.py"), ROOT / "klora" / "settings.py", ROOT / "klora" / "errors.py", ROOT / "klora" / "session.py"])
+CORE = sorted(
+    [
+        *(ROOT / "klora" / "core").glob("*.py"),
+        ROOT / "klora" / "settings.py",
+        ROOT / "klora" / "errors.py",
+        ROOT / "klora" / "session.py",
+    ]
+)
 CORE_MAY_IMPORT = {"torch", "numpy", "safetensors", "klora"}
 HOSTS_ONLY = {"modules", "gradio", "networks", "network", "backend", "ldm_patched", "modules_forge"}
 
@@ -25,7 +32,11 @@ def test_core_needs_nothing_but_torch_numpy_and_safetensors(path):
 
     foreign = {name.split(".")[0] for name in imports(path)} - CORE_MAY_IMPORT - set(sys.stdlib_module_names)
     assert not foreign
-    assert not [name for name in imports(path) if name.startswith(("klora.hosts.", "klora.webui")) and name != "klora.hosts.base"]
+    assert not [
+        name
+        for name in imports(path)
+        if name.startswith(("klora.hosts.", "klora.webui")) and name != "klora.hosts.base"
+    ]
 
 
 def test_only_hosts_webui_and_scripts_know_the_webui():

@@ -14,7 +14,14 @@ def test_the_miniature_with_its_loras_and_measures_is_at_most_12_megabytes():
 
 def test_k_lora_fuses_as_well_as_it_was_measured(tmp_path):
     run = evaluate.Evaluation(
-        miniature.load_model(), tmp_path, steps=15, seeds=4, size=miniature.SIZE, guidance=miniature.GUIDANCE, batch=4, made_of=""
+        miniature.load_model(),
+        tmp_path,
+        steps=15,
+        seeds=4,
+        size=miniature.SIZE,
+        guidance=miniature.GUIDANCE,
+        batch=4,
+        made_of="",
     )
     run.run(evaluate.miniature_pairs(3), [evaluate.Variant("selectors", "K-LoRA S")], lambda _line: None)
     assert LOW < np.mean([row.both for row in run.rows]) < HIGH

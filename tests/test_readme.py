@@ -10,7 +10,9 @@ README = (HOUSE / "README.md").read_text(encoding="utf-8")
 
 
 def test_its_table_of_settings_is_the_declaration():
-    assert markdown_table() in README, "put what `python -m klora settings` prints under the README's heading Settings"
+    assert markdown_table() in README, (
+        "put what `python -m klora settings` prints under the README's heading Settings"
+    )
 
 
 def test_what_it_links_to_is_there():

@@ -26,16 +26,24 @@ def test_a_dict_means_enabled_unless_it_says_no():
 
 
 def test_a_run_without_klora_is_not_refused_for_what_the_controls_hold():
-    assert Settings.parse_api([False, "gone", "gone", "x"]) == Settings.parse_api([{"enabled": False, "alpha": "x"}]) == Settings()
+    assert (
+        Settings.parse_api([False, "gone", "gone", "x"])
+        == Settings.parse_api([{"enabled": False, "alpha": "x"}])
+        == Settings()
+    )
 
 
 def test_an_axis_of_the_plot_wins_before_anything_is_checked():
-    settings = Settings.parse_api([True, "", "ink", 1, 1, "K-LoRA", "s", "x"], {"subject": "cat", "alpha": "2"})
+    settings = Settings.parse_api(
+        [True, "", "ink", 1, 1, "K-LoRA", "s", "x"], {"subject": "cat", "alpha": "2"}
+    )
     assert (settings.subject, settings.alpha) == ("cat", 2)
 
 
 def test_positional_equals_dict():
-    assert Settings.parse_api([True, "cat", "ink", 0.8]) == Settings.parse_api([{**PAIR, "subject_weight": 0.8}])
+    assert Settings.parse_api([True, "cat", "ink", 0.8]) == Settings.parse_api(
+        [{**PAIR, "subject_weight": 0.8}]
+    )
 
 
 def test_too_many_positional_values_are_refused():
@@ -45,7 +53,9 @@ def test_too_many_positional_values_are_refused():
 
 def test_all_bad_fields_are_reported_at_once_each_with_a_way_out():
     with pytest.raises(SettingsError) as caught:
-        Settings.parse({"alpah": 1, "selector": "klora", "beta": "x", "gamma": -1, "enabled": True, "subject": "cat"})
+        Settings.parse(
+            {"alpah": 1, "selector": "klora", "beta": "x", "gamma": -1, "enabled": True, "subject": "cat"}
+        )
     problems = caught.value.problems
     assert set(problems) == {"alpah", "selector", "beta", "gamma", "style"}
     assert "did you mean 'alpha'?" in problems["alpah"]
@@ -54,14 +64,19 @@ def test_all_bad_fields_are_reported_at_once_each_with_a_way_out():
     assert "switch K-LoRA off" in problems["style"]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e400, True, [], {}, "1,5", "x" * 10**6, None])
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, 1e400, True, [], {}, "1,5", "x" * 10**6, None]
+)
 def test_numbers_that_are_none_are_refused_in_a_short_sentence(value):
     with pytest.raises(SettingsError) as caught:
         Settings.parse({"alpha": value})
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize(("given", "read"), [("auto", "auto"), ("AUTO", "auto"), ("off", "off"), ("0.5", 0.5), (2, 2.0), (None, "auto")])
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("auto", "auto"), ("AUTO", "auto"), ("off", "off"), ("0.5", 0.5), (2, 2.0), (None, "auto")],
+)
 def test_gamma_is_a_word_or_a_number(given, read):
     assert Settings.parse({"gamma": given}).gamma == read
 

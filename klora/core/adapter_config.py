@@ -61,7 +61,11 @@ class AdapterConfig:
         alpha = settings.get("lora_alpha", _PEFT_DEFAULT_ALPHA)
         patterns = self._patterns[base]
         alpha = next((patterns[name] for name in (f"^{path}", *_endings(path)) if name in patterns), alpha)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -_LARGEST_ALPHA <= alpha <= _LARGEST_ALPHA:
+        if (
+            isinstance(alpha, bool)
+            or not isinstance(alpha, (int, float))
+            or not -_LARGEST_ALPHA <= alpha <= _LARGEST_ALPHA
+        ):
             raise self._wrong("lora_alpha")
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
@@ -83,7 +87,11 @@ class AdapterConfig:
     def _component(self, base: str) -> dict[str, Any]:
         for component in _COMPONENTS[base]:
             opening = f"{component}."
-            found = {key.removeprefix(opening): value for key, value in self._settings.items() if key.startswith(opening)}
+            found = {
+                key.removeprefix(opening): value
+                for key, value in self._settings.items()
+                if key.startswith(opening)
+            }
             if found:
                 return found
         return self._settings if "lora_alpha" in self._settings or "r" in self._settings else {}

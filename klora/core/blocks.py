@@ -32,7 +32,10 @@ def block_of(layer: str) -> str:
 def forward_order(layer: str) -> tuple:
     """Sort key that puts canonical layers in the order of the network's blocks, numbers by value."""
     parts = re.split(r"(\d+)", layer)
-    return (_RANKS.get(layer.split(".")[0], len(_RANKS)), [int(part) if part.isdigit() else part for part in parts])
+    return (
+        _RANKS.get(layer.split(".")[0], len(_RANKS)),
+        [int(part) if part.isdigit() else part for part in parts],
+    )
 
 
 def leader_of(carried: str, layers: Sequence[str]) -> str:
@@ -44,6 +47,9 @@ def leader_of(carried: str, layers: Sequence[str]) -> str:
 
     def common(layer: str) -> int:
         parts = layer.split(".")
-        return next((i for i, (own, other) in enumerate(zip(path, parts, strict=False)) if own != other), min(len(path), len(parts)))
+        return next(
+            (i for i, (own, other) in enumerate(zip(path, parts, strict=False)) if own != other),
+            min(len(path), len(parts)),
+        )
 
     return min(layers, key=lambda layer: (-common(layer), forward_order(layer)))

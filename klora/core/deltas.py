@@ -66,7 +66,9 @@ class Hadamard:
 
     def row_slice(self, start: int, stop: int) -> Hadamard:
         """The piece of a fused layer in rows start..stop."""
-        return Hadamard(self.left1[start:stop], self.right1, self.left2[start:stop], self.right2, self.scale, self.rank)
+        return Hadamard(
+            self.left1[start:stop], self.right1, self.left2[start:stop], self.right2, self.scale, self.rank
+        )
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,9 @@ def row_piece(delta: Delta, start: int, stop: int) -> Delta:
     if isinstance(delta, Kronecker):
         block = delta.second.shape[0]
         if start % block == 0 and stop % block == 0:
-            return Kronecker(delta.first[start // block : stop // block], delta.second, delta.scale, delta.rank)
+            return Kronecker(
+                delta.first[start // block : stop // block], delta.second, delta.scale, delta.rank
+            )
     return delta.row_slice(start, stop)
 
 
@@ -84,7 +86,14 @@ def swap_row_halves(delta: Delta) -> Delta:
     if isinstance(delta, LowRank):
         return LowRank(delta.left.roll(half, 0), delta.right, delta.scale, delta.rank)
     if isinstance(delta, Hadamard):
-        return Hadamard(delta.left1.roll(half, 0), delta.right1, delta.left2.roll(half, 0), delta.right2, delta.scale, delta.rank)
+        return Hadamard(
+            delta.left1.roll(half, 0),
+            delta.right1,
+            delta.left2.roll(half, 0),
+            delta.right2,
+            delta.scale,
+            delta.rank,
+        )
     return Dense(delta.rows(0, 2 * half).roll(half, 0), delta.scale, delta.rank)
 
 
@@ -104,7 +113,9 @@ def _matrix(shapes: Shapes, role: str) -> Shape:
 
 def _core(shapes: Shapes, role: str) -> Shape:
     if len(shapes[role]) != 4 or 0 in shapes[role]:
-        raise Misfit(role, f"has the shape {list(shapes[role])}, which is no Tucker core (out, in, height, width)")
+        raise Misfit(
+            role, f"has the shape {list(shapes[role])}, which is no Tucker core (out, in, height, width)"
+        )
     return shapes[role]
 
 
@@ -142,7 +153,9 @@ def _lora(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> LowRa
 def _measure_loha(shapes: Shapes) -> Measure:
     halves = [_measure_half(shapes, n) for n in "12"]
     if halves[0] != halves[1]:
-        raise Misfit("hada_w2_a", f"makes a matrix of {list(halves[1])} where hada_w1_a makes one of {list(halves[0])}")
+        raise Misfit(
+            "hada_w2_a", f"makes a matrix of {list(halves[1])} where hada_w1_a makes one of {list(halves[0])}"
+        )
     rank = shapes["hada_w1_b"][0]
     return Measure(halves[0], rank, rank)
 
@@ -185,7 +198,9 @@ def _measure_lokr(shapes: Shapes) -> Measure:
     (m1, n1), rank1 = _kron_factor(shapes, "lokr_w1", None)
     (m2, n2), rank2 = _kron_factor(shapes, "lokr_w2", "lokr_t2")
     rank = rank2 if rank2 is not None else rank1
-    return Measure(_no_larger("lokr_w1" if "lokr_w1" in shapes else "lokr_w1_a", m1 * m2, n1 * n2), rank, rank)
+    return Measure(
+        _no_larger("lokr_w1" if "lokr_w1" in shapes else "lokr_w1_a", m1 * m2, n1 * n2), rank, rank
+    )
 
 
 def _kron_factor(shapes: Shapes, name: str, core: str | None) -> tuple[tuple[int, int], int | None]:
@@ -201,7 +216,9 @@ def _kron_factor(shapes: Shapes, name: str, core: str | None) -> tuple[tuple[int
 
 def _lokr(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> Kronecker:
     """w1 ⊗ w2, each full or a product of two. Scale is alpha / rank of the factorised factor (w2's first), else 1."""
-    first = _flat(get("lokr_w1")) if "lokr_w1" in shapes else _flat(get("lokr_w1_a")) @ _flat(get("lokr_w1_b"))
+    first = (
+        _flat(get("lokr_w1")) if "lokr_w1" in shapes else _flat(get("lokr_w1_a")) @ _flat(get("lokr_w1_b"))
+    )
     if "lokr_w2" in shapes:
         second = get("lokr_w2").flatten(2) if len(shapes["lokr_w2"]) > 2 else get("lokr_w2").unsqueeze(2)
     elif "lokr_t2" in shapes:
@@ -278,7 +295,11 @@ KINDS = (
     Kind(
         "LoKr",
         ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-        tuple((*w1, *w2) for w1 in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")) for w2 in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))),
+        tuple(
+            (*w1, *w2)
+            for w1 in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+            for w2 in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
+        ),
         None,
         _measure_lokr,
         _lokr,

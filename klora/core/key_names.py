@@ -92,8 +92,13 @@ SUFFIXES: Mapping[str, str] = MappingProxyType(
         **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2", "bm")},
     }
 )  # fmt: skip
-_SUFFIXES_BY_LAST_PART = {last: tuple(s for s in SUFFIXES if s.endswith(f".{last}")) for last in {s.rpartition(".")[2] for s in SUFFIXES}}
-_ADAPTER_NAME = re.compile(r"(\.(?:lora_[AB]|lora_magnitude_vector|(?:hada|lokr)_[wt]\w+))\.(?!(?:weight|bias)$)[^.]+")
+_SUFFIXES_BY_LAST_PART = {
+    last: tuple(s for s in SUFFIXES if s.endswith(f".{last}"))
+    for last in {s.rpartition(".")[2] for s in SUFFIXES}
+}
+_ADAPTER_NAME = re.compile(
+    r"(\.(?:lora_[AB]|lora_magnitude_vector|(?:hada|lokr)_[wt]\w+))\.(?!(?:weight|bias)$)[^.]+"
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,11 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
     if target.naming == XLABS:
         return "XLabs"
     if target.naming == OLD_PROCESSOR or suffix.startswith("_lora"):
-        return "paper authors' (unet.unet.)" if prefix.text == "unet.unet." else "diffusers, old attention processors"
+        return (
+            "paper authors' (unet.unet.)"
+            if prefix.text == "unet.unet."
+            else "diffusers, old attention processors"
+        )
     if prefix.dialect == "kohya" and target.naming == DIFFUSERS and target.base in ("sdxl", "flux"):
         return "kohya with diffusers names"
     if prefix.dialect == "doubled unet prefix":

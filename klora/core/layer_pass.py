@@ -79,7 +79,11 @@ def over_layers(
 
 
 def _on_gpu(
-    delta_of: Callable[[str], Delta], names: Sequence[str], work: Work[Result], device: torch.device, keep: Callable[[str, Result], None]
+    delta_of: Callable[[str], Delta],
+    names: Sequence[str],
+    work: Work[Result],
+    device: torch.device,
+    keep: Callable[[str, Result], None],
 ) -> None:
     buffer = new_buffer(device)
     with torch.autocast(device.type, enabled=False):
@@ -90,12 +94,18 @@ def _on_gpu(
 def _moved(delta: Delta, device: torch.device) -> Delta:
     """The delta with its factors on `device`."""
     values = {field.name: getattr(delta, field.name) for field in fields(delta)}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+    }
     return replace(delta, **moved)
 
 
 def _on_cpu(
-    delta_of: Callable[[str], Delta], names: Sequence[str], work: Work[Result], workers: int, keep: Callable[[str, Result], None]
+    delta_of: Callable[[str], Delta],
+    names: Sequence[str],
+    work: Work[Result],
+    workers: int,
+    keep: Callable[[str, Result], None],
 ) -> None:
     """Threads over layers with one torch thread each: torch's own threads wait for each other at every small operation."""
     per_thread = _thread_count_is_per_thread()

@@ -93,7 +93,9 @@ class LoraFile:
     @contextmanager
     def open(self) -> Iterator[LoraReader]:
         """The file's deltas and all else by canonical name; see `LoraReader`."""
-        parts = {layer: (module, start, stop) for module in self.modules for layer, start, stop in module.pieces()}
+        parts = {
+            layer: (module, start, stop) for module in self.modules for layer, start, stop in module.pieces()
+        }
         with self.tensor_file.open() as tensors:
             yield LoraReader(self.path, parts, tensors)
 
@@ -108,11 +110,19 @@ def read_lora(path: str | PathLike[str]) -> LoraFile:
     file = read_tensor_file(Path(path))
     meanings = {key: meaning for key in file.shapes if (meaning := parse_key(key)) is not None}
     base = _base(file, meanings.values())
-    own = {key: meaning for key, meaning in meanings.items() if meaning.target.base == base or meaning.target.base not in _BASES}
+    own = {
+        key: meaning
+        for key, meaning in meanings.items()
+        if meaning.target.base == base or meaning.target.base not in _BASES
+    }
     with file.open() as tensors:
         gathered = gather(file, own, tensors)
-        layers = dict(sorted(_infos((module for module in gathered.modules if module.target.base == base), tensors)))
-        text = dict(sorted(_infos((module for module in gathered.modules if module.target.base != base), tensors)))
+        layers = dict(
+            sorted(_infos((module for module in gathered.modules if module.target.base == base), tensors))
+        )
+        text = dict(
+            sorted(_infos((module for module in gathered.modules if module.target.base != base), tensors))
+        )
     if not layers:
         raise _no_layers(file, gathered, bool(text))
     own_denoiser = [meaning.dialect for meaning in own.values() if meaning.target.base == base]
@@ -144,11 +154,17 @@ def _base(file: TensorFile, meanings: Iterable[ParsedKey]) -> str:
     if found[1]:
         return found[0]
     if counts:
-        raise LoraFileError(f'"{name}" changes the text encoders only: K-LoRA needs LoRAs that change the SDXL or FLUX.1 denoiser.')
+        raise LoraFileError(
+            f'"{name}" changes the text encoders only: K-LoRA needs LoRAs that change the SDXL or FLUX.1 denoiser.'
+        )
     what = families.not_a_lora(file.shapes)
     if what is not None:
-        raise LoraFileError(f'"{name}" is {what}, not a LoRA for SDXL or FLUX.1 ("{next(iter(file.shapes))}"): choose a LoRA file.')
-    raise LoraFileError(f'"{name}" is no LoRA for SDXL or FLUX.1 that K-LoRA knows (its first tensor is "{next(iter(file.shapes))}").')
+        raise LoraFileError(
+            f'"{name}" is {what}, not a LoRA for SDXL or FLUX.1 ("{next(iter(file.shapes))}"): choose a LoRA file.'
+        )
+    raise LoraFileError(
+        f'"{name}" is no LoRA for SDXL or FLUX.1 that K-LoRA knows (its first tensor is "{next(iter(file.shapes))}").'
+    )
 
 
 def _looks_like_lora(file: TensorFile) -> bool:
@@ -174,15 +190,26 @@ def _kind_name(module: FileModule) -> str:
 
 
 def _carried(gathered: Gathered) -> tuple[str, ...]:
-    names = (layer for module in gathered.modules if module.is_norm or module.bias_role for layer in module.target.layers)
+    names = (
+        layer
+        for module in gathered.modules
+        if module.is_norm or module.bias_role
+        for layer in module.target.layers
+    )
     return tuple(sorted(names))
 
 
 def _no_layers(file: TensorFile, gathered: Gathered, text_encoders: bool) -> LoraFileError:
     name = file.path.name
     if text_encoders:
-        return LoraFileError(f'"{name}" changes the text encoders only: K-LoRA needs LoRAs that change the SDXL or FLUX.1 denoiser.')
+        return LoraFileError(
+            f'"{name}" changes the text encoders only: K-LoRA needs LoRAs that change the SDXL or FLUX.1 denoiser.'
+        )
     if any(module.kind for module in gathered.modules):
-        return LoraFileError(f'"{name}" changes nothing: all its up weights are zero, as before any training; choose another file.')
+        return LoraFileError(
+            f'"{name}" changes nothing: all its up weights are zero, as before any training; choose another file.'
+        )
     key = next(iter(file.shapes))
-    return LoraFileError(f'"{name}" holds no weight differences for SDXL or FLUX.1 (its first tensor is "{key}"): choose a LoRA file.')
+    return LoraFileError(
+        f'"{name}" holds no weight differences for SDXL or FLUX.1 (its first tensor is "{key}"): choose a LoRA file.'
+    )

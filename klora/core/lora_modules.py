@@ -69,7 +69,10 @@ class FileModule:
         width = columns if len(layers) == 4 else rows // len(layers)
         heights = [width] * min(3, len(layers)) + [rows - 3 * width] * (len(layers) == 4)
         if sum(heights) != rows or heights[-1] <= 0:
-            raise Misfit(next(iter(self.keys)), f"has {rows} rows, which cannot be cut into {len(layers)} layers of {columns} columns")
+            raise Misfit(
+                next(iter(self.keys)),
+                f"has {rows} rows, which cannot be cut into {len(layers)} layers of {columns} columns",
+            )
         for layer, (start, stop) in zip(layers, pairwise(accumulate(heights, initial=0)), strict=True):
             yield layer, start, stop
 
@@ -114,7 +117,12 @@ def gather(file: TensorFile, parsed: Mapping[str, ParsedKey], tensors: OpenTenso
 
 
 def _module(
-    file: TensorFile, target: Target, keys: dict[str, str], parsed: Mapping[str, ParsedKey], tensors: OpenTensors, config: AdapterConfig
+    file: TensorFile,
+    target: Target,
+    keys: dict[str, str],
+    parsed: Mapping[str, ParsedKey],
+    tensors: OpenTensors,
+    config: AdapterConfig,
 ) -> FileModule | None:
     shapes = {role: file.shapes[key] for role, key in keys.items()}
     path = parsed[next(iter(keys.values()))].path
@@ -157,7 +165,9 @@ def _whole(file: TensorFile, module: FileModule) -> FileModule:
 
 def _misfit(file: TensorFile, keys: Mapping[str, str], misfit: Misfit) -> LoraFileError:
     role, what = misfit.args
-    return LoraFileError(f'The tensor "{keys.get(role, role)}" of "{file.path.name}" {what}: export the LoRA again.')
+    return LoraFileError(
+        f'The tensor "{keys.get(role, role)}" of "{file.path.name}" {what}: export the LoRA again.'
+    )
 
 
 def _check_additions(shapes: Mapping[str, Shape], measure: Measure) -> None:
@@ -175,7 +185,9 @@ def _scalar(file: TensorFile, tensors: OpenTensors, key: str | None) -> float | 
         return None
     tensor = tensors.whole(key)
     if tensor.numel() != 1 or tensor.is_complex() or not tensor.float().isfinite().all():
-        raise LoraFileError(f'The tensor "{key}" of "{file.path.name}" is not one finite number: export the LoRA again.')
+        raise LoraFileError(
+            f'The tensor "{key}" of "{file.path.name}" is not one finite number: export the LoRA again.'
+        )
     return float(tensor.float())
 
 

@@ -45,7 +45,9 @@ class LoraReader:
     that the file does not have.
     """
 
-    def __init__(self, path: Path, parts: Mapping[str, tuple[FileModule, int, int]], tensors: OpenTensors) -> None:
+    def __init__(
+        self, path: Path, parts: Mapping[str, tuple[FileModule, int, int]], tensors: OpenTensors
+    ) -> None:
         self._path = path
         self._parts = parts
         self._tensors = tensors
@@ -112,7 +114,9 @@ class LoraReader:
             )
         values = tensor.to(torch.float32)
         if not values.sum().isfinite() and not values.isfinite().all():
-            raise LoraFileError(f'The tensor "{key}" of "{self._path.name}" holds NaN or infinite numbers: download or train it again.')
+            raise LoraFileError(
+                f'The tensor "{key}" of "{self._path.name}" holds NaN or infinite numbers: download or train it again.'
+            )
         return values
 
 

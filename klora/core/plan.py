@@ -45,7 +45,9 @@ class Plan:
     @property
     def subject_share(self) -> np.ndarray:
         """Share of the layers that the subject holds at each step, float64 in [0, 1], shape (steps,); a shared layer counts half."""
-        return np.select([self.selection == Choice.SUBJECT, self.selection == Choice.BOTH], [1.0, 0.5], 0.0).mean(axis=1)
+        return np.select(
+            [self.selection == Choice.SUBJECT, self.selection == Choice.BOTH], [1.0, 0.5], 0.0
+        ).mean(axis=1)
 
     def switches(self) -> list[list[int]]:
         """For each layer the steps at which its choice differs from the step before."""
@@ -73,7 +75,13 @@ class Plan:
 
 
 def make_plan(
-    scores: PairScores, *, steps: int, schedule: Schedule, selector: str = "K-LoRA", gamma: float | str = "auto", seed: int = 0
+    scores: PairScores,
+    *,
+    steps: int,
+    schedule: Schedule,
+    selector: str = "K-LoRA",
+    gamma: float | str = "auto",
+    seed: int = 0,
 ) -> Plan:
     """The plan of a pair for a whole schedule of `steps` steps.
 

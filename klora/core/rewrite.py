@@ -72,14 +72,23 @@ def _entries(lora: LoraFile, module: FileModule) -> Iterator[tuple[str, _Entry]]
     places = list(_places(module))
     for name, suffixes, rows in places:
         for role, key in module.keys.items():
-            cut = rows if role in _ROW_ROLES or (role == "dora_scale" and module.shapes[role][0] > 1) else None
+            cut = (
+                rows if role in _ROW_ROLES or (role == "dora_scale" and module.shapes[role][0] > 1) else None
+            )
             if rows is not None and (role.startswith("lokr_") or role == "b1"):
-                raise LoraFileError(f'The fused tensor "{key}" of "{lora.path.name}" cannot be cut for WebUIs: export the LoRA as kohya.')
+                raise LoraFileError(
+                    f'The fused tensor "{key}" of "{lora.path.name}" cannot be cut for WebUIs: export the LoRA as kohya.'
+                )
             suffix = suffixes.get(role) or _RENAMED.get(role) or _OTHER[role]
             shape = _magnitude_shape(module, cut) if role == "peft_magnitude" else None
-            yield name + suffix, _Entry(key, rows=cut, shape=shape, factor=module.scale if role == "up_bias" else 1.0)
+            yield (
+                name + suffix,
+                _Entry(key, rows=cut, shape=shape, factor=module.scale if role == "up_bias" else 1.0),
+            )
         if "alpha" not in module.keys and module.measure is not None and module.measure.divisor:
-            needs_alpha = module.scale_from_metadata or (module.kind is not None and module.kind.name == "GLoRA")
+            needs_alpha = module.scale_from_metadata or (
+                module.kind is not None and module.kind.name == "GLoRA"
+            )
             if needs_alpha:
                 yield name + ".alpha", _Entry(None, number=module.scale * module.measure.divisor)
 
@@ -92,7 +101,11 @@ def _places(module: FileModule) -> Iterator[tuple[str, Mapping[str, str], slice 
         yield _TEXT_ENCODERS[target.base] + _flat(native.partition(":")[2]), _KOHYA, None
     elif target.layers == target.module.layers and not target.halves_swapped:
         split_name = target.base == "flux" and target.naming == "diffusers" and len(target.layers) == 1
-        yield (f"transformer.{target.module.diffusers[0]}", _PEFT, None) if split_name else (f"lora_unet_{_flat(native)}", _KOHYA, None)
+        yield (
+            (f"transformer.{target.module.diffusers[0]}", _PEFT, None)
+            if split_name
+            else (f"lora_unet_{_flat(native)}", _KOHYA, None)
+        )
     else:
         names = dict(zip(target.module.layers, target.module.diffusers, strict=True))
         for layer, start, stop in module.pieces():
@@ -126,7 +139,9 @@ def _write(target: Path, entries: Mapping[str, _Entry], tensors: OpenTensors, lo
         start, end = end, end + tensor.numel() * tensor.element_size()
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in _DTYPES:
-            raise LoraFileError(f'The tensor "{entry.source}" of "{lora.path.name}" holds {dtype} numbers: save the LoRA in fp32, fp16, bf16 or fp8.')
+            raise LoraFileError(
+                f'The tensor "{entry.source}" of "{lora.path.name}" holds {dtype} numbers: save the LoRA in fp32, fp16, bf16 or fp8.'
+            )
         code = _DTYPES[dtype]
         header[key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()

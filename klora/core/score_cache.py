@@ -120,7 +120,9 @@ class ScoreCache:
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-        self._write(self._note(state[0]), json.dumps({"state": state, "content": digest.hexdigest()}).encode("ascii"))
+        self._write(
+            self._note(state[0]), json.dumps({"state": state, "content": digest.hexdigest()}).encode("ascii")
+        )
         return digest.hexdigest()
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -168,7 +170,13 @@ def _pack(known: FileProfile) -> bytes:
     extra = dict(islice(known.extra_sums.items(), max(0, len(known.extra_sums) - MAX_EXTRA_SUMS), None))
     places = {name: place for place, name in enumerate(known.layers)}
     numbers = [
-        (NO_RANK if layer.rank is None else layer.rank, layer.numel, layer.abs_sum, layer.squared_sum, *layer.top_sums.tolist())
+        (
+            NO_RANK if layer.rank is None else layer.rank,
+            layer.numel,
+            layer.abs_sum,
+            layer.squared_sum,
+            *layer.top_sums.tolist(),
+        )
         for layer in known.layers.values()
     ]
     archive = io.BytesIO()
@@ -176,7 +184,9 @@ def _pack(known: FileProfile) -> bytes:
         archive,
         names=np.frombuffer("\n".join(known.layers).encode(), np.uint8),
         layers=np.array(numbers, np.float64),
-        extra_sums=np.array([(places[name], k, value) for (name, k), value in extra.items()], np.float64).reshape(-1, 3),
+        extra_sums=np.array(
+            [(places[name], k, value) for (name, k), value in extra.items()], np.float64
+        ).reshape(-1, 3),
     )
     return archive.getvalue()
 
@@ -187,6 +197,10 @@ def _unpack(payload: bytes) -> FileProfile:
     names = names.tobytes().decode().split("\n")
     layers = {
         name: LayerProfile(None if rank == NO_RANK else int(rank), int(numel), abs_sum, squared_sum, top_sums)
-        for name, (rank, numel, abs_sum, squared_sum), top_sums in zip(names, numbers[:, :4].tolist(), numbers[:, 4:], strict=True)
+        for name, (rank, numel, abs_sum, squared_sum), top_sums in zip(
+            names, numbers[:, :4].tolist(), numbers[:, 4:], strict=True
+        )
     }
-    return FileProfile(layers, {(names[int(place)], int(k)): value for place, k, value in extra_sums.tolist()})
+    return FileProfile(
+        layers, {(names[int(place)], int(k)): value for place, k, value in extra_sums.tolist()}
+    )

@@ -150,7 +150,13 @@ def score_pair(
 class _Run:
     """Where one call computes, whom it tells and whom it asks, over all its passes."""
 
-    def __init__(self, device: Device | None, progress: Progress | None, cancelled: IsCancelled | None, workers: int | None) -> None:
+    def __init__(
+        self,
+        device: Device | None,
+        progress: Progress | None,
+        cancelled: IsCancelled | None,
+        workers: int | None,
+    ) -> None:
         self._device = device or scoring_device()
         self._workers = workers
         self._progress = progress
@@ -164,7 +170,9 @@ class _Run:
     def over(self, lora: LoraSource, names: Sequence[str], work: Work[Result]) -> dict[str, Result]:
         """One pass over these layers, {layer: result of work}."""
         self._check()
-        return over_layers(lora, names, work, device=self._device, workers=self._workers, layer_done=self._layer_done)
+        return over_layers(
+            lora, names, work, device=self._device, workers=self._workers, layer_done=self._layer_done
+        )
 
     def _layer_done(self) -> None:
         self._done += 1
@@ -219,14 +227,18 @@ class _Side:
 
 def _fits(known: FileProfile, lora: LoraSource) -> bool:
     """Whether a stored profile is of the layers that the file is now read as."""
-    return {name: layer.numel for name, layer in known.layers.items()} == {n: math.prod(layer.shape) for n, layer in lora.layers.items()}
+    return {name: layer.numel for name, layer in known.layers.items()} == {
+        n: math.prod(layer.shape) for n, layer in lora.layers.items()
+    }
 
 
 def _profile(lora: LoraSource, run: _Run) -> dict[str, LayerProfile]:
     found = run.over(lora, list(lora.layers), lambda name, delta, buffer: profile(delta, buffer))
     for name, layer in found.items():
         if not math.isfinite(layer.abs_sum) or not math.isfinite(layer.squared_sum):
-            raise LoraFileError(f"The numbers of “{lora.path.name}” in layer {name} are too large to be summed: take another file in its place.")
+            raise LoraFileError(
+                f"The numbers of “{lora.path.name}” in layer {name} are too large to be summed: take another file in its place."
+            )
     return dict(sorted(found.items()))
 
 
@@ -279,7 +291,9 @@ def _layer_score(name: str, k: int | None, subject: _Side, style: _Side) -> Laye
     """The score of one layer; `k` is None where only one of the two changes it."""
     if k is None:
         only: Literal["subject", "style"] = "subject" if name in subject.known.layers else "style"
-        rank_subject, rank_style = (side.known.layers[name].rank if name in side.known.layers else 0 for side in (subject, style))
+        rank_subject, rank_style = (
+            side.known.layers[name].rank if name in side.known.layers else 0 for side in (subject, style)
+        )
         return LayerScore(name, 0, rank_subject, rank_style, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, only)
     ours, theirs = subject.known.layers[name], style.known.layers[name]
     return LayerScore(

@@ -26,7 +26,9 @@ class Choice(IntEnum):
     @property
     def roles(self) -> tuple[str, ...]:
         """The LoRAs that are applied, in this order."""
-        return {Choice.STYLE: ("style",), Choice.SUBJECT: ("subject",), Choice.BOTH: ("subject", "style")}[self]
+        return {Choice.STYLE: ("style",), Choice.SUBJECT: ("subject",), Choice.BOTH: ("subject", "style")}[
+            self
+        ]
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ SELECTORS: dict[str, Selector] = {
 
 
 def _topk(scores: PairScores) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([layer.subject_score for layer in scores.layers]), np.array([layer.style_score for layer in scores.layers])
+    return np.array([layer.subject_score for layer in scores.layers]), np.array(
+        [layer.style_score for layer in scores.layers]
+    )
 
 
 def _compare(scores: PairScores, magnitudes: tuple[np.ndarray, np.ndarray], factor: np.ndarray) -> np.ndarray:

@@ -70,7 +70,9 @@ def read_tensor_file(path: Path) -> TensorFile:
         if path.is_dir():
             raise LoraFileError(f'"{path}" is a folder, not a LoRA file: name the .safetensors file in it.')
         if any("\ud800" <= char <= "\udfff" for char in str(path)):
-            raise LoraFileError(f'The name of the LoRA file "{path}" is not valid UTF-8, so no WebUI can write it down: rename the file.')
+            raise LoraFileError(
+                f'The name of the LoRA file "{path}" is not valid UTF-8, so no WebUI can write it down: rename the file.'
+            )
         if path.suffix.lower() in _PICKLED:
             tensors = _unpickle(path)
             return TensorFile(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {})
@@ -84,14 +86,18 @@ def _readable(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise LoraFileError(f'The LoRA file "{path}" does not exist: check its name and folder.') from None
     except OSError as error:
-        raise LoraFileError(f'The LoRA file "{path}" cannot be read ({error.strerror or error}): check its permissions.') from error
+        raise LoraFileError(
+            f'The LoRA file "{path}" cannot be read ({error.strerror or error}): check its permissions.'
+        ) from error
 
 
 def _read_safetensors(path: Path) -> TensorFile:
     size = path.stat().st_size
     if size == 0:
         raise LoraFileError(f'The LoRA file "{path.name}" is empty: {_AGAIN}.')
-    not_safetensors = f'The file "{path.name}" is not a safetensors file: {_AGAIN}, or name a LoRA saved as .safetensors.'
+    not_safetensors = (
+        f'The file "{path.name}" is not a safetensors file: {_AGAIN}, or name a LoRA saved as .safetensors.'
+    )
     with path.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
@@ -99,7 +105,9 @@ def _read_safetensors(path: Path) -> TensorFile:
         if opening != b"{" or length < 2:
             raise LoraFileError(not_safetensors)
         if length > _LONGEST_HEADER:
-            raise LoraFileError(f'The header of "{path.name}" claims {length} bytes, more than any LoRA needs: {_AGAIN}.')
+            raise LoraFileError(
+                f'The header of "{path.name}" claims {length} bytes, more than any LoRA needs: {_AGAIN}.'
+            )
         if length + 8 > size:
             raise LoraFileError(f'The LoRA file "{path.name}" is cut off inside its header: {_AGAIN}.')
         text = opening + stream.read(length - 1)
@@ -111,7 +119,9 @@ def _read_safetensors(path: Path) -> TensorFile:
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise LoraFileError(not_safetensors) from None
     if 8 + length + end > size:
-        raise LoraFileError(f'The LoRA file "{path.name}" is cut off: {8 + length + end - size} of its bytes are missing; {_AGAIN}.')
+        raise LoraFileError(
+            f'The LoRA file "{path.name}" is cut off: {8 + length + end - size} of its bytes are missing; {_AGAIN}.'
+        )
     return TensorFile(path, shapes, metadata)
 
 
@@ -121,7 +131,9 @@ def _open_safetensors(file: TensorFile) -> Iterator[OpenTensors]:
     try:
         opened = safetensors.safe_open(str(path), framework="pt", device="cpu")
     except FileNotFoundError:
-        raise LoraFileError(f'The LoRA file "{path}" is no longer there: check its name and folder.') from None
+        raise LoraFileError(
+            f'The LoRA file "{path}" is no longer there: check its name and folder.'
+        ) from None
     except (safetensors.SafetensorError, OSError) as error:
         raise LoraFileError(f'The LoRA file "{path.name}" cannot be read ({error}): {_AGAIN}.') from error
     with opened as tensors:
@@ -137,10 +149,22 @@ class _Mapped:
         name = self.file.path.name
         try:
             tensor: Tensor = self.tensors.get_tensor(key)
-        except (safetensors.SafetensorError, OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise LoraFileError(f'The tensor "{key}" of "{name}" cannot be read ({error}): {_AGAIN}.') from error
+        except (
+            safetensors.SafetensorError,
+            OSError,
+            KeyError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
+            raise LoraFileError(
+                f'The tensor "{key}" of "{name}" cannot be read ({error}): {_AGAIN}.'
+            ) from error
         if tuple(tensor.shape) != self.file.shapes[key]:
-            raise LoraFileError(f'The tensor "{key}" of "{name}" has not the shape that the header says: {_AGAIN}.')
+            raise LoraFileError(
+                f'The tensor "{key}" of "{name}" has not the shape that the header says: {_AGAIN}.'
+            )
         return tensor
 
 
@@ -157,23 +181,42 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     if path.stat().st_size == 0:
         raise LoraFileError(f'The LoRA file "{path.name}" is empty: {_AGAIN}.')
     if tarfile.is_tarfile(path):  # torch before 2.6 runs code from one even so (CVE-2025-32434)
-        raise LoraFileError(f'The file "{path.name}" is in a format of PyTorch that can run code: use a .safetensors file.')
+        raise LoraFileError(
+            f'The file "{path.name}" is in a format of PyTorch that can run code: use a .safetensors file.'
+        )
     try:
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
-        raise LoraFileError(f'The file "{path.name}" is broken or holds more than tensors: use a .safetensors file.') from None
+        raise LoraFileError(
+            f'The file "{path.name}" is broken or holds more than tensors: use a .safetensors file.'
+        ) from None
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can make its reader raise anything
-        raise LoraFileError(f'The file "{path.name}" cannot be read as a PyTorch file ({error}): {_AGAIN}.') from error
+        raise LoraFileError(
+            f'The file "{path.name}" cannot be read as a PyTorch file ({error}): {_AGAIN}.'
+        ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     content = content if isinstance(content, dict) else {}
-    tensors = {key: value.detach() for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {
+        key: value.detach()
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     for key, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or not _is_whole(tensor):
-            raise LoraFileError(f'The tensor "{key}" of "{path.name}" is not stored as plain numbers: use a .safetensors file.')
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_quantized
+            or tensor.device.type != "cpu"
+            or not _is_whole(tensor)
+        ):
+            raise LoraFileError(
+                f'The tensor "{key}" of "{path.name}" is not stored as plain numbers: use a .safetensors file.'
+            )
     if not tensors:
-        raise LoraFileError(f'The file "{path.name}" holds no tensors by name, so it is not a LoRA: use a .safetensors file.')
+        raise LoraFileError(
+            f'The file "{path.name}" holds no tensors by name, so it is not a LoRA: use a .safetensors file.'
+        )
     return tensors
 
 

@@ -82,7 +82,9 @@ def _scan(delta: Delta, k: int, buffer: Tensor) -> _Scan:
     else:
         scan = _scan_gpu(delta, k)
     scale = abs(delta.scale)
-    return _Scan(scan.abs_sum * scale, scan.squared_sum * scale * scale, scan.largest.astype(np.float64) * scale)
+    return _Scan(
+        scan.abs_sum * scale, scan.squared_sum * scale * scale, scan.largest.astype(np.float64) * scale
+    )
 
 
 def _moderate(delta: Delta) -> Delta:

@@ -72,7 +72,9 @@ def _sdxl_down() -> _Pairs:
     for level, depth in enumerate(_SDXL_DEPTHS):
         for index in range(2):
             native, diffusers = f"input_blocks.{1 + 3 * level + index}", f"down_blocks.{level}"
-            yield from _residual(f"{native}.0", f"{diffusers}.resnets.{index}", widens=level > 0 and index == 0)
+            yield from _residual(
+                f"{native}.0", f"{diffusers}.resnets.{index}", widens=level > 0 and index == 0
+            )
             yield from _transformer(f"{native}.1", f"{diffusers}.attentions.{index}", depth)
         if level < 2:
             yield f"input_blocks.{3 * level + 3}.0.op", f"down_blocks.{level}.downsamplers.0.conv", CONV
@@ -103,13 +105,23 @@ def _transformer(native: str, diffusers: str, depth: int) -> _Pairs:
         return
     for name, kind in (("norm", NORM), ("proj_in", LINEAR), ("proj_out", LINEAR)):
         yield f"{native}.{name}", f"{diffusers}.{name}", kind
-    attention = [f"{attn}.{part}" for attn in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")]
+    attention = [
+        f"{attn}.{part}" for attn in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")
+    ]
     linear = [*attention, "ff.net.0.proj", "ff.net.2"]
     for block in range(depth):
         for name in linear:
-            yield f"{native}.transformer_blocks.{block}.{name}", f"{diffusers}.transformer_blocks.{block}.{name}", LINEAR
+            yield (
+                f"{native}.transformer_blocks.{block}.{name}",
+                f"{diffusers}.transformer_blocks.{block}.{name}",
+                LINEAR,
+            )
         for name in ("norm1", "norm2", "norm3"):
-            yield f"{native}.transformer_blocks.{block}.{name}", f"{diffusers}.transformer_blocks.{block}.{name}", NORM
+            yield (
+                f"{native}.transformer_blocks.{block}.{name}",
+                f"{diffusers}.transformer_blocks.{block}.{name}",
+                NORM,
+            )
 
 
 @cache
@@ -119,7 +131,11 @@ def flux_modules() -> tuple[Module, ...]:
 
 
 def _flux_ends() -> Iterator[Module]:
-    for native, diffusers in (("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder")):
+    for native, diffusers in (
+        ("time_in", "timestep_embedder"),
+        ("vector_in", "text_embedder"),
+        ("guidance_in", "guidance_embedder"),
+    ):
         yield Module(f"{native}.in_layer", (f"time_text_embed.{diffusers}.linear_1",))
         yield Module(f"{native}.out_layer", (f"time_text_embed.{diffusers}.linear_2",))
     yield Module("img_in", ("x_embedder",))
@@ -130,7 +146,14 @@ def _flux_ends() -> Iterator[Module]:
 
 _STREAMS = (
     ("img", ("to_q", "to_k", "to_v"), "to_out.0", "ff", "norm1", ("norm_q", "norm_k")),
-    ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context", "norm1_context", ("norm_added_q", "norm_added_k")),
+    (
+        "txt",
+        ("add_q_proj", "add_k_proj", "add_v_proj"),
+        "to_add_out",
+        "ff_context",
+        "norm1_context",
+        ("norm_added_q", "norm_added_k"),
+    ),
 )
 
 
@@ -139,7 +162,11 @@ def _flux_doubles() -> Iterator[Module]:
         diffusers = f"transformer_blocks.{block}"
         for stream, qkv, out, mlp, modulation, norms in _STREAMS:
             native = f"double_blocks.{block}.{stream}"
-            yield Module(f"{native}_attn.qkv", tuple(f"{diffusers}.attn.{name}" for name in qkv), pieces=("q", "k", "v"))
+            yield Module(
+                f"{native}_attn.qkv",
+                tuple(f"{diffusers}.attn.{name}" for name in qkv),
+                pieces=("q", "k", "v"),
+            )
             yield Module(f"{native}_attn.proj", (f"{diffusers}.attn.{out}",))
             yield Module(f"{native}_mlp.0", (f"{diffusers}.{mlp}.net.0.proj",))
             yield Module(f"{native}_mlp.2", (f"{diffusers}.{mlp}.net.2",))
@@ -169,7 +196,14 @@ def text_encoder_modules(encoder: str) -> tuple[Module, ...]:
 def _clip(layers: int) -> Iterator[tuple[str, str]]:
     for layer in range(layers):
         path = f"text_model.encoder.layers.{layer}"
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"):
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.out_proj",
+            "mlp.fc1",
+            "mlp.fc2",
+        ):
             yield f"{path}.{name}", LINEAR
         yield f"{path}.layer_norm1", NORM
         yield f"{path}.layer_norm2", NORM

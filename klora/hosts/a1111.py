@@ -69,10 +69,16 @@ class A1111Switch:
     def networks_loaded(self) -> None:
         own_files = {_place(member.file.path) for member in self._members}
         loaded = {_place(net.network_on_disk.filename): net for net in self._networks.loaded_networks}
-        self._others = [net for net in self._networks.loaded_networks if _place(net.network_on_disk.filename) not in own_files]
+        self._others = [
+            net
+            for net in self._networks.loaded_networks
+            if _place(net.network_on_disk.filename) not in own_files
+        ]
         self._pair = {member.role: self._network(member, loaded) for member in self._members}
         chosen = [self._pair[member.role] for member in self._members if member.on_text_encoder]
-        self._on_text_encoder = [net for net in chosen if not all(key.startswith(DENOISER) for key in net.modules)]
+        self._on_text_encoder = [
+            net for net in chosen if not all(key.startswith(DENOISER) for key in net.modules)
+        ]
         self._networks.loaded_networks[:] = [*self._others, *self._pair.values()]
         self._forget_earlier_files()
         self._settled.clear()
@@ -82,7 +88,9 @@ class A1111Switch:
         path = member.file.path
         if host_reads(member.file):
             if _place(path) not in loaded:
-                raise HostError(f"The WebUI did not load the {member.role} LoRA {path}: its console says why.")
+                raise HostError(
+                    f"The WebUI did not load the {member.role} LoRA {path}: its console says why."
+                )
             return self._of_this_file(loaded[_place(path)], path)
         name = f"K-LoRA {member.name}"
         on_disk = self._networks.network.NetworkOnDisk(name, str(self._readable(member.file)))
@@ -108,7 +116,11 @@ class A1111Switch:
         A layer remembers its networks by name only. The model remembers which objects of these names its layers have been given.
         """
         known = self._model.__dict__.setdefault("klora_networks", {})
-        new = {net.name: ref(net) for net in self._pair.values() if net.name not in known or known[net.name]() is not net}
+        new = {
+            net.name: ref(net)
+            for net in self._pair.values()
+            if net.name not in known or known[net.name]() is not net
+        }
         for module in self._model.network_layer_mapping.values() if new else ():
             if any(entry[0] in new for entry in getattr(module, "network_current_names", ())):
                 self._undo(module)
@@ -171,7 +183,9 @@ class A1111Switch:
         if errors != before:
             self._undo(module)
             failed = ", ".join(sorted(net for net in errors if errors[net] != before.get(net)))
-            raise HostError(f"The WebUI could not apply the LoRA {failed} to the layer {name}: it does not fit this checkpoint, or memory ran out.")
+            raise HostError(
+                f"The WebUI could not apply the LoRA {failed} to the layer {name}: it does not fit this checkpoint, or memory ran out."
+            )
         self._settled.add(name)
 
     def _follow_strengths(self) -> None:
@@ -197,7 +211,9 @@ class A1111Switch:
         if name is None or not name.startswith(DENOISER):
             return [*self._others, *self._on_text_encoder]
         choice = self._choices.get(self._layer_of.get(name, ""))
-        return self._others if choice is None else [*self._others, *(self._pair[role] for role in choice.roles)]
+        return (
+            self._others if choice is None else [*self._others, *(self._pair[role] for role in choice.roles)]
+        )
 
     @contextmanager
     def _loaded(self, wanted: list[Any]) -> Iterator[None]:

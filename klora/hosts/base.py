@@ -90,7 +90,7 @@ class WebUI(Protocol):
     """An adapter to one kind of WebUI."""
 
     def base_of(self, model: Any) -> str | None:
-        """"sdxl" or "flux", None for a checkpoint of any other kind."""
+        """ "sdxl" or "flux", None for a checkpoint of any other kind."""
 
     def switch(self, model: Any, pair: Pair) -> PairSwitch:
         """The pair's hold on the loaded checkpoint.

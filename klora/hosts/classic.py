@@ -31,8 +31,12 @@ class ClassicSwitch(OnePatchDict):
             unet.patches[key] = added
             layer, name = attrgetter(key.rpartition(".")[0])(unet.model), key.rpartition(".")[2]
             current = getattr(layer, name)
-            original = unet.backup.setdefault(key, current.to(device=unet.offload_device, copy=unet.weight_inplace_update))
-            weight = unet.calculate_weight(added, original.to(current.device, torch.float32, copy=True), key).to(original.dtype)
+            original = unet.backup.setdefault(
+                key, current.to(device=unet.offload_device, copy=unet.weight_inplace_update)
+            )
+            weight = unet.calculate_weight(
+                added, original.to(current.device, torch.float32, copy=True), key
+            ).to(original.dtype)
             if unet.weight_inplace_update:
                 current.data.copy_(weight)
             else:

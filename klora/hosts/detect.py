@@ -39,7 +39,9 @@ class ForgeLike:
 
     def switch(self, model: Any, pair: Pair) -> PairSwitch:
         if hasattr(model.forge_objects.unet.model.diffusion_model, "loras"):
-            raise HostError("This checkpoint is stored for Nunchaku, which takes LoRAs whole and not layer by layer: load another format of it.")
+            raise HostError(
+                "This checkpoint is stored for Nunchaku, which takes LoRAs whole and not layer by layer: load another format of it."
+            )
         return self._kind(self._networks, model, pair)
 
 
@@ -61,7 +63,11 @@ def find_webui(networks: Any, model: Any) -> WebUI:
         return ForgeLike(networks, NeoSwitch)
     if hasattr(unet, "patches") and hasattr(unet, "calculate_weight"):
         return ForgeLike(networks, ClassicSwitch)
-    if objects is None and hasattr(networks, "network_apply_weights") and hasattr(networks, "network_restore_weights_from_backup"):
+    if (
+        objects is None
+        and hasattr(networks, "network_apply_weights")
+        and hasattr(networks, "network_restore_weights_from_backup")
+    ):
         return A1111(networks)
     raise UnknownHost(
         "K-LoRA does not know this WebUI, so the picture is made without it. Looked for and not found: networks.network_apply_weights "

@@ -18,7 +18,10 @@ from klora.core.selectors import Choice
 from klora.core.topology import Module, flux_modules, sdxl_modules
 from klora.errors import HostError
 
-TEXT_ENCODERS = {"sdxl": {"te1": "text_encoder", "te2": "text_encoder_2"}, "flux": {"te1": "text_encoder", "t5": "text_encoder_2"}}
+TEXT_ENCODERS = {
+    "sdxl": {"te1": "text_encoder", "te2": "text_encoder_2"},
+    "flux": {"te1": "text_encoder", "t5": "text_encoder_2"},
+}
 """Base model -> part of a LoRA file -> attribute of the pipeline."""
 
 
@@ -40,7 +43,9 @@ def base_of(pipeline: Any) -> str:
         return "sdxl"
     if hasattr(pipeline, "transformer") and type(pipeline.transformer).__name__ == "FluxTransformer2DModel":
         return "flux"
-    raise HostError(f"K-LoRA knows SDXL and FLUX pipelines, not {type(pipeline).__name__}: choose an SDXL or a FLUX model.")
+    raise HostError(
+        f"K-LoRA knows SDXL and FLUX pipelines, not {type(pipeline).__name__}: choose an SDXL or a FLUX model."
+    )
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
@@ -63,7 +68,9 @@ class OpenLora:
             change = self.reader.norm(name).weight
         else:
             change = None
-        return weight if change is None else weight.float() + self.lora.multiplier * change.to(original.device)
+        return (
+            weight if change is None else weight.float() + self.lora.multiplier * change.to(original.device)
+        )
 
     def add_bias(self, bias: Tensor, name: str) -> Tensor:
         """`bias` plus the multiplier times what this LoRA changes it by."""
@@ -88,7 +95,9 @@ def weight_change(reader: LoraReader, layer: str, original: Tensor) -> Tensor:
         directed = base + change
         others = [axis for axis in range(base.dim()) if axis != magnitude.axis]
         shape = [-1 if axis == magnitude.axis else 1 for axis in range(base.dim())]
-        scale = magnitude.values.to(base.device).reshape(shape) / torch.linalg.vector_norm(directed, dim=others, keepdim=True)
+        scale = magnitude.values.to(base.device).reshape(shape) / torch.linalg.vector_norm(
+            directed, dim=others, keepdim=True
+        )
         change = directed * scale - base
     return change
 
@@ -105,7 +114,11 @@ class Merger:
             original = self._originals.get(parameter, parameter.data)
             merged = original
             for lora in loras:
-                merged = lora.add_weight(merged, original, name) if kind == "weight" else lora.add_bias(merged, name)
+                merged = (
+                    lora.add_weight(merged, original, name)
+                    if kind == "weight"
+                    else lora.add_bias(merged, name)
+                )
             if merged is not original:
                 self._originals[parameter] = original
             parameter.data = merged.to(original.dtype)
@@ -157,14 +170,22 @@ class DiffusersSwitch:
 def text_encoders_with(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
     """Inside the block the text-encoder parts of these LoRAs apply at their multipliers."""
     merger = Merger()
-    encoders = {part: getattr(pipeline, name, None) for part, name in TEXT_ENCODERS[base_of(pipeline)].items()}
-    modules = {part: dict(encoder.named_modules()) for part, encoder in encoders.items() if encoder is not None}
+    encoders = {
+        part: getattr(pipeline, name, None) for part, name in TEXT_ENCODERS[base_of(pipeline)].items()
+    }
+    modules = {
+        part: dict(encoder.named_modules()) for part, encoder in encoders.items() if encoder is not None
+    }
     with ExitStack() as stack:
         stack.callback(merger.restore)
         opened = [OpenLora(lora, stack.enter_context(lora.file.open())) for lora in loras]
-        for name in sorted({name for lora in loras for name in (*lora.file.text_encoder_modules, *lora.file.carried)}):
+        for name in sorted(
+            {name for lora in loras for name in (*lora.file.text_encoder_modules, *lora.file.carried)}
+        ):
             part, _, path = name.partition(":")
-            module = modules.get(part, {}).get(path) or modules.get(part, {}).get(path.removeprefix("text_model."))
+            module = modules.get(part, {}).get(path) or modules.get(part, {}).get(
+                path.removeprefix("text_model.")
+            )
             if module is not None:
                 merger.put(module, name, opened)
         yield

@@ -31,7 +31,10 @@ class ForgeSwitch(PatcherSwitch):
     def _online(self) -> bool:
         from backend.args import dynamic_args
 
-        return bool(dynamic_args.get("online_lora", False)) and self._model.forge_objects.unet.model.storage_dtype not in MERGED_DTYPES
+        return (
+            bool(dynamic_args.get("online_lora", False))
+            and self._model.forge_objects.unet.model.storage_dtype not in MERGED_DTYPES
+        )
 
     def _patches_of(self, patcher: Any) -> Patches:
         found: Patches = {}
@@ -86,7 +89,11 @@ class ForgeSwitch(PatcherSwitch):
         wanted = {key: added for key, added in patches.items() if added}
         try:
             with _cache_kept():
-                part.refresh({(self._name, 1.0, 1.0, False): wanted}, offload_device=unet.offload_device, force_refresh=True)
+                part.refresh(
+                    {(self._name, 1.0, 1.0, False): wanted},
+                    offload_device=unet.offload_device,
+                    force_refresh=True,
+                )
         finally:
             shared_loader.backup.update(part.backup)
 

@@ -39,7 +39,11 @@ class NeoSwitch(OnePatchDict):
         for key, added in patches.items():
             unet.patches[key] = added
             layer, name = attrgetter(key.rpartition(".")[0])(unet.model), key.rpartition(".")[2]
-            functions = [function for function in getattr(layer, f"{name}_function", ()) if getattr(function, "key", None) == key]
+            functions = [
+                function
+                for function in getattr(layer, f"{name}_function", ())
+                if getattr(function, "key", None) == key
+            ]
             for function in functions:
                 function.patches[key] = added
             if not functions:

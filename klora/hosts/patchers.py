@@ -101,7 +101,9 @@ class PatcherSwitch(ABC):
         if self._is_merged(unet):
             self._merge(unet, {key: [*self._others.get(key, ()), *self._chosen(key)] for key in sorted(keys)})
         else:
-            every = {key: self._chosen(key) for layer in self._choices for key in self._keys_of.get(layer, ())}
+            every = {
+                key: self._chosen(key) for layer in self._choices for key in self._keys_of.get(layer, ())
+            }
             self._put(unet, {key: patches for key, patches in every.items() if patches})
 
     def detach(self) -> None:
@@ -152,7 +154,9 @@ class PatcherSwitch(ABC):
     def _unet_in_force(self) -> Any:
         unet = self._model.forge_objects.unet
         if self._gate not in unet.model_options.get("conditioning_modifiers", ()):
-            raise HostError("Another extension has put a UNet of its own in the place of K-LoRA's: switch that extension off, or K-LoRA.")
+            raise HostError(
+                "Another extension has put a UNet of its own in the place of K-LoRA's: switch that extension off, or K-LoRA."
+            )
         return unet
 
     def _load(self, member: Member) -> Loaded:
@@ -161,10 +165,14 @@ class PatcherSwitch(ABC):
         load, original = self._networks.load_lora_for_models, self._model.forge_objects_original
         mode = {"online_mode": self._online} if "online_mode" in inspect.signature(load).parameters else {}
         tensors = dict(self._read(path))
-        unet, clip = load(original.unet, original.clip, tensors, member.weight, member.weight, filename=path, **mode)
+        unet, clip = load(
+            original.unet, original.clip, tensors, member.weight, member.weight, filename=path, **mode
+        )
         loaded = Loaded(self._patches_of(unet), self._patches_of(clip.patcher))
         if not loaded.unet and member.weight:
-            raise HostError(f"The WebUI did not load the {member.role} LoRA {member.file.path}: its console says why.")
+            raise HostError(
+                f"The WebUI did not load the {member.role} LoRA {member.file.path}: its console says why."
+            )
         return loaded
 
     def _read(self, path: str) -> Mapping[str, Tensor]:
@@ -198,7 +206,12 @@ class PatcherSwitch(ABC):
         if len(set(choices.values())) <= 1:
             roles = next(iter(choices.values())).roles if choices else ()
             return [patch for role in roles for patch in self._loaded[role].unet.get(key, ())]
-        return [patch for layer, choice in choices.items() for role in choice.roles for patch in self._rows_of(role, key, layer)]
+        return [
+            patch
+            for layer, choice in choices.items()
+            for role in choice.roles
+            for patch in self._rows_of(role, key, layer)
+        ]
 
     def _rows_of(self, role: str, key: str, layer: str) -> Iterator[Any]:
         """A LoRA's patches of the rows of one piece of a fused weight; none where its rows of that piece are all zero."""
@@ -225,7 +238,13 @@ class PatcherSwitch(ABC):
     def _cut(self, role: str, value: Any, layer: str, rows: slice) -> Any:
         """The value of a patch for some rows of its weight: of a low-rank pair the rows of `up`, of any other kind the delta's."""
         adapter = hasattr(value, "weights")
-        kind, parts = (value.name, value.weights) if adapter else (value[0], value[1]) if len(value) == 2 else ("diff", value)
+        kind, parts = (
+            (value.name, value.weights)
+            if adapter
+            else (value[0], value[1])
+            if len(value) == 2
+            else ("diff", value)
+        )
         if kind == "lora":
             up, down, alpha, mid, dora, *rest = parts
             if dora is None or dora.shape[0] == up.shape[0]:
@@ -262,7 +281,12 @@ class OnePatchDict(PatcherSwitch):
         return {key: list(patches) for key, patches in patcher.patches.items()}
 
     def _add(self, patcher: Any, filename: str, weight: float, patches: Patches) -> None:
-        patcher.patches = {key: [*patcher.patches.get(key, ()), *patches.get(key, ())] for key in {**patcher.patches, **patches}}
+        patcher.patches = {
+            key: [*patcher.patches.get(key, ()), *patches.get(key, ())]
+            for key in {**patcher.patches, **patches}
+        }
 
     def _put(self, unet: Any, patches: Patches) -> None:
-        unet.patches = {key: [*self._others.get(key, ()), *patches.get(key, ())] for key in {**self._others, **patches}}
+        unet.patches = {
+            key: [*self._others.get(key, ()), *patches.get(key, ())] for key in {**self._others, **patches}
+        }

@@ -29,9 +29,20 @@ EXAMPLE = {"subject": "my_dog", "style": "ink_drawing", "alpha": 1.5, "steps": 2
 
 def register(app: FastAPI) -> None:
     """Add the routes to the host's app, behind the host's API authentication if it has one."""
-    common: dict[str, Any] = {"tags": ["K-LoRA"], "dependencies": [Depends(_authenticate)] if _credentials() else []}
-    app.add_api_route("/klora/v1/schema", schema, methods=["GET"], summary="JSON schema of the K-LoRA settings", **common)
-    app.add_api_route("/klora/v1/loras", list_loras, methods=["GET"], summary="LoRAs to choose as subject and style", **common)
+    common: dict[str, Any] = {
+        "tags": ["K-LoRA"],
+        "dependencies": [Depends(_authenticate)] if _credentials() else [],
+    }
+    app.add_api_route(
+        "/klora/v1/schema", schema, methods=["GET"], summary="JSON schema of the K-LoRA settings", **common
+    )
+    app.add_api_route(
+        "/klora/v1/loras",
+        list_loras,
+        methods=["GET"],
+        summary="LoRAs to choose as subject and style",
+        **common,
+    )
     app.add_api_route(
         "/klora/v1/analyze", analyze_pair, methods=["POST"], summary="Plan of a pair, without a picture", response_model=None,
         openapi_extra=_documented_request(), responses={
@@ -49,7 +60,10 @@ def schema() -> dict[str, Any]:
 
 def list_loras() -> list[dict[str, str]]:
     """Name, alias and the host's short hash ("" while not hashed) of every LoRA that can be named as subject or style."""
-    return [{"name": printable(lora.name), "alias": printable(lora.alias), "hash": lora.shorthash} for lora in loras.list_loras()]
+    return [
+        {"name": printable(lora.name), "alias": printable(lora.alias), "hash": lora.shorthash}
+        for lora in loras.list_loras()
+    ]
 
 
 async def analyze_pair(request: Request) -> Response:
@@ -59,7 +73,13 @@ async def analyze_pair(request: Request) -> Response:
     """
     content = await _content(request)
     if content is None:
-        return JSONResponse({"detail": f"The request is longer than {MOST_BYTES} bytes, which no analysis needs.", "fields": {}}, 413)
+        return JSONResponse(
+            {
+                "detail": f"The request is longer than {MOST_BYTES} bytes, which no analysis needs.",
+                "fields": {},
+            },
+            413,
+        )
     return await while_connected(request, lambda gone: _answer(content, gone))
 
 
@@ -78,9 +98,22 @@ def _answer(content: bytes, cancelled: Callable[[], bool]) -> Response:
         settings, steps, seed, form = _parsed(content)
         subject, style = (loras.find(getattr(settings, role), role).path for role in ("subject", "style"))
         with turn(cancelled):
-            return _written(analyze(subject, style, settings, steps=steps, seed=seed, cancelled=cancelled, **options.read().for_analysis()), form)
+            return _written(
+                analyze(
+                    subject,
+                    style,
+                    settings,
+                    steps=steps,
+                    seed=seed,
+                    cancelled=cancelled,
+                    **options.read().for_analysis(),
+                ),
+                form,
+            )
     except Cancelled:
-        return JSONResponse({"detail": "The client hung up, so the analysis was given up.", "fields": {}}, 499)
+        return JSONResponse(
+            {"detail": "The client hung up, so the analysis was given up.", "fields": {}}, 499
+        )
     except Busy as error:
         return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "5"})
     except KLoraError as error:
@@ -102,19 +135,28 @@ def _parsed(content: bytes) -> tuple[Settings, int, int, str]:
     except (ValueError, RecursionError):
         request = None
     if not isinstance(request, dict):
-        raise KLoraError("The request is not a JSON object: send the settings by name, as {\"subject\": \"…\", \"style\": \"…\"}.")
+        raise KLoraError(
+            'The request is not a JSON object: send the settings by name, as {"subject": "…", "style": "…"}.'
+        )
     numbers = {name: request.get(name, default) for name, (default, _, _) in WHOLE_NUMBERS.items()}
     problems = {
         name: f"{name!r} is a whole number from {WHOLE_NUMBERS[name][1]} to {WHOLE_NUMBERS[name][2]}, not {str(value)[:60]!r}."
         for name, value in numbers.items()
-        if isinstance(value, bool) or not isinstance(value, int) or not WHOLE_NUMBERS[name][1] <= value <= WHOLE_NUMBERS[name][2]
+        if isinstance(value, bool)
+        or not isinstance(value, int)
+        or not WHOLE_NUMBERS[name][1] <= value <= WHOLE_NUMBERS[name][2]
     }
     form = request.get("format", FORMATS[0])
     if form not in FORMATS:
         problems["format"] = f"'format' is {' or '.join(FORMATS)}, not {str(form)[:60]!r}."
     settings = Settings()
     try:
-        settings = Settings.parse({**{name: value for name, value in request.items() if name not in (*numbers, "format")}, "enabled": True})
+        settings = Settings.parse(
+            {
+                **{name: value for name, value in request.items() if name not in (*numbers, "format")},
+                "enabled": True,
+            }
+        )
     except SettingsError as error:
         problems = {**error.problems, **problems}
     if problems:
@@ -126,11 +168,22 @@ def _documented_request() -> dict[str, Any]:
     body = json_schema()
     del body["$schema"]
     for name, (default, low, high) in WHOLE_NUMBERS.items():
-        body["properties"][name] = {"title": name.capitalize(), "type": "integer", "default": default, "minimum": low, "maximum": high}
+        body["properties"][name] = {
+            "title": name.capitalize(),
+            "type": "integer",
+            "default": default,
+            "minimum": low,
+            "maximum": high,
+        }
     body["properties"]["format"] = {
         "title": "Format", "description": "json: the plan; png: its selection map.", "enum": list(FORMATS), "default": FORMATS[0],
     }  # fmt: skip
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": {**body, "example": EXAMPLE}}}}}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {**body, "example": EXAMPLE}}},
+        }
+    }
 
 
 def _credentials() -> dict[str, str]:
@@ -143,4 +196,6 @@ def _credentials() -> dict[str, str]:
 def _authenticate(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008
     known = _credentials().get(given.username)
     if known is None or not compare_digest(given.password.encode(), known.encode()):
-        raise HTTPException(401, detail="Incorrect username or password", headers={"WWW-Authenticate": "Basic"})
+        raise HTTPException(
+            401, detail="Incorrect username or password", headers={"WWW-Authenticate": "Basic"}
+        )

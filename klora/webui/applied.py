@@ -47,7 +47,9 @@ class AppliedMaps:
     """
 
     def __init__(self, passes: Sequence[AppliedPass], subject: str, style: str) -> None:
-        self._batches = [[one for one in passes if one.batch == batch] for batch in sorted({one.batch for one in passes})]
+        self._batches = [
+            [one for one in passes if one.batch == batch] for batch in sorted({one.batch for one in passes})
+        ]
         self._names = subject, style
 
     def show(self, processed: Any) -> None:
@@ -65,10 +67,14 @@ class AppliedMaps:
 
     def save(self, processed: Any) -> None:
         """Write them beside the pictures that the host has saved, under their names."""
-        pictures = processed.images[processed.index_of_first_image:]
+        pictures = processed.images[processed.index_of_first_image :]
         of_a_batch = max(1, len(pictures) // max(1, len(self._batches)))
         for batch, first in zip(self._batches, range(0, len(pictures), of_a_batch)):  # noqa: B905 masks that the host shows may be left over
-            saved = [Path(place) for picture in pictures[first:first + of_a_batch] if (place := getattr(picture, "already_saved_as", None))]
+            saved = [
+                Path(place)
+                for picture in pictures[first : first + of_a_batch]
+                if (place := getattr(picture, "already_saved_as", None))
+            ]
             if saved:
                 drawn = self._drawn(batch)
                 for place in saved:
@@ -76,8 +82,12 @@ class AppliedMaps:
 
     def _drawn(self, batch: Sequence[AppliedPass]) -> Image.Image:
         notes = {FIRST: "as applied", HIRES: "as applied in the hires pass"}
-        return stacked([draw_map(one.plan, *self._names, selection=one.rows, note=notes[one.name]) for one in batch])
+        return stacked(
+            [draw_map(one.plan, *self._names, selection=one.rows, note=notes[one.name]) for one in batch]
+        )
 
 
 def _alike(one: Sequence[AppliedPass], other: Sequence[AppliedPass]) -> bool:
-    return len(one) == len(other) and all(a.name == b.name and np.array_equal(a.rows, b.rows) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(
+        a.name == b.name and np.array_equal(a.rows, b.rows) for a, b in zip(one, other, strict=True)
+    )

@@ -27,13 +27,21 @@ ROLES = ("subject", "style")
 def constants() -> dict[str, Any]:
     """What the page's scripts need before they ask for anything: the map's colours, the schedules, what the settings start with and may be."""
     return {
-        "colours": {role: "#{:02x}{:02x}{:02x}".format(*colour) for role, colour in (("subject", SUBJECT), ("style", STYLE), ("both", BOTH))},
+        "colours": {
+            role: "#{:02x}{:02x}{:02x}".format(*colour)
+            for role, colour in (("subject", SUBJECT), ("style", STYLE), ("both", BOTH))
+        },
         "schedules": SCHEDULES,
         "alphaM": ALPHA_M,
-        "defaults": {name: infotext.control_value(name, value) for name, value in {**DEFAULTS, **options.read().run_defaults()}.items()},
+        "defaults": {
+            name: infotext.control_value(name, value)
+            for name, value in {**DEFAULTS, **options.read().run_defaults()}.items()
+        },
         "infotext": {name: spec.infotext for name, spec in SPECS.items() if spec.kind != "flag"},
         "numbers": {
-            name: {"label": spec.label, "words": spec.choices, "bounds": spec.bounds} for name, spec in SPECS.items() if spec.kind == "number"
+            name: {"label": spec.label, "words": spec.choices, "bounds": spec.bounds}
+            for name, spec in SPECS.items()
+            if spec.kind == "number"
         },
     }
 
@@ -54,7 +62,13 @@ def card(names: Mapping[str, str]) -> dict[str, Any]:
         loaded; "layers": numbers of layers shared and of one file only, or None; "problems": why Generate would refuse.
     """
     files: dict[str, LoraFile] = {}
-    answer: dict[str, Any] = {"subject": None, "style": None, "layers": None, "problems": [], "checkpoint": None}
+    answer: dict[str, Any] = {
+        "subject": None,
+        "style": None,
+        "layers": None,
+        "problems": [],
+        "checkpoint": None,
+    }
     for role in ROLES:
         if names.get(role):
             try:
@@ -65,7 +79,11 @@ def card(names: Mapping[str, str]) -> dict[str, Any]:
                 answer[role] = {"name": printable(names[role]), "problem": str(error)}
     if len(files) == len(ROLES):
         subject, style = (set(files[role].layers) for role in ROLES)
-        answer["layers"] = {"shared": len(subject & style), "subject": len(subject - style), "style": len(style - subject)}
+        answer["layers"] = {
+            "shared": len(subject & style),
+            "subject": len(subject - style),
+            "style": len(style - subject),
+        }
         _try(answer, lambda: loras.check_pair(files["subject"], files["style"]))
     _try(answer, lambda: answer.update(checkpoint=_checkpoint()))
     if files and answer["checkpoint"] and len({file.base for file in files.values()}) == 1:
@@ -83,7 +101,9 @@ def scores(names: Mapping[str, str], k_scale: float, cancelled: Callable[[], boo
     subject, style = (loras.read(loras.find(names[role], role).path) for role in ROLES)
     loras.check_pair(subject, style)
     chosen = options.read()
-    found = score_pair(subject, style, k_scale=k_scale, cache=chosen.cache(), device=chosen.device(), cancelled=cancelled)
+    found = score_pair(
+        subject, style, k_scale=k_scale, cache=chosen.cache(), device=chosen.device(), cancelled=cancelled
+    )
     layers = found.layers
     in_order = sorted(range(len(layers)), key=lambda i: forward_order(layers[i].name))
     places = {index: place for place, index in enumerate(in_order)}
@@ -118,7 +138,9 @@ def _file(lora: loras.HostLora, file: LoraFile) -> dict[str, Any]:
         "base": BASE_NAMES[file.base],
         "trainedOn": trained_on(file.metadata),
         "dialect": file.dialect,
-        "kinds": ", ".join(f"{kind} ({count})" if len(file.kinds) > 1 else kind for kind, count in file.kinds.items()),
+        "kinds": ", ".join(
+            f"{kind} ({count})" if len(file.kinds) > 1 else kind for kind, count in file.kinds.items()
+        ),
         "rank": value_range([layer.rank for layer in layers]),
         "networkAlpha": value_range([layer.network_alpha for layer in layers]),
         "layers": len(layers),
@@ -136,7 +158,9 @@ def _words(path: Path, file: LoraFile) -> list[str]:
         own = notes.get("activation text", "") if isinstance(notes, dict) else ""
     except (OSError, ValueError, RecursionError):
         own = ""
-    return trigger_words({"trigger_phrase": str(own)}) + [word for word in trigger_words(file.metadata) if word not in str(own)]
+    return trigger_words({"trigger_phrase": str(own)}) + [
+        word for word in trigger_words(file.metadata) if word not in str(own)
+    ]
 
 
 def _preview(lora: loras.HostLora) -> str | None:

@@ -46,9 +46,16 @@ class Run:
         self._check(webui.base_of(model))
         scores = self._scored()
         self._passes = Passes(p, settings, webui, model, self._pair(scores), scores)
-        p.extra_generation_params.update(infotext.parameters(settings, self._loras["subject"], self._loras["style"]))
+        p.extra_generation_params.update(
+            infotext.parameters(settings, self._loras["subject"], self._loras["style"])
+        )
         self._hold = Hold(p, settings, self._loras, self._passes)
-        for warning in pair_warnings(self._files["subject"], self._files["style"], self._passes.plan(20), self._options.accelerator_words()):
+        for warning in pair_warnings(
+            self._files["subject"],
+            self._files["style"],
+            self._passes.plan(20),
+            self._options.accelerator_words(),
+        ):
             self._hold.warn(warning)
         p.klora_run = self
         _under_way.add(self)
@@ -56,7 +63,9 @@ class Run:
     def _check(self, loaded: str | None) -> None:
         subject, style = self._files["subject"], self._files["style"]
         if self.p.disable_extra_networks:
-            raise KLoraError("This run has extra networks switched off, which K-LoRA needs: switch them on, or K-LoRA off.")
+            raise KLoraError(
+                "This run has extra networks switched off, which K-LoRA needs: switch them on, or K-LoRA off."
+            )
         loras.check_pair(subject, style)
         loras.check_checkpoint((subject, style), loaded)
 
@@ -80,7 +89,10 @@ class Run:
     def _pair(self, scores: PairScores) -> Pair:
         settings, roles = self._settings, self._settings.text_encoder_roles()
         return Pair(
-            tuple(Member(role, self._loras[role].name, file, settings.weight(role), role in roles) for role, file in self._files.items()),
+            tuple(
+                Member(role, self._loras[role].name, file, settings.weight(role), role in roles)
+                for role, file in self._files.items()
+            ),
             [layer.name for layer in scores.layers],
             {name for file in self._files.values() for name in file.carried},
             readable_copy,

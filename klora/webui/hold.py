@@ -49,7 +49,10 @@ class Hold:
     def tell_warnings(self, processed: Any) -> None:
         """Put the warnings into the info of the answer, not of the pictures: the host shows comments in its page, but its API has none."""
         if self._warnings:
-            processed.extra_generation_params = {**processed.extra_generation_params, "K-LoRA warnings": " ".join(self._warnings)}
+            processed.extra_generation_params = {
+                **processed.extra_generation_params,
+                "K-LoRA warnings": " ".join(self._warnings),
+            }
 
     def clean_hashes(self) -> None:
         """Take the pair out of the prompt's "Lora hashes" (ours are under names of our own), unless the prompt has it too."""
@@ -61,7 +64,9 @@ class Hold:
             if f"<lora:{lora.name}:" not in tagged:
                 hashes.pop(lora.name.replace(":", "").replace(",", ""), None)
         if hashes:
-            self._p.extra_generation_params["Lora hashes"] = ", ".join(f"{name}: {value}" for name, value in hashes.items())
+            self._p.extra_generation_params["Lora hashes"] = ", ".join(
+                f"{name}: {value}" for name, value in hashes.items()
+            )
         else:
             self._p.extra_generation_params.pop("Lora hashes", None)
 
@@ -94,7 +99,9 @@ class Hold:
                 "its tag counts."
             )
         data["lora"] = own
-        data["lora"] += [ExtraNetworkParams(items=[name, str(weight)]) for name, weight in self._passes.tags()]
+        data["lora"] += [
+            ExtraNetworkParams(items=[name, str(weight)]) for name, weight in self._passes.tags()
+        ]
 
     def _is_of_pair(self, params: Any) -> bool:
         """Whether <lora:…> of the prompt names a file of the pair, by the name or the alias that the host knows."""
@@ -105,7 +112,10 @@ class Hold:
 
     def _conditioning_key(self) -> tuple:
         """What makes this run's text conditioning differ from another's, for the host's cache of it."""
-        pair = tuple((str(lora.path), lora.path.stat().st_mtime_ns, self._settings.weight(role)) for role, lora in self._pair.items())
+        pair = tuple(
+            (str(lora.path), lora.path.stat().st_mtime_ns, self._settings.weight(role))
+            for role, lora in self._pair.items()
+        )
         return ("K-LoRA", pair, self._settings.text_encoder_roles(), self._passes.stopped)
 
 

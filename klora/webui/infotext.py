@@ -86,4 +86,6 @@ def _encoded(name: str) -> str:
     unsafe |= {i for i in (0, len(name) - 1) if name[i].isspace() or name[i] == '"'}
     if SIZE.fullmatch(name):
         unsafe.add(name.index("x"))
-    return "".join("".join(f"%{byte:02X}" for byte in c.encode()) if i in unsafe else c for i, c in enumerate(name))
+    return "".join(
+        "".join(f"%{byte:02X}" for byte in c.encode()) if i in unsafe else c for i, c in enumerate(name)
+    )

@@ -36,7 +36,10 @@ def list_loras() -> list[HostLora]:
     """All LoRAs that the host lists, by name."""
     import networks
 
-    return sorted((_of(name, entry) for name, entry in networks.available_networks.items()), key=lambda lora: lora.name.casefold())
+    return sorted(
+        (_of(name, entry) for name, entry in networks.available_networks.items()),
+        key=lambda lora: lora.name.casefold(),
+    )
 
 
 def refresh() -> None:
@@ -61,7 +64,11 @@ def find(name: str, field: str) -> HostLora:
             return matches[0]
         if matches:
             names = ", ".join(repr(lora.name) for lora in matches)
-            raise SettingsError({field: f"{name!r} ({field}) could be any of the LoRAs {names}: give the one you mean by its file name."})
+            raise SettingsError(
+                {
+                    field: f"{name!r} ({field}) could be any of the LoRAs {names}: give the one you mean by its file name."
+                }
+            )
     raise SettingsError({field: _missing(name, field, known)})
 
 
@@ -85,7 +92,10 @@ def find_by_hash(shorthash: str, like: str = "") -> HostLora | None:
         if lora.shorthash == shorthash:
             return lora
     unhashed = [lora for lora in known if not lora.shorthash]
-    unhashed.sort(key=lambda lora: difflib.SequenceMatcher(None, lora.name.casefold(), like.casefold()).ratio(), reverse=True)
+    unhashed.sort(
+        key=lambda lora: difflib.SequenceMatcher(None, lora.name.casefold(), like.casefold()).ratio(),
+        reverse=True,
+    )
     return next((lora for lora in unhashed if hash_of(lora) == shorthash), None)
 
 
@@ -114,7 +124,9 @@ def check_pair(subject: LoraFile, style: LoraFile) -> None:
         PairError: with the sentence for the user.
     """
     if subject.path == style.path:
-        raise PairError(f"Subject and style are the same LoRA, {subject.path.name}: choose another one for one of them.")
+        raise PairError(
+            f"Subject and style are the same LoRA, {subject.path.name}: choose another one for one of them."
+        )
     analysis.check_pair(subject, style)
 
 
@@ -130,7 +142,10 @@ def check_checkpoint(files: Sequence[LoraFile], loaded: str | None) -> None:
     """
     base = files[0].base
     if base != loaded:
-        wanted, found = analysis.BASE_NAMES[base], analysis.BASE_NAMES.get(loaded or "", "neither SDXL nor FLUX")
+        wanted, found = (
+            analysis.BASE_NAMES[base],
+            analysis.BASE_NAMES.get(loaded or "", "neither SDXL nor FLUX"),
+        )
         names = " and ".join(file.path.name for file in files)
         raise PairError(
             f"{'The LoRA' if len(files) == 1 else 'The LoRAs'} {names} {'is' if len(files) == 1 else 'are'} for {wanted} and the loaded "
@@ -160,7 +175,7 @@ def _alike(name: str, known: list[HostLora]) -> list[HostLora]:
 
     def fits(lora: HostLora) -> bool:
         place = tuple(part.casefold() for part in (*lora.path.parent.parts, lora.path.stem))
-        return place[-len(wanted):] == wanted or wanted in ((_bare(lora.name),), (_bare(lora.alias),))
+        return place[-len(wanted) :] == wanted or wanted in ((_bare(lora.name),), (_bare(lora.alias),))
 
     return [lora for lora in known if fits(lora)] if wanted else []
 

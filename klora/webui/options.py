@@ -46,7 +46,9 @@ def _option(default: Any, label: str, help: str, **more: Any) -> Any:
 
 def _run_default(name: str) -> Any:
     help = f"{SPECS[name].help} Taken for an API request that does not say, and shown in the panel after Reload UI."
-    return _option(DEFAULTS[name], f"{SPECS[name].label}, unless chosen otherwise", help, choices=SPECS[name].choices)
+    return _option(
+        DEFAULTS[name], f"{SPECS[name].label}, unless chosen otherwise", help, choices=SPECS[name].choices
+    )
 
 
 @dataclass(frozen=True)
@@ -56,27 +58,41 @@ class Options:
     text_encoder: str = _run_default("text_encoder")
     hires: str = _run_default("hires")
     map_in_gallery: bool = _option(
-        False, "Show the selection map in the gallery", "As a picture behind the others, in the answers of the API too: which LoRA "
+        False,
+        "Show the selection map in the gallery",
+        "As a picture behind the others, in the answers of the API too: which LoRA "
         "was applied on each layer at each step. The panel shows it in any case. Left out while a script such as X/Y/Z plot or SD upscale runs.",
     )
     map_saved: bool = _option(
-        False, "Save the selection map beside each saved picture", "As <picture>-klora-map.png.",
+        False,
+        "Save the selection map beside each saved picture",
+        "As <picture>-klora-map.png.",
     )
     cache_size: int = _option(
-        256, "Score cache, MB at most", "Scores of LoRA files seen before, about 1 MB a file; the least recently used go first.",
-        bounds=(1, 2048, 1), changed=lambda: read().cache().trim(),
+        256,
+        "Score cache, MB at most",
+        "Scores of LoRA files seen before, about 1 MB a file; the least recently used go first.",
+        bounds=(1, 2048, 1),
+        changed=lambda: read().cache().trim(),
     )
     scoring_device: str = _option(
-        AUTO, "Scoring device", "auto: the WebUI's GPU where it is CUDA or ROCm, else the CPU. CPU: leaves the GPU's memory alone, and is slower.",
+        AUTO,
+        "Scoring device",
+        "auto: the WebUI's GPU where it is CUDA or ROCm, else the CPU. CPU: leaves the GPU's memory alone, and is slower.",
         choices=(AUTO, CPU),
     )
     accelerators: str = _option(
-        ", ".join(ACCELERATORS), "Words in the names of accelerator LoRAs", "Separated by commas. A subject or style LoRA with one of them in "
+        ", ".join(ACCELERATORS),
+        "Words in the names of accelerator LoRAs",
+        "Separated by commas. A subject or style LoRA with one of them in "
         "its file's name is warned of: it makes a model need few steps, and is neither a subject nor a style.",
     )
     on_error: str = _option(
-        STOP, "When K-LoRA cannot be applied", "stop: no picture, and a sentence that says why. go on without K-LoRA: the picture is made as if "
-        "K-LoRA was off, and its parameters say why. What goes wrong once sampling runs stops it in any case.", choices=(STOP, GO_ON),
+        STOP,
+        "When K-LoRA cannot be applied",
+        "stop: no picture, and a sentence that says why. go on without K-LoRA: the picture is made as if "
+        "K-LoRA was off, and its parameters say why. What goes wrong once sampling runs stops it in any case.",
+        choices=(STOP, GO_ON),
     )
 
     def run_defaults(self) -> dict[str, Any]:
@@ -151,7 +167,9 @@ def _info(name: str) -> Any:
     elif option.bounds:
         low, high, step = option.bounds
         component, arguments = gr.Slider, {"minimum": low, "maximum": high, "step": step}
-    return OptionInfo(default, option.label, component, arguments, onchange=option.changed).info(html.escape(option.help))
+    return OptionInfo(default, option.label, component, arguments, onchange=option.changed).info(
+        html.escape(option.help)
+    )
 
 
 def _clear_button(label: str, value: str, elem_id: str) -> Any:

@@ -29,7 +29,9 @@ class Passes:
         sampling: whether the passes of a batch are under way, with K-LoRA or without.
     """
 
-    def __init__(self, p: Any, settings: Settings, webui: WebUI, model: Any, pair: Pair, scores: PairScores) -> None:
+    def __init__(
+        self, p: Any, settings: Settings, webui: WebUI, model: Any, pair: Pair, scores: PairScores
+    ) -> None:
         self.switch: PairSwitch = webui.switch(model, pair)
         self.stopped = False
         self.applied: list[AppliedPass] = []
@@ -86,7 +88,9 @@ class Passes:
         Returns:
             Whether K-LoRA is in this pass.
         """
-        if self._given_up or (activated is getattr(self._p, "hr_extra_network_data", None) and self._settings.hires == "off"):
+        if self._given_up or (
+            activated is getattr(self._p, "hr_extra_network_data", None) and self._settings.hires == "off"
+        ):
             self.end()
             return False
         if self._at_other_model():
@@ -144,7 +148,12 @@ class Passes:
         """The plan of the batch for a whole schedule of `steps` steps."""
         settings, seeds = self._settings, getattr(self._p, "seeds", None) or [0]
         return make_plan(
-            self._scores, steps=steps, schedule=settings.schedule_of_run(), selector=settings.selector, gamma=settings.gamma, seed=int(seeds[0])
+            self._scores,
+            steps=steps,
+            schedule=settings.schedule_of_run(),
+            selector=settings.selector,
+            gamma=settings.gamma,
+            seed=int(seeds[0]),
         )
 
     def _is_hires(self) -> bool:
@@ -158,7 +167,9 @@ class Passes:
         p = self._p
         if not self._is_hires() and not isinstance(p, StableDiffusionProcessingImg2Img):
             return p.steps, 0, p.steps
-        steps, t_enc = setup_img2img_steps(p, (getattr(p, "hr_second_pass_steps", 0) or p.steps) if self._is_hires() else None)
+        steps, t_enc = setup_img2img_steps(
+            p, (getattr(p, "hr_second_pass_steps", 0) or p.steps) if self._is_hires() else None
+        )
         run = t_enc + 1
         return max(steps, run), max(steps - run, 0), run
 
@@ -171,7 +182,9 @@ class Passes:
 
     def _step_of(self, evaluation: int) -> int:
         sampler, steps = self._p.sampler.config, self._steps_of_pass
-        return self._offset + clock.step_of(evaluation, sampler.name, steps=steps, order=max(1, sampler.total_steps(steps) // steps))
+        return self._offset + clock.step_of(
+            evaluation, sampler.name, steps=steps, order=max(1, sampler.total_steps(steps) // steps)
+        )
 
     def _at_other_model(self) -> bool:
         """Whether the host has loaded another checkpoint, be it into the same model."""

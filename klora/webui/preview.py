@@ -16,7 +16,12 @@ from klora.webui.turns import Busy, turn, while_connected
 
 def register(app: FastAPI) -> None:
     """Add the routes to the host's app, behind the log-in of its page if it has one."""
-    common: dict[str, Any] = {"methods": ["POST"], "include_in_schema": False, "response_model": None, "dependencies": [Depends(_logged_in)]}
+    common: dict[str, Any] = {
+        "methods": ["POST"],
+        "include_in_schema": False,
+        "response_model": None,
+        "dependencies": [Depends(_logged_in)],
+    }
     app.add_api_route("/klora/internal/card", files, **common)
     app.add_api_route("/klora/internal/scores", scores, **common)
 
@@ -66,5 +71,7 @@ def _logged_in(request: Request) -> None:
     app = request.app
     if getattr(app, "auth", None) is None and getattr(app, "auth_dependency", None) is None:
         return
-    if not any(name.startswith("access-token") and app.tokens.get(value) for name, value in request.cookies.items()):
+    if not any(
+        name.startswith("access-token") and app.tokens.get(value) for name, value in request.cookies.items()
+    ):
         raise HTTPException(401, detail="Log in to the WebUI's page first.")

@@ -47,24 +47,35 @@ def build(is_img2img: bool, tab: str) -> Controls:
         made["enabled"].accordion.webui_tooltip = SPECS["enabled"].help
         with gr.Row():
             made["subject"] = _control("subject", tab)
-            swap = ToolButton("\u21c4", elem_id=_id(tab, "swap"), tooltip="Swap subject and style, with their weights.")
+            swap = ToolButton(
+                "\u21c4", elem_id=_id(tab, "swap"), tooltip="Swap subject and style, with their weights."
+            )
             made["style"] = _control("style", tab)
             pair = [made["subject"], made["style"]]
-            refresh = create_refresh_button(pair, loras.refresh, lambda: {"choices": _lora_names()}, _id(tab, "refresh"))
+            refresh = create_refresh_button(
+                pair, loras.refresh, lambda: {"choices": _lora_names()}, _id(tab, "refresh")
+            )
             refresh.webui_tooltip = "Look for new LoRA files."
         with gr.Row():
-            made |= {name: _control(name, tab) for name in SPECS if name not in made and not SPECS[name].advanced}
+            made |= {
+                name: _control(name, tab) for name in SPECS if name not in made and not SPECS[name].advanced
+            }
         with gr.Accordion("Advanced", open=False, elem_id=_id(tab, "advanced")):
             folded = [name for name, spec in SPECS.items() if spec.advanced]
             for first in range(0, len(folded), 2):
                 with gr.Row():
-                    made |= {name: _control(name, tab) for name in folded[first:first + 2]}
+                    made |= {name: _control(name, tab) for name in folded[first : first + 2]}
         gr.HTML(card.placeholder(), elem_id=_id(tab, "view"))
         preset = gr.Button("Use S*", elem_id=_id(tab, "preset"))
     components = [made[name] for name in SPECS]
     for component in components:
         component.change(fn=None, _js=_tell_page(tab), inputs=components, outputs=[], show_progress=False)
-    preset.click(fn=None, _js=f"() => {json.dumps(list(FLUX_PRESET.values()))}", inputs=[], outputs=[made[name] for name in FLUX_PRESET])
+    preset.click(
+        fn=None,
+        _js=f"() => {json.dumps(list(FLUX_PRESET.values()))}",
+        inputs=[],
+        outputs=[made[name] for name in FLUX_PRESET],
+    )
     swapped = [made[name] for name in SWAPPED]
     swap.click(fn=lambda a, b, c, d: (b, a, d, c), inputs=swapped, outputs=swapped, show_progress=False)
     restores = {name: infotext.Restore(name) for name in SPECS}

@@ -38,7 +38,9 @@ def register() -> None:
     for data in scripts.scripts_data:
         if Path(data.path).name == PLOT:
             known = {option.label for option in data.module.axis_options}
-            data.module.axis_options.extend(option for option in axes(data.module.AxisOption) if option.label not in known)
+            data.module.axis_options.extend(
+                option for option in axes(data.module.AxisOption) if option.label not in known
+            )
 
 
 def axes(axis_option: Callable[..., Any]) -> list[Any]:
@@ -50,11 +52,18 @@ def _axis(axis_option: Callable[..., Any], name: str) -> Any:
     spec = SPECS[name]
     more: dict[str, Any]
     if spec.kind == "lora":
-        more = {"choices": lambda: [lora.name for lora in loras.list_loras()], "cost": NEW_PAIR_COST, "format_value": _plain_label}
+        more = {
+            "choices": lambda: [lora.name for lora in loras.list_loras()],
+            "cost": NEW_PAIR_COST,
+            "format_value": _plain_label,
+        }
     elif spec.kind == "choice":
         more = {"choices": lambda: list(spec.choices), "format_value": _plain_label}
     else:
-        more = {"prepare": words_and_numbers, "format_value": lambda _p, _option, value: f"{spec.label}: {value}"}
+        more = {
+            "prepare": words_and_numbers,
+            "format_value": lambda _p, _option, value: f"{spec.label}: {value}",
+        }
     return axis_option(f"[K-LoRA] {spec.label}", str, _apply(name), confirm=_confirm(name), **more)
 
 

@@ -24,7 +24,9 @@ def seconds(make):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
@@ -53,7 +55,9 @@ def measure(host, options):
         again.extend(a / b for a, b in zip(times[fused][1:], times[tags][1:], strict=True))
         print(f"two tags {times[tags]}  K-LoRA {times[fused]}", file=sys.stderr)
     for name, ratios in (("after a change", first), ("again", again)):
-        print(f"K-LoRA / two tags, {name}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs")
+        print(
+            f"K-LoRA / two tags, {name}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs"
+        )
 
 
 if __name__ == "__main__":

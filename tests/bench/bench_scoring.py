@@ -112,19 +112,29 @@ def compare(pair: Pair, k: int, every: int, repeat: int) -> None:
     """Prints the three ways and their ratios."""
     numels = [info.shape[0] * info.shape[1] for info in pair[0].layers.values()]
     share = sum(numels[::every]) / sum(numels)
-    ways = {"plain": lambda: plain(pair, k, every), "floor": lambda: floor(pair), "ours": lambda: score_pair(*pair)}
+    ways = {
+        "plain": lambda: plain(pair, k, every),
+        "floor": lambda: floor(pair),
+        "ours": lambda: score_pair(*pair),
+    }
     turns = []
     for _ in range(repeat):
         turn = {name: seconds(way) for name, way in ways.items()}
         turn["plain"] /= share
         turns.append(turn)
-    how = "whole" if every == 1 else f"measured on every {every}th layer ({share:.1%} of the elements) and scaled"
+    how = (
+        "whole"
+        if every == 1
+        else f"measured on every {every}th layer ({share:.1%} of the elements) and scaled"
+    )
     notes = {"plain": f" ({how}; {torch.get_num_threads()} torch threads)"}
     for name in ways:
         print(f"{name:6} {statistics.median(turn[name] for turn in turns):8.2f} s{notes.get(name, '')}")
     for above, below in (("plain", "ours"), ("ours", "floor")):
         ratios = sorted(turn[above] / turn[below] for turn in turns)
-        print(f"{above} / {below} {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f} in {repeat} turns)")
+        print(
+            f"{above} / {below} {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f} in {repeat} turns)"
+        )
 
 
 def compare_cached(pair: Pair, folder: Path) -> None:
@@ -132,7 +142,9 @@ def compare_cached(pair: Pair, folder: Path) -> None:
     first = seconds(lambda: score_pair(*pair, cache=ScoreCache(folder)))
     second = statistics.median(seconds(lambda: score_pair(*pair, cache=ScoreCache(folder))) for _ in range(9))
     entries = [path.stat().st_size for path in folder.glob("*.profile")]
-    print(f"first pairing with a cache {first * 1e3:.0f} ms, from the cache {second * 1e3:.1f} ms, at most {max(entries) / 1024:.0f} KiB a file")
+    print(
+        f"first pairing with a cache {first * 1e3:.0f} ms, from the cache {second * 1e3:.1f} ms, at most {max(entries) / 1024:.0f} KiB a file"
+    )
 
 
 def status(field: str) -> float:
@@ -142,7 +154,12 @@ def status(field: str) -> float:
 
 def peak_memory(paths: list[Path]) -> None:
     """Prints the MiB that `score_pair` needs in this process, as JSON: without and with the pages of the mapped files."""
-    tiny = write_lora(paths[0].with_name("tiny.safetensors"), {"middle_block.1.transformer_blocks.0.attn1.to_q": (1280, 1280)}, 4, seed=9)
+    tiny = write_lora(
+        paths[0].with_name("tiny.safetensors"),
+        {"middle_block.1.transformer_blocks.0.attn1.to_q": (1280, 1280)},
+        4,
+        seed=9,
+    )
     score_pair(tiny, tiny)
     pair = read_lora(paths[0]), read_lora(paths[1])
     Path("/proc/self/clear_refs").write_text("5")
@@ -177,11 +194,17 @@ def compare_memory(pair: Pair) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", choices=("sdxl", "flux"), default="sdxl")
     parser.add_argument("--rank", type=int, default=16, help="of the subject")
     parser.add_argument("--rank-style", type=int, default=16)
-    parser.add_argument("--plain-every", type=int, help="the plain way takes every Nth layer only, 1 on SDXL and 20 on FLUX if not given")
+    parser.add_argument(
+        "--plain-every",
+        type=int,
+        help="the plain way takes every Nth layer only, 1 on SDXL and 20 on FLUX if not given",
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--peak-memory", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

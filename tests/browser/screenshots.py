@@ -9,7 +9,19 @@ import sys
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
-from webui_page import CHROMIUM, FLAGS, STYLE, SUBJECT, URL, choose, control, generate, open_page, set_number, switch_on
+from webui_page import (
+    CHROMIUM,
+    FLAGS,
+    STYLE,
+    SUBJECT,
+    URL,
+    choose,
+    control,
+    generate,
+    open_page,
+    set_number,
+    switch_on,
+)
 
 WIDTH = 1440
 
@@ -17,7 +29,9 @@ WIDTH = 1440
 def install(page, path):
     page.click("#tabs button >> text=Extensions")
     page.click("#tab_extensions button >> text=Install from URL")
-    page.locator("#tab_extensions input[type=text], #tab_extensions textarea").locator("visible=true").first.fill("this repository's address")
+    page.locator("#tab_extensions input[type=text], #tab_extensions textarea").locator(
+        "visible=true"
+    ).first.fill("this repository's address")
     page.wait_for_timeout(500)
     page.screenshot(path=path, clip={"x": 0, "y": 0, "width": WIDTH, "height": 480})
     page.click("#tabs button >> text=txt2img")

@@ -24,7 +24,9 @@ def test_swap_exchanges_the_pair(page):
     choose(page, "subject", SUBJECT)
     choose(page, "style", STYLE)
     page.click(control("swap"))
-    page.wait_for_function(f"document.querySelector({json.dumps(control('subject') + ' input')}).value === {json.dumps(STYLE)}")
+    page.wait_for_function(
+        f"document.querySelector({json.dumps(control('subject') + ' input')}).value === {json.dumps(STYLE)}"
+    )
     assert value(page, "style") == SUBJECT
 
 
@@ -32,13 +34,21 @@ def test_pasting_parameters_restores_every_control(page):
     text = (f"a dog\nSteps: 4, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, "
             "K-LoRA subject weight: 0.7, K-LoRA selector: Fixed, K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off")  # fmt: skip
     paste(page, text)
-    page.wait_for_function(f"document.querySelector({json.dumps(control('subject') + ' input')})?.value === {json.dumps(STYLE)}")
+    page.wait_for_function(
+        f"document.querySelector({json.dumps(control('subject') + ' input')})?.value === {json.dumps(STYLE)}"
+    )
     page.wait_for_timeout(1000)
     assert [value(page, name) for name in ("subject", "style", "selector")] == [STYLE, SUBJECT, "Fixed"]
     assert float(page.input_value(f"{control('subject_weight')} input[type=number]")) == 0.7
     shot(page, "pasted")
     info = generate(page)
-    for part in ("K-LoRA subject weight: 0.7", "K-LoRA selector: Fixed", "K-LoRA schedule: s*", "K-LoRA alpha: 2", "K-LoRA gamma: off"):
+    for part in (
+        "K-LoRA subject weight: 0.7",
+        "K-LoRA selector: Fixed",
+        "K-LoRA schedule: s*",
+        "K-LoRA alpha: 2",
+        "K-LoRA gamma: off",
+    ):
         assert part in info, part
 
 
@@ -57,4 +67,15 @@ def test_every_control_has_a_tooltip(page):
     controls = page.query_selector_all("[id^=klora_txt2img_]")
     assert len(controls) > 12
     names = {re.sub(r"^klora_txt2img_", "", element.get_attribute("id")) for element in controls}
-    assert {"enabled", "subject", "style", "selector", "schedule", "alpha", "beta", "gamma", "hires", "text_encoder"} <= names
+    assert {
+        "enabled",
+        "subject",
+        "style",
+        "selector",
+        "schedule",
+        "alpha",
+        "beta",
+        "gamma",
+        "hires",
+        "text_encoder",
+    } <= names

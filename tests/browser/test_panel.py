@@ -4,7 +4,21 @@ import json
 import re
 
 import pytest
-from webui_page import STYLE, SUBJECT, URL, choose, control, generate, open_page, own, paste, set_number, shot, switch_on, value
+from webui_page import (
+    STYLE,
+    SUBJECT,
+    URL,
+    choose,
+    control,
+    generate,
+    open_page,
+    own,
+    paste,
+    set_number,
+    shot,
+    switch_on,
+    value,
+)
 
 VIEW = control("view")
 ANALYZE = """async ([names, settings]) => {
@@ -47,7 +61,12 @@ def title(page):
 def asked(page):
     """The list that every request of the page to the server from now on goes to."""
     requests = []
-    page.on("request", lambda request: requests.append(request.url.removeprefix(URL)) if not request.url.startswith("data:") else None)
+    page.on(
+        "request",
+        lambda request: (
+            requests.append(request.url.removeprefix(URL)) if not request.url.startswith("data:") else None
+        ),
+    )
     return requests
 
 
@@ -68,7 +87,9 @@ def test_nothing_is_asked_until_a_lora_is_chosen_then_its_card_then_the_map(page
     page.wait_for_timeout(500)
     shot(page, "panel")
     card = page.inner_text(f"{VIEW} .klora-card")
-    assert all(part in card for part in (SUBJECT, STYLE, "kohya keys", "layers both change", "γ", "subject's share"))
+    assert all(
+        part in card for part in (SUBJECT, STYLE, "kohya keys", "layers both change", "γ", "subject's share")
+    )
     assert re.fullmatch(r"K-LoRA, S = 1\.5 t/T \+ 0\.5, γ [\d.]+, 4 steps", title(page))
     assert page.get_attribute(f"{VIEW} .klora-cells", "aria-label").startswith("Selection map. ")
 
@@ -87,7 +108,10 @@ def test_every_setting_of_the_plan_redraws_the_map_and_asks_the_server_nothing(p
         (lambda: choose(page, "selector", "Random"), "the true one is drawn at Generate"),
     ):
         act()
-        page.wait_for_function("([place, said]) => document.querySelector(place).innerText.includes(said)", arg=[f"{VIEW} .klora-title", said])
+        page.wait_for_function(
+            "([place, said]) => document.querySelector(place).innerText.includes(said)",
+            arg=[f"{VIEW} .klora-title", said],
+        )
         page.wait_for_timeout(150)
         assert picture(page) not in seen, said
         seen.append(picture(page))
@@ -99,13 +123,26 @@ def test_only_k_scale_has_the_pair_scored_anew(page):
     open_advanced(page)
     requests, before = asked(page), picture(page)
     set_number(page, control("k_scale"), 5)
-    page.wait_for_function("([place, before]) => document.querySelector(place).toDataURL() !== before", arg=[f"{VIEW} .klora-cells", before])
-    assert [path.lstrip(".") for path in of_panel(requests)] == ["/klora/internal/card", "/klora/internal/scores"]
+    page.wait_for_function(
+        "([place, before]) => document.querySelector(place).toDataURL() !== before",
+        arg=[f"{VIEW} .klora-cells", before],
+    )
+    assert [path.lstrip(".") for path in of_panel(requests)] == [
+        "/klora/internal/card",
+        "/klora/internal/scores",
+    ]
 
 
 def test_the_page_chooses_as_the_server_does(page):
     grid = [
-        {"selector": selector, "schedule": schedule, "alpha": alpha, "beta": beta, "gamma": gamma, "steps": steps}
+        {
+            "selector": selector,
+            "schedule": schedule,
+            "alpha": alpha,
+            "beta": beta,
+            "gamma": gamma,
+            "steps": steps,
+        }
         for selector in ("K-LoRA", "Frobenius", "Top-K with γ", "Random", "Fixed")
         for schedule, alpha, beta in (("s", 1.5, 0.5), ("s*", 1.5, 1.3), ("s", -0.7, 2))
         for gamma in ("auto", "off", 0.8)
@@ -168,7 +205,9 @@ def test_for_flux_s_star_is_offered_and_one_press_sets_it(page):
     shot(page, "flux")
     assert not page.is_visible(control("preset"))
     page.click(f"{VIEW} .klora-offer button")
-    page.wait_for_function(f"document.querySelector('{VIEW} .klora-title').innerText.includes('S* = (1.5 t/T + 1.3)')")
+    page.wait_for_function(
+        f"document.querySelector('{VIEW} .klora-title').innerText.includes('S* = (1.5 t/T + 1.3)')"
+    )
     assert not page.is_visible(f"{VIEW} .klora-offer")
     assert value(page, "schedule") == "s*"
 
@@ -186,7 +225,9 @@ def test_after_a_picture_the_map_is_what_was_applied(page):
     planned = picture(page)
     generate(page)
     assert len(recorded(page)) == 1
-    page.wait_for_function(f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last picture')")
+    page.wait_for_function(
+        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last picture')"
+    )
     shot(page, "applied")
     assert title(page) == "last picture: 6 of 6 steps ran, all as planned"
     assert picture(page) == planned
@@ -209,7 +250,9 @@ def test_steps_that_an_interrupt_left_out_are_blank(page):
     rows = recorded(page)[0]["rows"]
     ran = sum(row is not None for row in rows)
     assert 0 < ran < 60
-    page.wait_for_function(f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last picture')")
+    page.wait_for_function(
+        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last picture')"
+    )
     shot(page, "interrupted")
     assert title(page) == f"last picture: {ran} of 60 steps ran, all as planned"
     assert "did not run" in page.inner_text(f"{VIEW} .klora-legend")
@@ -219,18 +262,27 @@ def test_a_pasted_text_draws_its_map(page):
     text = (f"a dog\nSteps: 7, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, "
             "K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off")  # fmt: skip
     paste(page, text)
-    page.wait_for_function(f"document.querySelector('{VIEW} .klora-title')?.innerText === 'K-LoRA, S* = (2 t/T + 1.3) mod 1.5, γ 1, 7 steps'")
+    page.wait_for_function(
+        f"document.querySelector('{VIEW} .klora-title')?.innerText === 'K-LoRA, S* = (2 t/T + 1.3) mod 1.5, γ 1, 7 steps'"
+    )
 
 
-@pytest.mark.parametrize(("name", "query", "width"), [
-    ("light", "?__theme=light", 1400), ("dark", "?__theme=dark", 1400), ("narrow", "?__theme=light", 390),
-])
+@pytest.mark.parametrize(
+    ("name", "query", "width"),
+    [
+        ("light", "?__theme=light", 1400),
+        ("dark", "?__theme=dark", 1400),
+        ("narrow", "?__theme=light", 390),
+    ],
+)
 def test_light_dark_and_narrow(browser, name, query, width):
     page, errors = open_page(browser, query, width)
     with_pair(page)
     page.query_selector(VIEW).scroll_into_view_if_needed()
     shot(page, f"panel_{name}")
-    inside = page.evaluate(f"document.querySelector('{VIEW}').scrollWidth <= document.querySelector('{VIEW}').clientWidth + 1")
+    inside = page.evaluate(
+        f"document.querySelector('{VIEW}').scrollWidth <= document.querySelector('{VIEW}').clientWidth + 1"
+    )
     assert inside
     page.close()
     assert not own(errors)

@@ -7,8 +7,20 @@ from pathlib import Path
 URL = os.environ.get("KLORA_HOST_URL", "").rstrip("/")
 SUBJECT, STYLE = os.environ.get("KLORA_SUBJECT", "xl_subject"), os.environ.get("KLORA_STYLE", "xl_style")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-OF_THE_HOST = ("reading 'props'", "iframeResizer", "ERR_NAME_NOT_RESOLVED", "ERR_INTERNET_DISCONNECTED", "manifest")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+OF_THE_HOST = (
+    "reading 'props'",
+    "iframeResizer",
+    "ERR_NAME_NOT_RESOLVED",
+    "ERR_INTERNET_DISCONNECTED",
+    "manifest",
+)
 """Errors that the hosts' own pages print without any extension."""
 
 
@@ -71,7 +83,10 @@ def generate(page, while_it_runs=lambda: None):
     before = page.inner_text("#html_info_txt2img") if page.query_selector("#html_info_txt2img") else ""
     page.click("#txt2img_generate")
     while_it_runs()
-    page.wait_for_function("before => { const t = document.querySelector('#html_info_txt2img')?.innerText; return t && t !== before }", arg=before)
+    page.wait_for_function(
+        "before => { const t = document.querySelector('#html_info_txt2img')?.innerText; return t && t !== before }",
+        arg=before,
+    )
     page.wait_for_timeout(1000)
     return page.inner_text("#html_info_txt2img")
 

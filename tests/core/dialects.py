@@ -87,7 +87,12 @@ FLUX_ENDS = [
     Fused("guidance_in.in_layer", ("time_text_embed.guidance_embedder.linear_1",)),
     Fused("final_layer.linear", ("proj_out",)),
 ]
-_XLABS_DOUBLE = {"img_attn.qkv": "qkv_lora1", "txt_attn.qkv": "qkv_lora2", "img_attn.proj": "proj_lora1", "txt_attn.proj": "proj_lora2"}
+_XLABS_DOUBLE = {
+    "img_attn.qkv": "qkv_lora1",
+    "txt_attn.qkv": "qkv_lora2",
+    "img_attn.proj": "proj_lora1",
+    "txt_attn.proj": "proj_lora2",
+}
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -102,7 +107,10 @@ def sdxl_factors(width: int = 16, seed: int = 0, attention_only: bool = False) -
 def flux_factors(modules: list[Fused], width: int = 12, seed: int = 0) -> Factors:
     """{BFL matrix: (up, down)} of fused matrices; see `sdxl_factors`."""
     generator = torch.Generator().manual_seed(seed)
-    return {m.native: (_grid(generator, sum(m.heights(width)) or width, RANK), _grid(generator, RANK, width)) for m in modules}
+    return {
+        m.native: (_grid(generator, sum(m.heights(width)) or width, RANK), _grid(generator, RANK, width))
+        for m in modules
+    }
 
 
 def _grid(generator: torch.Generator, rows: int, columns: int) -> Tensor:
@@ -138,7 +146,10 @@ SDXL_DIALECTS: dict[str, tuple[Callable[[str, str], str], Style]] = {
     "kohya with diffusers names": (lambda native, diffusers: f"lora_unet_{_flat(diffusers)}", KOHYA),
     "diffusers, lora.up keys": (lambda native, diffusers: f"unet.{diffusers}", MIDDLE),
     "diffusers PEFT": (lambda native, diffusers: f"unet.{diffusers}", PEFT),
-    "raw PEFT": (lambda native, diffusers: f"base_model.model.{diffusers}", (".lora_B.default.weight", ".lora_A.default.weight", ".alpha")),
+    "raw PEFT": (
+        lambda native, diffusers: f"base_model.model.{diffusers}",
+        (".lora_B.default.weight", ".lora_A.default.weight", ".alpha"),
+    ),
     "dotted native": (lambda native, diffusers: f"diffusion_model.{native}", KOHYA),
     "SimpleTuner LyCORIS": (lambda native, diffusers: f"lycoris_{_flat(diffusers)}", KOHYA),
 }

@@ -19,7 +19,9 @@ class MemoryLora:
     def __init__(self, path, deltas):
         self.path = Path(path)
         self.deltas = dict(sorted(deltas.items()))
-        self.layers = {name: SimpleNamespace(rank=delta.rank, shape=delta.shape) for name, delta in self.deltas.items()}
+        self.layers = {
+            name: SimpleNamespace(rank=delta.rank, shape=delta.shape) for name, delta in self.deltas.items()
+        }
         self.reads = []
 
     @contextmanager
@@ -34,4 +36,6 @@ class MemoryLora:
 def low_rank(rows, columns, rank, seed=0, scale=0.5):
     """A random LowRank delta."""
     random = torch.Generator().manual_seed(seed)
-    return LowRank(torch.randn(rows, rank, generator=random), torch.randn(rank, columns, generator=random), scale, rank)
+    return LowRank(
+        torch.randn(rows, rank, generator=random), torch.randn(rank, columns, generator=random), scale, rank
+    )

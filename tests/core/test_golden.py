@@ -10,7 +10,9 @@ from klora.core.plan import make_plan
 from klora.core.schedule import Schedule
 from klora.core.scores import score_pair
 
-GOLDEN = sorted(path.parent for path in (Path(__file__).parents[1] / "data" / "golden").glob("*/expected.json"))
+GOLDEN = sorted(
+    path.parent for path in (Path(__file__).parents[1] / "data" / "golden").glob("*/expected.json")
+)
 EXACT = ("name", "k", "rank_subject", "rank_style", "only")
 NEAR = ("subject_score", "style_score", "subject_abs_sum", "style_abs_sum")
 
@@ -27,7 +29,9 @@ def test_pair_equals_the_oracle(folder):
     assert [layer.name for layer in scores.layers] == [layer["name"] for layer in expected["layers"]]
     for layer, known in zip(scores.layers, expected["layers"], strict=True):
         assert {name: getattr(layer, name) for name in EXACT} == {name: known[name] for name in EXACT}
-        assert [getattr(layer, name) for name in NEAR] == pytest.approx([known[name] for name in NEAR], rel=1e-5)
+        assert [getattr(layer, name) for name in NEAR] == pytest.approx(
+            [known[name] for name in NEAR], rel=1e-5
+        )
     for schedule in ("s", "s*"):
         plan = make_plan(scores, steps=expected["steps"], schedule=Schedule.named(schedule))
         assert plan.selection.tolist() == expected["selection"][schedule]

@@ -10,7 +10,12 @@ from klora.core import families, topology
 from klora.core.key_names import SUFFIXES, parse_key
 from klora.core.topology import CONV, LINEAR, NORM
 
-ROLES = (("lora_up.weight", "up"), ("lora_down.weight", "down"), ("alpha", "alpha"), ("dora_scale", "dora_scale"))
+ROLES = (
+    ("lora_up.weight", "up"),
+    ("lora_down.weight", "down"),
+    ("alpha", "alpha"),
+    ("dora_scale", "dora_scale"),
+)
 
 
 def test_sdxl_names_are_those_of_diffusers_own_unet() -> None:
@@ -36,7 +41,11 @@ def test_sdxl_names_are_those_of_diffusers_own_unet() -> None:
         "GroupNorm": NORM,
         "LayerNorm": NORM,
     }
-    real = {name: kinds[type(m).__name__] for name, m in unet.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    real = {
+        name: kinds[type(m).__name__]
+        for name, m in unet.named_modules()
+        if any(True for _ in m.parameters(recurse=False))
+    }
     assert {m.diffusers[0]: m.kind for m in topology.sdxl_modules()} == real
 
 
@@ -58,7 +67,9 @@ def test_flux_names_are_those_of_diffusers_own_transformer() -> None:
 
 
 def test_flux_has_304_block_matrices_fused_and_494_split() -> None:
-    blocks = [m for m in topology.flux_modules() if m.kind == LINEAR and m.native.startswith(("double", "single"))]
+    blocks = [
+        m for m in topology.flux_modules() if m.kind == LINEAR and m.native.startswith(("double", "single"))
+    ]
     assert len(blocks) == 304
     assert sum(len(m.layers) for m in blocks) == 494
 
@@ -72,7 +83,9 @@ def test_no_layer_of_sdxl_or_flux_is_taken_for_another_model() -> None:
     for module in (*ALL, *text_encoders):
         for name in (module.native.partition(":")[2] or module.native, *module.diffusers):
             keys = [f"{name}.alpha", f"transformer.{name}.alpha", f"lora_unet_{name.replace('.', '_')}.alpha"]
-            assert families.other_base([*keys, f"lora_transformer_{name.replace('.', '_')}.alpha"]) is None, name
+            assert families.other_base([*keys, f"lora_transformer_{name.replace('.', '_')}.alpha"]) is None, (
+                name
+            )
 
 
 ALL = [*topology.sdxl_modules(), *topology.flux_modules()]
@@ -95,7 +108,9 @@ def test_underscore_names_mean_one_place(module: topology.Module, role: tuple[st
     st.sampled_from(sorted(SUFFIXES)),
     st.sampled_from(["diffusion_model.", "unet.", "transformer.", "base_model.model.", ""]),
 )
-def test_dotted_names_are_understood_under_every_prefix(module: topology.Module, suffix: str, prefix: str) -> None:
+def test_dotted_names_are_understood_under_every_prefix(
+    module: topology.Module, suffix: str, prefix: str
+) -> None:
     parsed = parse_key(prefix + module.native + suffix)
     assert parsed is not None
     assert parsed.target.module == module
@@ -122,7 +137,11 @@ def test_dotted_names_are_understood_under_every_prefix(module: topology.Module,
             "double_blocks.3.txt_attn.qkv:q double_blocks.3.txt_attn.qkv:k double_blocks.3.txt_attn.qkv:v",
             "up",
         ),
-        ("diffusion_model.single_blocks.3.processor.proj_lora.down.weight", "single_blocks.3.linear2", "down"),
+        (
+            "diffusion_model.single_blocks.3.processor.proj_lora.down.weight",
+            "single_blocks.3.linear2",
+            "down",
+        ),
         (
             "transformer.transformer_blocks.0.attn.to_qkv.lora_A.weight",
             "double_blocks.0.img_attn.qkv:q double_blocks.0.img_attn.qkv:k double_blocks.0.img_attn.qkv:v",
@@ -135,9 +154,21 @@ def test_dotted_names_are_understood_under_every_prefix(module: topology.Module,
             "peft_magnitude",
         ),
         ("unet.conv_in.lora_A.my_adapter.weight", "input_blocks.0.0", "down"),
-        ("lora_te2_text_model_encoder_layers_31_mlp_fc1.lora_up.weight", "te2:text_model.encoder.layers.31.mlp.fc1", "up"),
-        ("lora_te3_encoder_block_23_layer_1_DenseReluDense_wi_0.alpha", "t5:encoder.block.23.layer.1.DenseReluDense.wi_0", "alpha"),
-        ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight", "t5:encoder.block.0.layer.0.SelfAttention.q", "down"),
+        (
+            "lora_te2_text_model_encoder_layers_31_mlp_fc1.lora_up.weight",
+            "te2:text_model.encoder.layers.31.mlp.fc1",
+            "up",
+        ),
+        (
+            "lora_te3_encoder_block_23_layer_1_DenseReluDense_wi_0.alpha",
+            "t5:encoder.block.23.layer.1.DenseReluDense.wi_0",
+            "alpha",
+        ),
+        (
+            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
+            "t5:encoder.block.0.layer.0.SelfAttention.q",
+            "down",
+        ),
         (
             "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight",
             "te1:text_model.encoder.layers.0.self_attn.out_proj",

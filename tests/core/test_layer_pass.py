@@ -11,7 +11,14 @@ from klora.core.scores import profile_file
 
 
 def test_a_worker_without_memory_ends_the_pass(monkeypatch, request):
-    lora = read_lora(request.config.rootpath / "tests" / "data" / "golden" / "sdxl_attention_same_rank" / "subject.safetensors")
+    lora = read_lora(
+        request.config.rootpath
+        / "tests"
+        / "data"
+        / "golden"
+        / "sdxl_attention_same_rank"
+        / "subject.safetensors"
+    )
     real, calls = layer_pass.new_buffer, []
 
     def failing(device):

@@ -36,7 +36,10 @@ def read_saved(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def pair(stem: str = TO_Q, rows: int = 8, columns: int = 8, rank: int = 2) -> dict[str, Tensor]:
-    return {f"{stem}.lora_up.weight": torch.ones(rows, rank), f"{stem}.lora_down.weight": torch.ones(rank, columns)}
+    return {
+        f"{stem}.lora_up.weight": torch.ones(rows, rank),
+        f"{stem}.lora_down.weight": torch.ones(rank, columns),
+    }
 
 
 @pytest.mark.parametrize("expected", GOLDEN, ids=lambda path: path.parent.name)
@@ -50,7 +53,9 @@ def test_golden_files_read(expected: Path) -> None:
         for name, delta in deltas_of(lora).items():
             if layers[name]["only"] is None:
                 assert lora.layers[name].rank == layers[name][f"rank_{role}"]
-                assert delta.double().abs().sum().item() == pytest.approx(layers[name][f"{role}_abs_sum"], rel=1e-6)
+                assert delta.double().abs().sum().item() == pytest.approx(
+                    layers[name][f"{role}_abs_sum"], rel=1e-6
+                )
 
 
 def assert_same(lora: LoraFile, expected: dict[str, Tensor]) -> None:
@@ -63,7 +68,10 @@ def assert_same(lora: LoraFile, expected: dict[str, Tensor]) -> None:
 
 
 def sdxl_expected(factors: dialects.Factors) -> dict[str, Tensor]:
-    return {name: up.float() @ down.float() * (dialects.ALPHA / dialects.RANK) for name, (up, down) in factors.items()}
+    return {
+        name: up.float() @ down.float() * (dialects.ALPHA / dialects.RANK)
+        for name, (up, down) in factors.items()
+    }
 
 
 @pytest.mark.parametrize("dialect", [*dialects.SDXL_DIALECTS, *dialects.SDXL_ATTENTION_DIALECTS])
@@ -105,7 +113,10 @@ def test_one_flux_lora_in_every_split_dialect(tmp_path: Path, dialect: str) -> N
 
 def test_block_diagonal_pieces_keep_their_own_rank(tmp_path: Path) -> None:
     factors = dialects.flux_factors(FLUX)
-    assert_same(read_lora(dialects.write_flux_block_diagonal(tmp_path / "a.safetensors", FLUX, factors)), flux_expected(FLUX, factors))
+    assert_same(
+        read_lora(dialects.write_flux_block_diagonal(tmp_path / "a.safetensors", FLUX, factors)),
+        flux_expected(FLUX, factors),
+    )
 
 
 def test_xlabs_processors(tmp_path: Path) -> None:
@@ -113,19 +124,32 @@ def test_xlabs_processors(tmp_path: Path) -> None:
     lora = read_lora(dialects.write_xlabs(tmp_path / "a.safetensors", factors))
     ends = ("qkv:q", "qkv:k", "qkv:v", "attn.proj", "linear1:q", "linear1:k", "linear1:v", "linear2")
     assert lora.dialect == "XLabs"
-    assert_same(lora, {name: delta for name, delta in flux_expected(dialects.FLUX_BLOCKS, factors).items() if name.endswith(ends)})
+    assert_same(
+        lora,
+        {
+            name: delta
+            for name, delta in flux_expected(dialects.FLUX_BLOCKS, factors).items()
+            if name.endswith(ends)
+        },
+    )
 
 
 def test_a_piece_that_is_all_zero_is_no_layer(tmp_path: Path) -> None:
     file = pair("lora_unet_single_blocks_3_linear1", rows=7 * 8)
     file["lora_unet_single_blocks_3_linear1.lora_up.weight"][8:24] = 0
-    assert list(read_saved(tmp_path, file).layers) == ["single_blocks.3.linear1:mlp", "single_blocks.3.linear1:q"]
+    assert list(read_saved(tmp_path, file).layers) == [
+        "single_blocks.3.linear1:mlp",
+        "single_blocks.3.linear1:q",
+    ]
 
 
 def test_norm_out_has_its_halves_in_the_native_order(tmp_path: Path) -> None:
     up, down = torch.randn(8, 2), torch.randn(2, 4)
     stem = "transformer.norm_out.linear"
-    lora = read_saved(tmp_path, {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down, f"{stem}.diff_b": torch.arange(8.0)})
+    lora = read_saved(
+        tmp_path,
+        {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down, f"{stem}.diff_b": torch.arange(8.0)},
+    )
     with lora.open() as reader:
         swapped = torch.cat([up[4:], up[:4]]) @ down
         torch.testing.assert_close(dense(reader("final_layer.adaLN_modulation.1")), swapped)
@@ -152,11 +176,23 @@ def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("ijkl,io,jn->onkl", core, a, b)
 
 
-W = {role: f"lora_{role}.weight" for role in ("up", "down", "mid")} | {role: f"{role}.weight" for role in ("a1", "a2", "b1", "b2")}
+W = {role: f"lora_{role}.weight" for role in ("up", "down", "mid")} | {
+    role: f"{role}.weight" for role in ("a1", "a2", "b1", "b2")
+}
 KINDS = {
     "LoRA": (TO_Q, randoms(up=(6, 2), down=(2, 8)), 2, lambda t: t["up"] @ t["down"]),
-    "LoRA stored as 1x1": (TO_Q, randoms(up=(6, 2, 1, 1), down=(2, 8, 1, 1)), 2, lambda t: t["up"].flatten(1) @ t["down"].flatten(1)),
-    "LoCon 1x1": (CONV, randoms(up=(6, 2, 1, 1), down=(2, 8, 1, 1)), 2, lambda t: t["up"].flatten(1) @ t["down"].flatten(1)),
+    "LoRA stored as 1x1": (
+        TO_Q,
+        randoms(up=(6, 2, 1, 1), down=(2, 8, 1, 1)),
+        2,
+        lambda t: t["up"].flatten(1) @ t["down"].flatten(1),
+    ),
+    "LoCon 1x1": (
+        CONV,
+        randoms(up=(6, 2, 1, 1), down=(2, 8, 1, 1)),
+        2,
+        lambda t: t["up"].flatten(1) @ t["down"].flatten(1),
+    ),
     "LoCon 3x3": (
         CONV,
         randoms(up=(6, 2, 1, 1), down=(2, 8, 3, 3)),
@@ -177,11 +213,26 @@ KINDS = {
     ),
     "LoHa with cores": (
         CONV,
-        randoms(hada_w1_a=(3, 6), hada_w1_b=(3, 8), hada_t1=(3, 3, 3, 3), hada_w2_a=(3, 6), hada_w2_b=(3, 8), hada_t2=(3, 3, 3, 3)),
+        randoms(
+            hada_w1_a=(3, 6),
+            hada_w1_b=(3, 8),
+            hada_t1=(3, 3, 3, 3),
+            hada_w2_a=(3, 6),
+            hada_w2_b=(3, 8),
+            hada_t2=(3, 3, 3, 3),
+        ),
         3,
-        lambda t: tucker(t["hada_t1"], t["hada_w1_a"], t["hada_w1_b"]) * tucker(t["hada_t2"], t["hada_w2_a"], t["hada_w2_b"]),
+        lambda t: (
+            tucker(t["hada_t1"], t["hada_w1_a"], t["hada_w1_b"])
+            * tucker(t["hada_t2"], t["hada_w2_a"], t["hada_w2_b"])
+        ),
     ),
-    "LoKr full": (TO_Q, randoms(lokr_w1=(2, 3), lokr_w2=(4, 5)), None, lambda t: kron(t["lokr_w1"], t["lokr_w2"])),
+    "LoKr full": (
+        TO_Q,
+        randoms(lokr_w1=(2, 3), lokr_w2=(4, 5)),
+        None,
+        lambda t: kron(t["lokr_w1"], t["lokr_w2"]),
+    ),
     "LoKr w2 factorised": (
         TO_Q,
         randoms(lokr_w1=(2, 3), lokr_w2_a=(4, 2), lokr_w2_b=(2, 5)),
@@ -200,7 +251,12 @@ KINDS = {
         3,
         lambda t: kron(t["lokr_w1_a"] @ t["lokr_w1_b"], t["lokr_w2_a"] @ t["lokr_w2_b"]),
     ),
-    "LoKr conv": (CONV, randoms(lokr_w1=(2, 3), lokr_w2=(4, 5, 3, 3)), None, lambda t: kron(t["lokr_w1"], t["lokr_w2"])),
+    "LoKr conv": (
+        CONV,
+        randoms(lokr_w1=(2, 3), lokr_w2=(4, 5, 3, 3)),
+        None,
+        lambda t: kron(t["lokr_w1"], t["lokr_w2"]),
+    ),
     "LoKr conv factorised": (
         CONV,
         randoms(lokr_w1=(2, 3), lokr_w2_a=(4, 2), lokr_w2_b=(2, 45)),
@@ -214,8 +270,18 @@ KINDS = {
         lambda t: kron(t["lokr_w1"], tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])),
     ),
     "GLoRA": (TO_Q, randoms(a1=(8, 2), a2=(2, 8), b1=(6, 2), b2=(2, 8)), 2, lambda t: t["b1"] @ t["b2"]),
-    "GLoRA of LyCORIS 1": (TO_Q, randoms(a1=(2, 8), a2=(8, 2), b1=(2, 8), b2=(6, 2)), 2, lambda t: t["b2"] @ t["b1"]),
-    "GLoRA square": (TO_Q, randoms(a1=(8, 2), a2=(2, 8), b1=(8, 2), b2=(2, 8)), 2, lambda t: t["b1"] @ t["b2"]),
+    "GLoRA of LyCORIS 1": (
+        TO_Q,
+        randoms(a1=(2, 8), a2=(8, 2), b1=(2, 8), b2=(6, 2)),
+        2,
+        lambda t: t["b2"] @ t["b1"],
+    ),
+    "GLoRA square": (
+        TO_Q,
+        randoms(a1=(8, 2), a2=(2, 8), b1=(8, 2), b2=(2, 8)),
+        2,
+        lambda t: t["b1"] @ t["b2"],
+    ),
     "full diff": (TO_Q, randoms(diff=(6, 8)), None, lambda t: t["diff"]),
     "full diff conv": (CONV, randoms(diff=(6, 8, 3, 3)), None, lambda t: t["diff"]),
 }
@@ -228,7 +294,11 @@ def test_every_kind_equals_its_formula_in_float64(tmp_path: Path, kind: str, dty
     stem, tensors, rank, formula = KINDS[kind]
     stored = {role: tensor.to(dtype) for role, tensor in tensors.items()}
     alpha = 0.75
-    lora = read_saved(tmp_path, {f"{stem}.{W.get(role, role)}": t for role, t in stored.items()} | {f"{stem}.alpha": torch.tensor(alpha)})
+    lora = read_saved(
+        tmp_path,
+        {f"{stem}.{W.get(role, role)}": t for role, t in stored.items()}
+        | {f"{stem}.alpha": torch.tensor(alpha)},
+    )
     ((layer, info),) = lora.layers.items()
     assert layer == (LAYER_CONV if stem == CONV else LAYER_Q)
     expected = formula({role: t.double() for role, t in stored.items()}) * (alpha / rank if rank else 1.0)
@@ -241,7 +311,11 @@ def test_every_kind_equals_its_formula_in_float64(tmp_path: Path, kind: str, dty
 def test_glora_gives_the_factor_of_the_base_weights(tmp_path: Path) -> None:
     for name, order in (("GLoRA", ("a1", "a2")), ("GLoRA of LyCORIS 1", ("a2", "a1"))):
         stem, t, _, _ = KINDS[name]
-        lora = read_saved(tmp_path, {f"{stem}.{W[role]}": tensor for role, tensor in t.items()} | {f"{stem}.alpha": torch.tensor(1.0)})
+        lora = read_saved(
+            tmp_path,
+            {f"{stem}.{W[role]}": tensor for role, tensor in t.items()}
+            | {f"{stem}.alpha": torch.tensor(1.0)},
+        )
         with lora.open() as reader:
             factor = reader.input_factor(LAYER_Q)
             assert factor is not None
@@ -251,7 +325,9 @@ def test_glora_gives_the_factor_of_the_base_weights(tmp_path: Path) -> None:
 def test_dora_is_its_low_rank_delta_with_its_magnitude_beside_it(tmp_path: Path) -> None:
     rows, columns = torch.rand(8, 1), torch.rand(1, 8)
     other = TO_Q.replace("to_q", "to_k")
-    lora = read_saved(tmp_path, pair() | pair(other) | {f"{TO_Q}.dora_scale": rows, f"{other}.dora_scale": columns})
+    lora = read_saved(
+        tmp_path, pair() | pair(other) | {f"{TO_Q}.dora_scale": rows, f"{other}.dora_scale": columns}
+    )
     assert lora.kinds == {"DoRA": 2}
     with lora.open() as reader:
         assert isinstance(reader(LAYER_Q), LowRank)
@@ -267,7 +343,8 @@ def test_a_fused_magnitude_and_bias_are_cut_with_their_rows(tmp_path: Path) -> N
     stem = "lora_unet_double_blocks_1_img_attn_qkv"
     lora = read_saved(
         tmp_path,
-        pair(stem, rows=12, columns=4) | {f"{stem}.dora_scale": torch.arange(12.0).reshape(12, 1), f"{stem}.diff_b": torch.arange(12.0)},
+        pair(stem, rows=12, columns=4)
+        | {f"{stem}.dora_scale": torch.arange(12.0).reshape(12, 1), f"{stem}.diff_b": torch.arange(12.0)},
     )
     with lora.open() as reader:
         magnitude = reader.magnitude("double_blocks.1.img_attn.qkv:k")
@@ -280,7 +357,13 @@ def test_a_fused_magnitude_and_bias_are_cut_with_their_rows(tmp_path: Path) -> N
 def test_norms_and_biases_are_carried(tmp_path: Path) -> None:
     norm = "lora_unet_input_blocks_4_1_norm"
     lora = read_saved(
-        tmp_path, pair() | {f"{norm}.w_norm": torch.ones(4), f"{norm}.b_norm": torch.zeros(4), f"{CONV}.diff_b": torch.full((6,), 2.0)}
+        tmp_path,
+        pair()
+        | {
+            f"{norm}.w_norm": torch.ones(4),
+            f"{norm}.b_norm": torch.zeros(4),
+            f"{CONV}.diff_b": torch.full((6,), 2.0),
+        },
     )
     assert lora.carried == (LAYER_CONV, "input_blocks.4.1.norm")
     assert list(lora.layers) == [LAYER_Q]
@@ -293,7 +376,10 @@ def test_norms_and_biases_are_carried(tmp_path: Path) -> None:
 
 
 def test_text_encoders_are_counted_and_readable(tmp_path: Path) -> None:
-    one, two = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "lora_te2_text_model_encoder_layers_3_mlp_fc1"
+    one, two = (
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_te2_text_model_encoder_layers_3_mlp_fc1",
+    )
     lora = read_saved(tmp_path, pair() | pair(one) | pair(two) | pair(two.replace("fc1", "fc2")))
     assert lora.text_encoder_layers == {"te1": 1, "te2": 2}
     assert list(lora.layers) == [LAYER_Q]
@@ -304,12 +390,22 @@ def test_text_encoders_are_counted_and_readable(tmp_path: Path) -> None:
 def test_peft_settings_in_the_header_give_the_scale(tmp_path: Path) -> None:
     up, down = ".lora_B.weight", ".lora_A.weight"
     a, b = "unet.mid_block.attentions.0.proj_in", "unet.mid_block.attentions.0.proj_out"
-    tensors = {a + up: torch.ones(4, 4), a + down: torch.ones(4, 4), b + up: torch.ones(4, 4), b + down: torch.ones(4, 4)}
+    tensors = {
+        a + up: torch.ones(4, 4),
+        a + down: torch.ones(4, 4),
+        b + up: torch.ones(4, 4),
+        b + down: torch.ones(4, 4),
+    }
     settings = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"proj_out": 2}}
     lora = read_saved(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(settings)})
-    assert {name: info.scale for name, info in lora.layers.items()} == {"middle_block.1.proj_in": 2.0, "middle_block.1.proj_out": 0.5}
+    assert {name: info.scale for name, info in lora.layers.items()} == {
+        "middle_block.1.proj_in": 2.0,
+        "middle_block.1.proj_out": 0.5,
+    }
     assert lora.scale_from_metadata
-    rs = read_saved(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(settings | {"unet.use_rslora": True})})
+    rs = read_saved(
+        tmp_path, tensors, {"lora_adapter_metadata": json.dumps(settings | {"unet.use_rslora": True})}
+    )
     assert {info.scale for info in rs.layers.values()} == {4.0, 1.0}
     assert {info.scale for info in read_saved(tmp_path, tensors).layers.values()} == {1.0}
     broken = read_saved(tmp_path, tensors, {"lora_adapter_metadata": "{"})
@@ -339,17 +435,34 @@ def test_many_threads_read_one_file(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(rank=st.integers(1, 6), width=st.integers(1, 7), zeros=st.sets(st.integers(0, 5)), alpha=st.floats(0.1, 100))
+@given(
+    rank=st.integers(1, 6),
+    width=st.integers(1, 7),
+    zeros=st.sets(st.integers(0, 5)),
+    alpha=st.floats(0.1, 100),
+)
 def test_pieces_stacked_make_the_fused_delta(
     tmp_path_factory: pytest.TempPathFactory, rank: int, width: int, zeros: set[int], alpha: float
 ) -> None:
     stem, generator = "lora_unet_single_blocks_1_linear1", torch.Generator().manual_seed(rank)
-    up, down = torch.randn(5 * width, rank, generator=generator), torch.randn(rank, width, generator=generator)
+    up, down = (
+        torch.randn(5 * width, rank, generator=generator),
+        torch.randn(rank, width, generator=generator),
+    )
     up[width : 2 * width, [c for c in zeros if c < rank]] = 0
-    tensors = {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down, f"{stem}.alpha": torch.tensor(alpha)}
+    tensors = {
+        f"{stem}.lora_up.weight": up,
+        f"{stem}.lora_down.weight": down,
+        f"{stem}.alpha": torch.tensor(alpha),
+    }
     lora = read_saved(tmp_path_factory.mktemp("fused"), tensors)
     pieces = deltas_of(lora)
-    whole = torch.cat([pieces.get(f"single_blocks.1.linear1:{p}", torch.zeros(width, width)) for p in ("q", "k", "v", "mlp")])
+    whole = torch.cat(
+        [
+            pieces.get(f"single_blocks.1.linear1:{p}", torch.zeros(width, width))
+            for p in ("q", "k", "v", "mlp")
+        ]
+    )
     torch.testing.assert_close(whole, up @ down * (alpha / rank), rtol=1e-4, atol=1e-4)
     left = rank - len([c for c in zeros if c < rank])
     info = lora.layers.get("single_blocks.1.linear1:k")

@@ -57,7 +57,10 @@ TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
         "8 rows",
     ),
     "NaN": ({UP: torch.full((8, 2), float("nan")), DOWN: torch.ones(2, 8)}, f'"{UP}" of'),
-    "infinite": ({UP: torch.ones(8, 2), DOWN: torch.tensor([[float("inf")] * 8, [-float("inf")] * 8])}, f'"{DOWN}" of'),
+    "infinite": (
+        {UP: torch.ones(8, 2), DOWN: torch.tensor([[float("inf")] * 8, [-float("inf")] * 8])},
+        f'"{DOWN}" of',
+    ),
     "alpha NaN": (GOOD | {f"{STEM}.alpha": torch.tensor(float("nan"))}, f'"{STEM}.alpha"'),
     "alpha a vector": (GOOD | {f"{STEM}.alpha": torch.ones(3)}, f'"{STEM}.alpha"'),
     "integers": ({UP: torch.ones(8, 2, dtype=torch.int8), DOWN: torch.ones(2, 8)}, "int8"),
@@ -78,27 +81,48 @@ TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
         "text encoders only",
     ),
     "norms only": (
-        {"lora_unet_middle_block_1_norm.w_norm": torch.ones(8), "lora_unet_middle_block_1_norm.b_norm": torch.ones(8)},
+        {
+            "lora_unet_middle_block_1_norm.w_norm": torch.ones(8),
+            "lora_unet_middle_block_1_norm.b_norm": torch.ones(8),
+        },
         "no weight differences",
     ),
     "no tensors": ({}, "no tensors"),
     "SD 1.5": (
-        {f"lora_unet_down_blocks_0_attentions_0_proj_in.lora_{x}.weight": torch.ones(2, 2) for x in ("up", "down")},
+        {
+            f"lora_unet_down_blocks_0_attentions_0_proj_in.lora_{x}.weight": torch.ones(2, 2)
+            for x in ("up", "down")
+        },
         "Stable Diffusion 1.x",
     ),
     "SD 1.5 beside layers that SDXL has too": (
         GOOD | {"lora_unet_up_blocks_3_attentions_0_proj_in.alpha": torch.ones(())},
         "Stable Diffusion 1.x",
     ),
-    "SD 3": ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": torch.ones(2, 2)}, "Stable Diffusion 3"),
-    "SD 3.5 by SimpleTuner": ({"lycoris_transformer_blocks_3_attn2_to_q.lokr_w1": torch.ones(2, 2)}, "Stable Diffusion 3"),
-    "FLUX.2": ({"transformer.single_transformer_blocks.40.attn.to_out.lora_A.weight": torch.ones(2, 2)}, "FLUX.2"),
+    "SD 3": (
+        {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": torch.ones(2, 2)},
+        "Stable Diffusion 3",
+    ),
+    "SD 3.5 by SimpleTuner": (
+        {"lycoris_transformer_blocks_3_attn2_to_q.lokr_w1": torch.ones(2, 2)},
+        "Stable Diffusion 3",
+    ),
+    "FLUX.2": (
+        {"transformer.single_transformer_blocks.40.attn.to_out.lora_A.weight": torch.ones(2, 2)},
+        "FLUX.2",
+    ),
     "Wan": ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 2)}, "Wan"),
     "Qwen-Image": ({"transformer_blocks.0.img_mlp.net.2.lora_A.weight": torch.ones(2, 2)}, "Qwen-Image"),
-    "HunyuanVideo": ({"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": torch.ones(2, 2)}, "HunyuanVideo"),
+    "HunyuanVideo": (
+        {"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": torch.ones(2, 2)},
+        "HunyuanVideo",
+    ),
     "Z-Image": ({"diffusion_model.layers.0.attention.to_q.lora_A.weight": torch.ones(2, 2)}, "Z-Image"),
     "a checkpoint": (
-        {"model.diffusion_model.out.2.weight": torch.ones(2, 2), "first_stage_model.quant_conv.weight": torch.ones(2)},
+        {
+            "model.diffusion_model.out.2.weight": torch.ones(2, 2),
+            "first_stage_model.quant_conv.weight": torch.ones(2),
+        },
         "a whole checkpoint",
     ),
     "an embedding": ({"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 8)}, "embedding"),
@@ -139,7 +163,9 @@ def test_faults_in_the_file(tmp_path: Path, fault: str) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(place=st.integers(0, HEADER + 7), value=st.integers(0, 255))
-def test_one_wrong_byte_in_the_header_never_gives_a_traceback(tmp_path_factory: pytest.TempPathFactory, place: int, value: int) -> None:
+def test_one_wrong_byte_in_the_header_never_gives_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, place: int, value: int
+) -> None:
     path = tmp_path_factory.getbasetemp() / "flipped.safetensors"
     path.write_bytes(BYTES[:place] + bytes([value]) + BYTES[place + 1 :])
     try:
@@ -175,7 +201,10 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     assert not Path("this-must-not-be-made").exists()
 
 
-@pytest.mark.parametrize(("content", "names"), [(b"", "is empty"), (b"hello" * 20, "odd.bin"), (b"PK\x03\x04" + bytes(60), "odd.bin")])
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [(b"", "is empty"), (b"hello" * 20, "odd.bin"), (b"PK\x03\x04" + bytes(60), "odd.bin")],
+)
 def test_broken_pickled_files(tmp_path: Path, content: bytes, names: str) -> None:
     (tmp_path / "odd.bin").write_bytes(content)
     assert names in sentence(tmp_path / "odd.bin")

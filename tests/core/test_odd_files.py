@@ -55,7 +55,9 @@ def soon() -> Iterator[None]:
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(content=odd_files())
-def test_an_odd_file_is_read_or_refused_in_a_sentence(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_an_odd_file_is_read_or_refused_in_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "odd.safetensors"
     path.write_bytes(content)
     try:
@@ -129,7 +131,10 @@ def test_odd_tensors_are_refused(tmp_path: Path, fault: str) -> None:
     assert names in said(saved(tmp_path / "odd.safetensors", tensors))
 
 
-@pytest.mark.parametrize("pattern", [{"(a+)+$": 1}, {"(": 1}, ["proj_in"], {"proj_in": "high"}, {"proj_in": None}, {"proj_in": 1e300}])
+@pytest.mark.parametrize(
+    "pattern",
+    [{"(a+)+$": 1}, {"(": 1}, ["proj_in"], {"proj_in": "high"}, {"proj_in": None}, {"proj_in": 1e300}],
+)
 def test_the_headers_alphas_are_names_and_numbers(tmp_path: Path, pattern: object) -> None:
     """PEFT takes them for regular expressions, which can run for ever."""
     stem = "unet.mid_block.attentions.0.proj_in"
@@ -138,11 +143,23 @@ def test_the_headers_alphas_are_names_and_numbers(tmp_path: Path, pattern: objec
     assert "alpha" in said(saved(tmp_path / "odd.safetensors", tensors, metadata))
 
 
-@pytest.mark.parametrize("pattern", ["proj_in", "mid_block.attentions.0.proj_in", "^mid_block.attentions.0.proj_in$", r"attentions\.0\.proj_in"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "proj_in",
+        "mid_block.attentions.0.proj_in",
+        "^mid_block.attentions.0.proj_in$",
+        r"attentions\.0\.proj_in",
+    ],
+)
 def test_the_headers_alphas_hold_for_the_modules_they_name(tmp_path: Path, pattern: str) -> None:
     stem = "unet.mid_block.attentions.0.proj_in"
     tensors = {f"{stem}.lora_A.weight": torch.ones(2, 8), f"{stem}.lora_B.weight": torch.ones(8, 2)}
-    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 6, "in": 1}})}
+    metadata = {
+        "lora_adapter_metadata": json.dumps(
+            {"unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 6, "in": 1}}
+        )
+    }
     assert read_lora(saved(tmp_path / "good.safetensors", tensors, metadata)).layers[LAYER].scale == 3
 
 
@@ -150,14 +167,21 @@ def test_a_hundred_thousand_keys_are_soon_read(tmp_path: Path) -> None:
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     keys = {f"lora_unet_input_blocks_{i}_of_{i}.lora_up.weight": entry for i in range(100_000)}
     assert "odd.safetensors" in said(with_header(tmp_path / "odd.safetensors", keys))
-    known = {UP: {"dtype": "F32", "shape": [8, 2], "data_offsets": [0, 64]}, DOWN: {"dtype": "F32", "shape": [2, 8], "data_offsets": [64, 128]}}
+    known = {
+        UP: {"dtype": "F32", "shape": [8, 2], "data_offsets": [0, 64]},
+        DOWN: {"dtype": "F32", "shape": [2, 8], "data_offsets": [64, 128]},
+    }
     with soon():
-        lora = read_lora(with_header(tmp_path / "many.safetensors", {**known, **keys}, struct.pack("<32f", *[1.0] * 32)))
+        lora = read_lora(
+            with_header(tmp_path / "many.safetensors", {**known, **keys}, struct.pack("<32f", *[1.0] * 32))
+        )
     assert len(lora.unknown_keys) == 100_000
 
 
 def test_a_norm_that_a_full_difference_changes(tmp_path: Path) -> None:
-    lora = read_lora(saved(tmp_path / "good.safetensors", {**GOOD, "lora_unet_middle_block_1_norm.diff": torch.ones(8)}))
+    lora = read_lora(
+        saved(tmp_path / "good.safetensors", {**GOOD, "lora_unet_middle_block_1_norm.diff": torch.ones(8)})
+    )
     with lora.open() as reader:
         change = reader.norm("middle_block.1.norm")
     assert change.weight is not None
@@ -173,7 +197,11 @@ def test_a_rank_larger_than_the_matrix_counts_in_k_up_to_all_entries(tmp_path: P
 
 
 def test_denormal_numbers_are_numbers(tmp_path: Path) -> None:
-    lora = read_lora(saved(tmp_path / "small.safetensors", {UP: torch.full((8, 2), 1e-44), DOWN: torch.full((2, 8), 1e-44)}))
+    lora = read_lora(
+        saved(
+            tmp_path / "small.safetensors", {UP: torch.full((8, 2), 1e-44), DOWN: torch.full((2, 8), 1e-44)}
+        )
+    )
     assert profile_file(lora)[LAYER].abs_sum == pytest.approx(64 * 2 * float(torch.tensor(1e-44)) ** 2)
 
 
@@ -187,7 +215,10 @@ NOTHING = {
 @pytest.mark.parametrize("why", NOTHING)
 def test_gamma_of_a_lora_that_changes_nothing_is_refused(tmp_path: Path, why: str, of: str) -> None:
     """γ of eq. (9) would be 0, infinite or 0/0."""
-    nothing, good = saved(tmp_path / "nothing.safetensors", NOTHING[why]), saved(tmp_path / "good.safetensors", GOOD)
+    nothing, good = (
+        saved(tmp_path / "nothing.safetensors", NOTHING[why]),
+        saved(tmp_path / "good.safetensors", GOOD),
+    )
     subject, style = (nothing if of in (role, "both") else good for role in ("subject", "style"))
     with pytest.raises(PairError, match=r"nothing\.safetensors. changes nothing"):
         analyze(subject, style, Settings(), steps=4)
@@ -203,23 +234,38 @@ def test_a_layer_that_neither_changes_stays_with_the_subject(tmp_path: Path) -> 
 
 def test_magnitudes_too_far_apart_to_be_balanced_are_refused(tmp_path: Path) -> None:
     def product(value: float) -> dict[str, Tensor]:
-        return {f"{STEM}.hada_w{n}_{x}": torch.full((8, 8), value) for n in "12" for x in "ab"} | {f"{STEM}.alpha": torch.tensor(value)}
+        return {f"{STEM}.hada_w{n}_{x}": torch.full((8, 8), value) for n in "12" for x in "ab"} | {
+            f"{STEM}.alpha": torch.tensor(value)
+        }
 
-    large, small = saved(tmp_path / "large.safetensors", product(1e30)), saved(tmp_path / "small.safetensors", product(1e-44))
+    large, small = (
+        saved(tmp_path / "large.safetensors", product(1e30)),
+        saved(tmp_path / "small.safetensors", product(1e-44)),
+    )
     for pair in ((large, small), (small, large)):
         with pytest.raises(PairError, match="differ so much in magnitude"):
             analyze(*pair, Settings(), steps=4)
 
 
-DTYPES = [name for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2") if hasattr(torch, name)]
+DTYPES = [
+    name
+    for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+    if hasattr(torch, name)
+]
 
 
 @pytest.mark.parametrize("down", DTYPES)
 @pytest.mark.parametrize("up", DTYPES)
-def test_factors_of_any_two_types_of_numbers_are_raised_to_float32_first(tmp_path: Path, up: str, down: str) -> None:
+def test_factors_of_any_two_types_of_numbers_are_raised_to_float32_first(
+    tmp_path: Path, up: str, down: str
+) -> None:
     torch.manual_seed(0)
     factors = {UP: torch.randn(8, 2).to(getattr(torch, up)), DOWN: torch.randn(2, 8).to(getattr(torch, down))}
-    lora = read_lora(saved(tmp_path / "mixed.safetensors", {**factors, f"{STEM}.alpha": torch.tensor(2, dtype=torch.float16)}))
+    lora = read_lora(
+        saved(
+            tmp_path / "mixed.safetensors", {**factors, f"{STEM}.alpha": torch.tensor(2, dtype=torch.float16)}
+        )
+    )
     with lora.open() as reader:
         assert torch.equal(dense(reader(LAYER)), factors[UP].float() @ factors[DOWN].float())
 
@@ -251,7 +297,9 @@ def test_pickled_tensors_that_are_not_stored_as_plain_numbers_are_refused(tmp_pa
 
 
 def test_a_pickled_file_that_trains_on_is_read(tmp_path: Path) -> None:
-    torch.save({"state_dict": {key: torch.nn.Parameter(value) for key, value in GOOD.items()}}, tmp_path / "good.pt")
+    torch.save(
+        {"state_dict": {key: torch.nn.Parameter(value) for key, value in GOOD.items()}}, tmp_path / "good.pt"
+    )
     ask_for_everything(tmp_path / "good.pt")
 
 
@@ -292,11 +340,20 @@ def test_links_in_circles_pipes_and_devices_are_no_files(tmp_path: Path) -> None
 
 
 def test_a_rewritten_file_holds_no_numbers_that_no_lora_has(tmp_path: Path) -> None:
-    path = saved(tmp_path / "odd.safetensors", {**GOOD, UP.replace("lora_up.weight", "diff_b"): torch.ones(8, dtype=torch.complex64)})
+    path = saved(
+        tmp_path / "odd.safetensors",
+        {**GOOD, UP.replace("lora_up.weight", "diff_b"): torch.ones(8, dtype=torch.complex64)},
+    )
     assert 'of "odd.safetensors" holds complex64 numbers' in said(path)
 
 
 def test_a_magnitude_that_is_one_number_is_rewritten(tmp_path: Path) -> None:
     layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    ends = {"lora_A.weight": torch.ones(2, 8), "lora_B.weight": torch.ones(8, 2), "lora_magnitude_vector": torch.tensor(3.0)}
-    ask_for_everything(saved(tmp_path / "odd.safetensors", {f"{layer}.{end}": tensor for end, tensor in ends.items()}))
+    ends = {
+        "lora_A.weight": torch.ones(2, 8),
+        "lora_B.weight": torch.ones(8, 2),
+        "lora_magnitude_vector": torch.tensor(3.0),
+    }
+    ask_for_everything(
+        saved(tmp_path / "odd.safetensors", {f"{layer}.{end}": tensor for end, tensor in ends.items()})
+    )

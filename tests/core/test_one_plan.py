@@ -21,8 +21,13 @@ def plans(subject, style):
 
 def test_sdxl_dialects(tmp_path):
     dialect_names = list(dialects.SDXL_DIALECTS)
-    style = read_lora(dialects.write_sdxl(tmp_path / "style.safetensors", "kohya", dialects.sdxl_factors(seed=1)))
-    files = [read_lora(dialects.write_sdxl(tmp_path / f"{i}.safetensors", name, dialects.sdxl_factors())) for i, name in enumerate(dialect_names)]
+    style = read_lora(
+        dialects.write_sdxl(tmp_path / "style.safetensors", "kohya", dialects.sdxl_factors(seed=1))
+    )
+    files = [
+        read_lora(dialects.write_sdxl(tmp_path / f"{i}.safetensors", name, dialects.sdxl_factors()))
+        for i, name in enumerate(dialect_names)
+    ]
     expected = plans(files[0], style)
     assert all(plans(lora, style) == expected for lora in files[1:])
     switches = [layer["switches"] for layer in expected[0]["layers"]]
@@ -32,9 +37,19 @@ def test_sdxl_dialects(tmp_path):
 def test_flux_dialects_fused_and_split(tmp_path):
     modules = [*dialects.FLUX_BLOCKS, *dialects.FLUX_ENDS]
     factors = dialects.flux_factors(modules)
-    style = read_lora(dialects.write_flux_split(tmp_path / "style.safetensors", "diffusers PEFT", modules, dialects.flux_factors(modules, seed=1)))
-    fused = [dialects.write_flux_fused(tmp_path / f"f{i}.safetensors", name, modules, factors) for i, name in enumerate(dialects.FLUX_FUSED_DIALECTS)]
-    split = [dialects.write_flux_split(tmp_path / f"s{i}.safetensors", name, modules, factors) for i, name in enumerate(dialects.FLUX_SPLIT_DIALECTS)]
+    style = read_lora(
+        dialects.write_flux_split(
+            tmp_path / "style.safetensors", "diffusers PEFT", modules, dialects.flux_factors(modules, seed=1)
+        )
+    )
+    fused = [
+        dialects.write_flux_fused(tmp_path / f"f{i}.safetensors", name, modules, factors)
+        for i, name in enumerate(dialects.FLUX_FUSED_DIALECTS)
+    ]
+    split = [
+        dialects.write_flux_split(tmp_path / f"s{i}.safetensors", name, modules, factors)
+        for i, name in enumerate(dialects.FLUX_SPLIT_DIALECTS)
+    ]
     found = [plans(read_lora(path), style) for path in [*fused, *split]]
     assert all(plan == found[0] for plan in found[1:])
 
@@ -53,7 +68,10 @@ def test_a_pair_saved_by_peft_and_lycoris_scores_as_in_float64(tmp_path, kind, m
     style, weights = lycoris_file(tmp_path / "style.safetensors", modules, LYCORIS[kind])
     style_deltas = {layer: used.double() - original.double() for layer, (original, used) in weights.items()}
     scores = score_pair(read_lora(tmp_path / "adapter_model.safetensors"), style)
-    sums = [sum(float(delta.detach().double().abs().sum()) for delta in deltas.values()) for deltas in (subject_deltas, style_deltas)]
+    sums = [
+        sum(float(delta.detach().double().abs().sum()) for delta in deltas.values())
+        for deltas in (subject_deltas, style_deltas)
+    ]
     assert scores.gamma == pytest.approx(sums[0] / sums[1], rel=1e-5)
     for layer in scores.layers:
         rank = layer.rank_subject if layer.rank_style is None else layer.rank_style
@@ -70,4 +88,6 @@ def test_a_dora_is_scored_before_its_magnitude(tmp_path):
     with torch.no_grad():
         for layer in score_pair(lora, lora).layers:
             name = next(name for name, (_, canonical) in SDXL.items() if canonical == layer.name)
-            assert layer.subject_score == pytest.approx(top_sum(tuned[name].get_delta_weight("default"), 16), rel=1e-5)
+            assert layer.subject_score == pytest.approx(
+                top_sum(tuned[name].get_delta_weight("default"), 16), rel=1e-5
+            )

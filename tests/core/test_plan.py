@@ -49,7 +49,9 @@ def test_rescaling_one_lora_changes_no_choice(scores, count, exponent):
     """γ follows the magnitudes, so only the balance between layers counts. A power of two keeps the floats exact."""
     c = 2.0**exponent
     plan = make_plan(pair(*scores, gamma=1.5), steps=count, schedule=S)
-    scaled = make_plan(pair(*((subject * c, style) for subject, style in scores), gamma=1.5 * c), steps=count, schedule=S)
+    scaled = make_plan(
+        pair(*((subject * c, style) for subject, style in scores), gamma=1.5 * c), steps=count, schedule=S
+    )
     assert (plan.selection == scaled.selection).all()
 
 
@@ -57,7 +59,9 @@ def test_rescaling_one_lora_changes_no_choice(scores, count, exponent):
 def test_swapping_the_roles_mirrors_the_choice_but_for_ties(scores):
     one = Schedule("s", 0.0, 1.0)
     plan = make_plan(pair(*scores), steps=3, schedule=one).selection
-    mirrored = make_plan(pair(*((style, subject) for subject, style in scores)), steps=3, schedule=one).selection
+    mirrored = make_plan(
+        pair(*((style, subject) for subject, style in scores)), steps=3, schedule=one
+    ).selection
     ties = np.array([subject == style for subject, style in scores])
     assert (plan[:, ~ties] == 1 - mirrored[:, ~ties]).all()
     assert (plan[:, ties] == Choice.SUBJECT).all()
@@ -93,11 +97,15 @@ def test_the_ablations_and_baselines():
 
 def test_random_depends_on_the_seed_alone_and_draws_a_third_for_the_subject():
     scores = pair(*[(1, 1)] * 200)
-    one, again, other = (make_plan(scores, steps=50, schedule=S, selector="Random", seed=seed).selection for seed in (7, 7, 8))
+    one, again, other = (
+        make_plan(scores, steps=50, schedule=S, selector="Random", seed=seed).selection for seed in (7, 7, 8)
+    )
     assert (one == again).all()
     assert (one != other).any()
     assert one.mean() == pytest.approx(1 / 3, abs=0.02)
-    assert one[0, :8].tolist() == [1, 0, 0, 0, 0, 0, 0, 1], "the stream of a seed is part of the infotext's promise"
+    assert one[0, :8].tolist() == [1, 0, 0, 0, 0, 0, 0, 1], (
+        "the stream of a seed is part of the infotext's promise"
+    )
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -118,13 +126,23 @@ def test_json_has_the_promised_fields_and_agrees_with_the_plan(selector):
 
 
 def test_blocks_are_named_and_ordered_as_the_network_runs():
-    names = ["output_blocks.0.1.x", "input_blocks.10.0.x", "input_blocks.4.1.x", "middle_block.1.x", "time_embed.0"]
+    names = [
+        "output_blocks.0.1.x",
+        "input_blocks.10.0.x",
+        "input_blocks.4.1.x",
+        "middle_block.1.x",
+        "time_embed.0",
+    ]
     assert sorted(names, key=forward_order) == [names[i] for i in (4, 2, 1, 3, 0)]
     assert [block_of(n) for n in names] == ["up 0", "down 10", "down 4", "mid", "time"]
     assert block_of("single_blocks.37.linear1:mlp") == "single 37"
 
 
 def test_a_norm_follows_its_nearest_layer():
-    layers = ["input_blocks.4.1.transformer_blocks.0.attn1.to_q", "input_blocks.4.1.transformer_blocks.1.attn1.to_q", "output_blocks.0.0.in_layers.2"]
+    layers = [
+        "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+        "input_blocks.4.1.transformer_blocks.1.attn1.to_q",
+        "output_blocks.0.0.in_layers.2",
+    ]
     assert leader_of("input_blocks.4.1.transformer_blocks.1.norm1", layers) == layers[1]
     assert leader_of("output_blocks.0.0.in_layers.0", layers) == layers[2]

@@ -43,7 +43,9 @@ def rewritten(path: Path) -> Path:
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    return one.dtype == other.dtype and torch.equal(
+        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize("dialect", [*dialects.SDXL_DIALECTS, *dialects.SDXL_ATTENTION_DIALECTS])
@@ -51,7 +53,9 @@ def test_sdxl_becomes_kohya_with_sgm_names(tmp_path: Path, dialect: str) -> None
     factors = dialects.sdxl_factors(attention_only=dialect in dialects.SDXL_ATTENTION_DIALECTS)
     new = load_file(rewritten(dialects.write_sdxl(tmp_path / "old.safetensors", dialect, factors)))
     kohya = load_file(dialects.write_sdxl(tmp_path / "kohya.safetensors", "kohya", factors))
-    assert {key for key in kohya if not key.endswith(".alpha")} == {key for key in new if not key.endswith(".alpha")}
+    assert {key for key in kohya if not key.endswith(".alpha")} == {
+        key for key in new if not key.endswith(".alpha")
+    }
     assert all(same_bytes(new[key], kohya[key]) for key in kohya if key.endswith("lora_down.weight"))
 
 
@@ -61,21 +65,33 @@ MODULES = [*dialects.FLUX_BLOCKS, *dialects.FLUX_ENDS]
 @pytest.mark.parametrize("dialect", dialects.FLUX_FUSED_DIALECTS)
 def test_fused_flux_becomes_kohya(tmp_path: Path, dialect: str) -> None:
     factors = dialects.flux_factors(MODULES)
-    new = load_file(rewritten(dialects.write_flux_fused(tmp_path / "old.safetensors", dialect, MODULES, factors)))
+    new = load_file(
+        rewritten(dialects.write_flux_fused(tmp_path / "old.safetensors", dialect, MODULES, factors))
+    )
     kohya = load_file(dialects.write_flux_fused(tmp_path / "kohya.safetensors", "kohya", MODULES, factors))
-    assert {key for key in kohya if not key.endswith(".alpha")} == {key for key in new if not key.endswith(".alpha")}
+    assert {key for key in kohya if not key.endswith(".alpha")} == {
+        key for key in new if not key.endswith(".alpha")
+    }
 
 
 @pytest.mark.parametrize("dialect", dialects.FLUX_SPLIT_DIALECTS)
 def test_split_flux_becomes_diffusers(tmp_path: Path, dialect: str) -> None:
     factors = dialects.flux_factors(MODULES)
-    new = load_file(rewritten(dialects.write_flux_split(tmp_path / "old.safetensors", dialect, MODULES, factors)))
-    split = load_file(dialects.write_flux_split(tmp_path / "split.safetensors", "diffusers PEFT", MODULES, factors))
+    new = load_file(
+        rewritten(dialects.write_flux_split(tmp_path / "old.safetensors", dialect, MODULES, factors))
+    )
+    split = load_file(
+        dialects.write_flux_split(tmp_path / "split.safetensors", "diffusers PEFT", MODULES, factors)
+    )
     assert set(split) == {key for key in new if not key.endswith(".alpha")}
 
 
 def test_xlabs_becomes_fused_and_split(tmp_path: Path) -> None:
-    new = load_file(rewritten(dialects.write_xlabs(tmp_path / "old.safetensors", dialects.flux_factors(dialects.FLUX_BLOCKS))))
+    new = load_file(
+        rewritten(
+            dialects.write_xlabs(tmp_path / "old.safetensors", dialects.flux_factors(dialects.FLUX_BLOCKS))
+        )
+    )
     assert "lora_unet_double_blocks_18_txt_attn_qkv.lora_up.weight" in new
     assert "transformer.single_transformer_blocks.37.attn.to_v.lora_B.weight" in new
     assert not [key for key in new if "processor" in key or "proj_mlp" in key]
@@ -94,14 +110,22 @@ ROLES = {
     "LoKr": {"lokr_w1": torch.randn(2, 2), "lokr_w2_a": torch.randn(4, 2), "lokr_w2_b": torch.randn(2, 4)},
     "GLoRA": {f"{role}.weight": torch.randn(4, 4) for role in ("a1", "a2", "b1", "b2")},
     "full": {"diff": torch.randn(4, 4), "diff_b": torch.randn(4)},
-    "DoRA": {"lora_up.weight": torch.randn(4, 2), "lora_down.weight": torch.randn(2, 4), "dora_scale": torch.rand(1, 4)},
+    "DoRA": {
+        "lora_up.weight": torch.randn(4, 2),
+        "lora_down.weight": torch.randn(2, 4),
+        "dora_scale": torch.rand(1, 4),
+    },
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
+)
 @pytest.mark.parametrize("kind", ROLES)
 def test_every_role_is_copied_bit_for_bit(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
-    roles = {role: tensor.to(dtype) for role, tensor in ROLES[kind].items()} | {"alpha": torch.tensor(2.0, dtype=torch.bfloat16)}
+    roles = {role: tensor.to(dtype) for role, tensor in ROLES[kind].items()} | {
+        "alpha": torch.tensor(2.0, dtype=torch.bfloat16)
+    }
     old = {f"lycoris_mid_block_attentions_0_proj_in.{role}": tensor for role, tensor in roles.items()}
     save_file(old, tmp_path / "old.safetensors")
     new = load_file(rewritten(tmp_path / "old.safetensors"))
@@ -119,9 +143,18 @@ def test_all_else_goes_along(tmp_path: Path) -> None:
         "text_encoder_2.text_model.encoder.layers.31.mlp.fc2": "lora_te2_text_model_encoder_layers_31_mlp_fc2",
     }
     old = {f"{stem}.{role}": tensor.clone() for stem in stems for role, tensor in peft.items()}
-    old |= {"unet.mid_block.attentions.0.norm.w_norm": torch.ones(4), "unet.mid_block.attentions.0.norm.b_norm": torch.ones(4)}
-    old |= {"unet.conv_in.diff_b": torch.ones(4), "bundle_emb.cat.clip_l": torch.ones(1, 4), "unet.nowhere.alpha": torch.ones(())}
-    save_file(old, tmp_path / "old.safetensors", {"ss_tag_frequency": '{"kätzchen": 3}', "modelspec.title": "x"})
+    old |= {
+        "unet.mid_block.attentions.0.norm.w_norm": torch.ones(4),
+        "unet.mid_block.attentions.0.norm.b_norm": torch.ones(4),
+    }
+    old |= {
+        "unet.conv_in.diff_b": torch.ones(4),
+        "bundle_emb.cat.clip_l": torch.ones(1, 4),
+        "unet.nowhere.alpha": torch.ones(()),
+    }
+    save_file(
+        old, tmp_path / "old.safetensors", {"ss_tag_frequency": '{"kätzchen": 3}', "modelspec.title": "x"}
+    )
     out = rewritten(tmp_path / "old.safetensors")
     new = {f"{stem}.lora_{role}.weight" for stem in stems.values() for role in ("up", "down")}
     new |= {"lora_unet_middle_block_1_norm.w_norm", "lora_unet_middle_block_1_norm.b_norm"}
@@ -135,13 +168,23 @@ def test_flux_text_encoders(tmp_path: Path) -> None:
     for stem in ("transformer.proj_out", "text_encoder_2.encoder.block.1.layer.0.SelfAttention.q"):
         old |= {f"{stem}.lora_B.weight": torch.randn(4, 2), f"{stem}.lora_A.weight": torch.randn(2, 4)}
     save_file(old, tmp_path / "old.safetensors")
-    assert "lora_te3_encoder_block_1_layer_0_SelfAttention_q.lora_up.weight" in load_file(rewritten(tmp_path / "old.safetensors"))
+    assert "lora_te3_encoder_block_1_layer_0_SelfAttention_q.lora_up.weight" in load_file(
+        rewritten(tmp_path / "old.safetensors")
+    )
 
 
 def test_a_scale_that_only_the_header_has_becomes_alpha(tmp_path: Path) -> None:
     stem = "unet.mid_block.attentions.0.proj_in"
-    old = {f"{stem}.lora_B.weight": torch.ones(4, 2), f"{stem}.lora_A.weight": torch.ones(2, 4), f"{stem}.lora_B.bias": torch.ones(4)}
-    save_file(old, tmp_path / "old.safetensors", {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 8})})
+    old = {
+        f"{stem}.lora_B.weight": torch.ones(4, 2),
+        f"{stem}.lora_A.weight": torch.ones(2, 4),
+        f"{stem}.lora_B.bias": torch.ones(4),
+    }
+    save_file(
+        old,
+        tmp_path / "old.safetensors",
+        {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 8})},
+    )
     new = load_file(rewritten(tmp_path / "old.safetensors"))
     assert new[f"{STEM}.alpha"].item() == 8
     assert new[f"{STEM}.diff_b"].tolist() == [4] * 4
@@ -169,7 +212,10 @@ def test_peft_magnitude_becomes_dora_scale_of_rows(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_cut_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     stem = "transformer.single_transformer_blocks.1.attn.to_qkv"
-    save_file({f"{stem}.lokr_w1": torch.ones(3, 1), f"{stem}.lokr_w2": torch.ones(4, 4)}, tmp_path / "old.safetensors")
+    save_file(
+        {f"{stem}.lokr_w1": torch.ones(3, 1), f"{stem}.lokr_w2": torch.ones(4, 4)},
+        tmp_path / "old.safetensors",
+    )
     with pytest.raises(LoraFileError, match=r"old\.safetensors"):
         rewrite(read_lora(tmp_path / "old.safetensors"), tmp_path / "out" / "new.safetensors")
     assert not (tmp_path / "out").exists()
@@ -188,5 +234,8 @@ def test_a_failing_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_pickled_files_become_safetensors(tmp_path: Path) -> None:
-    torch.save({f"{STEM}.lora_up.weight": torch.randn(4, 2), f"{STEM}.lora_down.weight": torch.randn(2, 4)}, tmp_path / "old.pt")
+    torch.save(
+        {f"{STEM}.lora_up.weight": torch.randn(4, 2), f"{STEM}.lora_down.weight": torch.randn(2, 4)},
+        tmp_path / "old.pt",
+    )
     rewritten(tmp_path / "old.pt")

@@ -28,7 +28,9 @@ def known(layers=5, seed=0, extra=3):
         )
         for i in range(layers)
     }
-    return FileProfile(profiles, {("double_blocks.1.img_attn.qkv:q", k): float(k) for k in range(1, extra + 1)})
+    return FileProfile(
+        profiles, {("double_blocks.1.img_attn.qkv:q", k): float(k) for k in range(1, extra + 1)}
+    )
 
 
 def same(a, b):
@@ -117,7 +119,9 @@ def test_a_file_is_hashed_once_by_all_processes(cache, tmp_path, monkeypatch):
     assert ScoreCache(cache.folder).content(lora) == content
 
 
-@pytest.mark.parametrize("note", [b"", b"{", b"[]", b"3", b"null", b'{"state": 1}', b'{"content": "e"}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "note", [b"", b"{", b"[]", b"3", b"null", b'{"state": 1}', b'{"content": "e"}', b"\xff\xfe"]
+)
 def test_a_damaged_note_means_hashing_again(cache, tmp_path, note):
     lora = tmp_path / "lora"
     lora.write_bytes(b"data")
@@ -154,7 +158,10 @@ def test_a_folder_that_cannot_be_made_is_no_fault(tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["tempfile.mkstemp", "pathlib.Path.replace", "os.fdopen"])
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "disk full"), PermissionError("in use"), OSError(errno.EROFS, "read-only")])
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(errno.ENOSPC, "disk full"), PermissionError("in use"), OSError(errno.EROFS, "read-only")],
+)
 def test_a_write_that_fails_leaves_the_old_entry_and_nothing_else(cache, monkeypatch, failing, fault):
     cache.store(CONTENT, known())
 
@@ -233,7 +240,10 @@ while True:
 def writers(cache):
     here = Path(__file__).parent
     command = [sys.executable, "-c", WRITER, str(cache.folder)]
-    found = [subprocess.Popen([*command, str(seed), str(here), str(here.parents[1])], stdout=subprocess.PIPE) for seed in (1, 2)]
+    found = [
+        subprocess.Popen([*command, str(seed), str(here), str(here.parents[1])], stdout=subprocess.PIPE)
+        for seed in (1, 2)
+    ]
     for process in found:
         process.stdout.readline()
     yield found
@@ -270,7 +280,9 @@ def test_each_killed_writer_leaves_one_temporary_file_at_most_until_it_is_stale(
     assert list(cache.folder.glob("*.tmp")) == []
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes to a read-only folder all the same")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes to a read-only folder all the same"
+)
 def test_a_read_only_folder_is_no_fault(cache):
     cache.store(CONTENT, known())
     cache.folder.chmod(0o500)
@@ -299,7 +311,9 @@ ScoreCache(Path(sys.argv[1])).store(CONTENT, known(200, seed=1))
 def test_a_disk_that_is_full_in_the_middle_of_a_write_leaves_what_was_there(cache):
     cache.store(CONTENT, known())
     here = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", FULL, str(cache.folder), str(here), str(here.parents[1])], check=True)
+    subprocess.run(
+        [sys.executable, "-c", FULL, str(cache.folder), str(here), str(here.parents[1])], check=True
+    )
     assert same(cache.load(CONTENT), known())
     assert list(cache.folder.glob("*.tmp")) == []
 

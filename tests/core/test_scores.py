@@ -52,7 +52,12 @@ def only_layer(scores):
         (low_rank(300, 300, 150), full(300, 300), 1.0, 22500),
         (full(60, 50), full(60, 50, 1), 1.0, 2500),
         (full(60, 50), full(60, 50, 1), 0.01, 25),
-        (replace(low_rank(6, 5, 1), left=torch.empty(6, 0), right=torch.empty(0, 5), rank=0), low_rank(6, 5, 4), 1.0, 1),
+        (
+            replace(low_rank(6, 5, 1), left=torch.empty(6, 0), right=torch.empty(0, 5), rank=0),
+            low_rank(6, 5, 4),
+            1.0,
+            1,
+        ),
     ],
 )
 def test_k_and_sums(subject, style, k_scale, k):
@@ -73,7 +78,11 @@ def test_k_and_sums(subject, style, k_scale, k):
 
 def test_gamma_is_a_ratio_of_sums_over_shared_layers():
     subject = {"a": low_rank(30, 20, 2, 1), "b": low_rank(40, 20, 4, 2), "mine": low_rank(9, 9, 2, 3)}
-    style = {"a": low_rank(30, 20, 3, 4), "b": low_rank(40, 20, 5, 5, scale=-7.0), "yours": low_rank(9, 9, 2, 6)}
+    style = {
+        "a": low_rank(30, 20, 3, 4),
+        "b": low_rank(40, 20, 5, 5, scale=-7.0),
+        "yours": low_rank(9, 9, 2, 6),
+    }
     scores = score_pair(*pair(subject, style))
     expected = [sum(float(falling(deltas[name]).sum()) for name in "ab") for deltas in (subject, style)]
     assert scores.gamma == pytest.approx(expected[0] / expected[1], rel=1e-6)
@@ -82,9 +91,14 @@ def test_gamma_is_a_ratio_of_sums_over_shared_layers():
 @pytest.mark.parametrize("factor", [-2.0, 0.3, 1e-12, 1e12])
 def test_uniform_rescaling_changes_scores_and_gamma_alike(factor):
     """So it changes no choice: r = S_subject / (γ S_style) stays."""
-    subject, style = {"a": low_rank(30, 20, 2, 1), "b": full(40, 20)}, {"a": low_rank(30, 20, 3, 4), "b": full(40, 20, 1)}
+    subject, style = (
+        {"a": low_rank(30, 20, 2, 1), "b": full(40, 20)},
+        {"a": low_rank(30, 20, 3, 4), "b": full(40, 20, 1)},
+    )
     before = score_pair(*pair(subject, style))
-    after = score_pair(*pair({name: replace(delta, scale=delta.scale * factor) for name, delta in subject.items()}, style))
+    after = score_pair(
+        *pair({name: replace(delta, scale=delta.scale * factor) for name, delta in subject.items()}, style)
+    )
     assert after.gamma == pytest.approx(before.gamma * abs(factor), rel=1e-9)
     for old, new in zip(before.layers, after.layers, strict=True):
         assert new.subject_score == pytest.approx(old.subject_score * abs(factor), rel=1e-9)
@@ -92,9 +106,18 @@ def test_uniform_rescaling_changes_scores_and_gamma_alike(factor):
 
 
 def test_a_layer_of_one_file_is_listed_but_not_scored():
-    scores = score_pair(*pair({"a": low_rank(3, 3, 1), "c": low_rank(3, 3, 2)}, {"a": low_rank(3, 3, 1), "b": full(3, 3)}))
+    scores = score_pair(
+        *pair({"a": low_rank(3, 3, 1), "c": low_rank(3, 3, 2)}, {"a": low_rank(3, 3, 1), "b": full(3, 3)})
+    )
     assert [layer.name for layer in scores.layers] == ["a", "b", "c"]
-    sums = ("subject_score", "style_score", "subject_abs_sum", "style_abs_sum", "subject_frobenius", "style_frobenius")
+    sums = (
+        "subject_score",
+        "style_score",
+        "subject_abs_sum",
+        "style_abs_sum",
+        "subject_frobenius",
+        "style_frobenius",
+    )
     for layer, only, ranks in zip(scores.layers[1:], ("style", "subject"), ((0, None), (2, 0)), strict=True):
         assert (layer.only, layer.k, layer.rank_subject, layer.rank_style) == (only, 0, *ranks)
         assert {getattr(layer, name) for name in sums} == {0.0}
@@ -114,9 +137,17 @@ def test_a_file_with_itself():
         ({"a": low_rank(3, 3, 1)}, {"b": low_rank(3, 3, 1)}, ["no layer in common", "same base model"]),
         ({}, {}, ["no layer in common"]),
         ({"a": low_rank(3, 3, 1)}, {"a": low_rank(3, 4, 1)}, ["layer a", "3×3", "3×4", "same base model"]),
-        ({"a": low_rank(3, 3, 1)}, {"a": low_rank(3, 3, 1, scale=0.0)}, ["“style.safetensors” changes nothing", "another file"]),
+        (
+            {"a": low_rank(3, 3, 1)},
+            {"a": low_rank(3, 3, 1, scale=0.0)},
+            ["“style.safetensors” changes nothing", "another file"],
+        ),
         ({"a": full(3, 3), "b": full(3, 3)}, {"a": low_rank(3, 3, 1)}, None),
-        ({"a": Dense(torch.zeros(3, 3), 1.0, None)}, {"a": full(3, 3)}, ["“subject.safetensors” changes nothing"]),
+        (
+            {"a": Dense(torch.zeros(3, 3), 1.0, None)},
+            {"a": full(3, 3)},
+            ["“subject.safetensors” changes nothing"],
+        ),
     ],
 )
 def test_pairs_that_do_not_fit(subject, style, words):
@@ -140,7 +171,10 @@ def test_profile_of_a_file():
     deltas = {f"layer{i:02}": low_rank(20 + i, 30, 1 + i % 3, seed=i) for i in range(20)}
     profiles = profile_file(MemoryLora("a.safetensors", deltas), workers=3)
     assert list(profiles) == list(deltas)
-    assert all(profiles[name].abs_sum == pytest.approx(float(dense(delta).abs().sum()), rel=1e-5) for name, delta in deltas.items())
+    assert all(
+        profiles[name].abs_sum == pytest.approx(float(dense(delta).abs().sum()), rel=1e-5)
+        for name, delta in deltas.items()
+    )
     assert all(profiles[name].top_sums.shape == (TABLE_LENGTH,) for name in deltas)
 
 
@@ -150,7 +184,9 @@ def many(count=30, seed=0):
 
 def test_progress_counts_both_files_and_comes_on_the_callers_thread():
     seen = []
-    score_pair(*pair(many(), many(20, seed=99)), progress=lambda *at: seen.append((*at, threading.get_ident())))
+    score_pair(
+        *pair(many(), many(20, seed=99)), progress=lambda *at: seen.append((*at, threading.get_ident()))
+    )
     assert seen == [(done, 50, threading.get_ident()) for done in range(1, 51)]
 
 
@@ -207,19 +243,29 @@ def torch_threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(not layer_pass._thread_count_is_per_thread(), reason="this torch has one thread count for all")
+@pytest.mark.skipif(
+    not layer_pass._thread_count_is_per_thread(), reason="this torch has one thread count for all"
+)
 @pytest.mark.parametrize("lora", [MemoryLora("a", many()), Broken("b", many())])
 def test_torch_threads_are_what_they_were(torch_threads, lora):
     """Of the caller, of threads that start later, and of threads that start meanwhile."""
     meanwhile = []
     with contextlib.suppress(LoraFileError):
-        profile_file(lora, workers=3, progress=lambda *_: meanwhile.append((torch.get_num_threads(), in_new_thread(torch.get_num_threads))))
+        profile_file(
+            lora,
+            workers=3,
+            progress=lambda *_: meanwhile.append(
+                (torch.get_num_threads(), in_new_thread(torch.get_num_threads))
+            ),
+        )
     assert set(meanwhile) <= {(torch_threads, torch_threads)}
     assert torch.get_num_threads() == torch_threads
     assert in_new_thread(torch.get_num_threads) == torch_threads
 
 
-@pytest.mark.skipif(not layer_pass._thread_count_is_per_thread(), reason="this torch has one thread count for all")
+@pytest.mark.skipif(
+    not layer_pass._thread_count_is_per_thread(), reason="this torch has one thread count for all"
+)
 def test_workers_use_one_torch_thread(torch_threads):
     seen = set()
 
@@ -286,12 +332,20 @@ def files(folder, subject, style):
 
 @pytest.mark.parametrize("k_scale", [1.0, 0.7])
 def test_a_pair_seen_before_is_not_read_again(tmp_path, k_scale):
-    subject, style = files(tmp_path, many() | {"full": full(50, 40)}, many(seed=99) | {"full": full(50, 40, 1)})
+    subject, style = files(
+        tmp_path, many() | {"full": full(50, 40)}, many(seed=99) | {"full": full(50, 40, 1)}
+    )
     first = score_pair(subject, style, k_scale=k_scale, cache=ScoreCache(tmp_path / "cache"))
     reads = len(subject.reads)
     assert reads > 30
     seen = []
-    again = score_pair(subject, style, k_scale=k_scale, cache=ScoreCache(tmp_path / "cache"), progress=lambda *at: seen.append(at))
+    again = score_pair(
+        subject,
+        style,
+        k_scale=k_scale,
+        cache=ScoreCache(tmp_path / "cache"),
+        progress=lambda *at: seen.append(at),
+    )
     assert again == first
     assert seen == []
     assert len(subject.reads) == reads
@@ -301,12 +355,16 @@ def test_a_pair_seen_before_is_not_read_again(tmp_path, k_scale):
 
 
 def test_another_k_reads_only_the_layers_it_misses(tmp_path):
-    subject, style = files(tmp_path, many(5) | {"b": low_rank(9, 9, 3)}, many(5, seed=99) | {"b": low_rank(9, 9, 2)})
+    subject, style = files(
+        tmp_path, many(5) | {"b": low_rank(9, 9, 3)}, many(5, seed=99) | {"b": low_rank(9, 9, 2)}
+    )
     cache = ScoreCache(tmp_path / "cache")
     score_pair(subject, style, cache=cache)
     del subject.reads[:], style.reads[:]
     scores = score_pair(subject, style, k_scale=0.5, cache=cache)
-    assert (subject.reads, style.reads) == ([], ["b"]), "K = 3 is in the table of rank 3, not in that of rank 2"
+    assert (subject.reads, style.reads) == ([], ["b"]), (
+        "K = 3 is in the table of rank 3, not in that of rank 2"
+    )
     assert [layer.k for layer in scores.layers] == [3, 2, 2, 2, 2, 2]
 
 

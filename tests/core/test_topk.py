@@ -30,14 +30,21 @@ def fill(shape, kind, exponent, seed):
         "few values": lambda: random.integers(-1, 2, shape),
         "equal": lambda: np.full(shape, -3.0),
         "zero": lambda: np.zeros(shape),
-        "sparse rows": lambda: random.standard_normal(shape) * (random.random((shape[0],) + (1,) * (len(shape) - 1)) < 0.3),
+        "sparse rows": lambda: (
+            random.standard_normal(shape) * (random.random((shape[0],) + (1,) * (len(shape) - 1)) < 0.3)
+        ),
     }[kind]()
     return torch.tensor(np.ldexp(values, exponent), dtype=torch.float32)
 
 
 @st.composite
 def deltas(draw, exponents=EXPONENTS):
-    rows, columns, inner, seed = draw(SIDES), draw(SIDES), draw(st.integers(0, 6)), draw(st.integers(0, 2**32))
+    rows, columns, inner, seed = (
+        draw(SIDES),
+        draw(SIDES),
+        draw(st.integers(0, 6)),
+        draw(st.integers(0, 2**32)),
+    )
     scale = draw(st.sampled_from([1.0, -0.25, 1e-20, 3e7]))
 
     def factor(*shape):
@@ -47,10 +54,22 @@ def deltas(draw, exponents=EXPONENTS):
     if kind == "low rank":
         return LowRank(factor(rows, inner), factor(inner, columns), scale, inner)
     if kind == "hadamard":
-        return Hadamard(factor(rows, inner), factor(inner, columns), factor(rows, inner), factor(inner, columns), scale, inner)
+        return Hadamard(
+            factor(rows, inner),
+            factor(inner, columns),
+            factor(rows, inner),
+            factor(inner, columns),
+            scale,
+            inner,
+        )
     rank = draw(st.sampled_from([None, 1, 4]))
     if kind == "kronecker":
-        return Kronecker(factor(draw(st.integers(1, 5)), 3), factor(draw(st.integers(1, 5)), 4, draw(st.sampled_from([1, 9]))), scale, rank)
+        return Kronecker(
+            factor(draw(st.integers(1, 5)), 3),
+            factor(draw(st.integers(1, 5)), 4, draw(st.sampled_from([1, 9]))),
+            scale,
+            rank,
+        )
     return Dense(factor(rows, columns), scale, rank)
 
 
@@ -60,8 +79,12 @@ def reference(delta):
         values = delta.left.double() @ delta.right.double()
         bound = delta.left.double().abs() @ delta.right.double().abs()
     elif isinstance(delta, Hadamard):
-        values = (delta.left1.double() @ delta.right1.double()) * (delta.left2.double() @ delta.right2.double())
-        bound = (delta.left1.double().abs() @ delta.right1.double().abs()) * (delta.left2.double().abs() @ delta.right2.double().abs())
+        values = (delta.left1.double() @ delta.right1.double()) * (
+            delta.left2.double() @ delta.right2.double()
+        )
+        bound = (delta.left1.double().abs() @ delta.right1.double().abs()) * (
+            delta.left2.double().abs() @ delta.right2.double().abs()
+        )
     elif isinstance(delta, Kronecker):
         values = bound = torch.einsum("ab,cds->acbds", delta.first.double(), delta.second.double())
     else:
@@ -99,7 +122,9 @@ def test_profile_equals_float64(delta, block):
     assert found.top_sums.dtype == np.float64
     assert np.all(np.abs(found.top_sums - running[ks]) <= 1e-5 * running[ks] + rounding * ks)
     assert found.abs_sum == pytest.approx(running[-1], rel=1e-5, abs=rounding * falling.size)
-    assert found.squared_sum == pytest.approx((falling**2).sum(), rel=1e-5, abs=rounding * falling.sum() + rounding**2 * falling.size)
+    assert found.squared_sum == pytest.approx(
+        (falling**2).sum(), rel=1e-5, abs=rounding * falling.sum() + rounding**2 * falling.size
+    )
 
 
 @settings(max_examples=400, deadline=None)
@@ -120,7 +145,10 @@ def test_profile_tells_what_top_sum_finds(delta, k):
     assert found == pytest.approx(top_sum(delta, k, new_buffer(CPU)), rel=1e-6, abs=1e-300)
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(640, 640, 4), (1280, 2048, 16), (320, 1280, 128), (1, 5000, 2), (5000, 1, 2)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"),
+    [(640, 640, 4), (1280, 2048, 16), (320, 1280, 128), (1, 5000, 2), (5000, 1, 2)],
+)
 def test_real_sizes(rows, columns, rank):
     delta = low_rank(rows, columns, rank)
     falling, _ = reference(delta)
@@ -171,7 +199,13 @@ def test_rank_zero_is_all_zero():
 def test_a_profile_says_none_where_it_does_not_know():
     ranked = profile(low_rank(200, 200, 4), new_buffer(CPU))
     full = profile(Dense(torch.randn(200, 200), 1.0, None), new_buffer(CPU))
-    assert [ranked.top_sum(k) is None for k in (3, 4, 6, 4 * 128, 4 * 129)] == [True, False, True, False, True]
+    assert [ranked.top_sum(k) is None for k in (3, 4, 6, 4 * 128, 4 * 129)] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
     assert [full.top_sum(k) is None for k in (1, 3, 16, 128**2, 129**2)] == [False, True, False, False, True]
 
 
@@ -179,14 +213,22 @@ def test_factors_are_left_as_they_were(route):
     for delta in (low_rank(40, 50, 4), Dense(torch.randn(40, 50), 1.0, 4)):
         before = [value.clone() for value in vars(delta).values() if isinstance(value, torch.Tensor)]
         profile(delta, new_buffer(CPU))
-        assert all(map(torch.equal, before, (value for value in vars(delta).values() if isinstance(value, torch.Tensor))))
+        assert all(
+            map(
+                torch.equal,
+                before,
+                (value for value in vars(delta).values() if isinstance(value, torch.Tensor)),
+            )
+        )
 
 
 def test_one_buffer_serves_layers_of_all_sizes():
     buffer = new_buffer(CPU)
     for rows, columns in ((3, 2 << 18), (700, 900), (2, 2), (700, 900)):
         delta = low_rank(rows, columns, 2, seed=columns)
-        assert profile(delta, buffer).abs_sum == pytest.approx(float((delta.left @ delta.right).abs().sum() * 0.5), rel=1e-5)
+        assert profile(delta, buffer).abs_sum == pytest.approx(
+            float((delta.left @ delta.right).abs().sum() * 0.5), rel=1e-5
+        )
 
 
 def test_table_k_is_the_product_of_ranks():

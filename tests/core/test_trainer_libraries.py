@@ -14,9 +14,18 @@ from klora.core.lora_reader import LoraReader
 
 peft = pytest.importorskip("peft")
 SDXL = {
-    "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q": (nn.Linear(16, 16), "input_blocks.4.1.transformer_blocks.1.attn1.to_q"),
-    "mid_block.attentions.0.transformer_blocks.9.ff.net.2": (nn.Linear(64, 16), "middle_block.1.transformer_blocks.9.ff.net.2"),
-    "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_k": (nn.Linear(24, 16), "output_blocks.5.1.transformer_blocks.0.attn2.to_k"),
+    "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q": (
+        nn.Linear(16, 16),
+        "input_blocks.4.1.transformer_blocks.1.attn1.to_q",
+    ),
+    "mid_block.attentions.0.transformer_blocks.9.ff.net.2": (
+        nn.Linear(64, 16),
+        "middle_block.1.transformer_blocks.9.ff.net.2",
+    ),
+    "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_k": (
+        nn.Linear(24, 16),
+        "output_blocks.5.1.transformer_blocks.0.attn2.to_k",
+    ),
     "down_blocks.2.resnets.0.conv1": (nn.Conv2d(8, 16, 3, padding=1), "input_blocks.7.0.in_layers.2"),
     "down_blocks.2.resnets.0.conv_shortcut": (nn.Conv2d(8, 16, 1), "input_blocks.7.0.skip_connection"),
 }
@@ -41,8 +50,14 @@ def network(modules: Network) -> nn.Module:
             if not hasattr(place, parent):
                 place.add_module(parent, nn.Module())
             place = getattr(place, parent)
-        shape = {key: getattr(module, key) for key in ("in_channels", "out_channels", "kernel_size", "padding") if hasattr(module, key)}
-        place.add_module(last, nn.Conv2d(**shape) if shape else nn.Linear(module.in_features, module.out_features))
+        shape = {
+            key: getattr(module, key)
+            for key in ("in_channels", "out_channels", "kernel_size", "padding")
+            if hasattr(module, key)
+        }
+        place.add_module(
+            last, nn.Conv2d(**shape) if shape else nn.Linear(module.in_features, module.out_features)
+        )
     return root
 
 
@@ -58,7 +73,9 @@ def assert_deltas(lora: LoraFile, expected: dict[str, Tensor]) -> None:
     assert lora.unknown_keys == ()
     with lora.open() as delta_of:
         for name, delta in expected.items():
-            torch.testing.assert_close(dense(delta_of(name)), delta.detach().float().flatten(1), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                dense(delta_of(name)), delta.detach().float().flatten(1), rtol=1e-5, atol=1e-6
+            )
             assert lora.layers[name].shape == tuple(delta.flatten(1).shape)
 
 
@@ -69,7 +86,11 @@ def with_magnitude(reader: LoraReader, name: str, weight: Tensor) -> Tensor:
     directed = weight.detach() + dense(reader(name)).reshape(weight.shape)
     others = [axis for axis in range(weight.dim()) if axis != magnitude.axis]
     shape = [-1 if axis == magnitude.axis else 1 for axis in range(weight.dim())]
-    return magnitude.values.reshape(shape) * directed / torch.linalg.vector_norm(directed, dim=others, keepdim=True)
+    return (
+        magnitude.values.reshape(shape)
+        * directed
+        / torch.linalg.vector_norm(directed, dim=others, keepdim=True)
+    )
 
 
 def weight_in_use(module: nn.Module) -> Tensor:
@@ -92,9 +113,13 @@ def peft_model(modules: Network, config: object) -> nn.Module:
 PEFT_CONFIGS = {
     "LoRA": lambda names: peft.LoraConfig(r=4, lora_alpha=4, target_modules=names),
     "LoHa": lambda names: peft.LoHaConfig(r=4, alpha=4, target_modules=names),
-    "LoHa with cores": lambda names: peft.LoHaConfig(r=4, alpha=4, target_modules=names, use_effective_conv2d=True),
+    "LoHa with cores": lambda names: peft.LoHaConfig(
+        r=4, alpha=4, target_modules=names, use_effective_conv2d=True
+    ),
     "LoKr": lambda names: peft.LoKrConfig(r=2, alpha=2, target_modules=names),
-    "LoKr decomposed": lambda names: peft.LoKrConfig(r=1, alpha=1, target_modules=names, decompose_both=True, use_effective_conv2d=True),
+    "LoKr decomposed": lambda names: peft.LoKrConfig(
+        r=1, alpha=1, target_modules=names, decompose_both=True, use_effective_conv2d=True
+    ),
 }
 
 
@@ -104,7 +129,9 @@ def test_a_file_saved_by_peft(tmp_path: Path, kind: str, modules: Network) -> No
     model = peft_model(modules, PEFT_CONFIGS[kind](list(modules)))
     model.save_pretrained(tmp_path)
     tuned = dict(model.base_model.model.named_modules())
-    expected = {canonical: tuned[name].get_delta_weight("default") for name, (_, canonical) in modules.items()}
+    expected = {
+        canonical: tuned[name].get_delta_weight("default") for name, (_, canonical) in modules.items()
+    }
     lora = read_lora(tmp_path / "adapter_model.safetensors")
     assert lora.dialect == "raw PEFT"
     assert_deltas(lora, expected)
@@ -112,12 +139,16 @@ def test_a_file_saved_by_peft(tmp_path: Path, kind: str, modules: Network) -> No
 
 @pytest.mark.parametrize("modules", [SDXL, FLUX], ids=["sdxl", "flux"])
 def test_dora_saved_by_peft(tmp_path: Path, modules: Network) -> None:
-    model = peft_model(modules, peft.LoraConfig(r=4, lora_alpha=4, target_modules=list(modules), use_dora=True))
+    model = peft_model(
+        modules, peft.LoraConfig(r=4, lora_alpha=4, target_modules=list(modules), use_dora=True)
+    )
     model.save_pretrained(tmp_path)
     tuned = dict(model.base_model.model.named_modules())
     weights = {canonical: tuned[name].base_layer.weight.clone() for name, (_, canonical) in modules.items()}
     lora = read_lora(tmp_path / "adapter_model.safetensors")
-    assert_deltas(lora, {canonical: tuned[name].get_delta_weight("default") for name, (_, canonical) in modules.items()})
+    assert_deltas(
+        lora, {canonical: tuned[name].get_delta_weight("default") for name, (_, canonical) in modules.items()}
+    )
     assert lora.kinds == {"DoRA": len(modules)}
     model.merge_adapter()
     with lora.open() as reader:
@@ -128,13 +159,20 @@ def test_dora_saved_by_peft(tmp_path: Path, modules: Network) -> None:
 
 @pytest.mark.parametrize("rank_stabilised", [False, True])
 @pytest.mark.parametrize("base", ["sdxl", "flux"])
-def test_a_file_saved_by_diffusers_with_its_settings(tmp_path: Path, base: str, rank_stabilised: bool) -> None:
+def test_a_file_saved_by_diffusers_with_its_settings(
+    tmp_path: Path, base: str, rank_stabilised: bool
+) -> None:
     diffusers = pytest.importorskip("diffusers")
     training_utils = pytest.importorskip("diffusers.training_utils")
     modules, component = (SDXL, "unet") if base == "sdxl" else (FLUX, "transformer")
     first, second = list(modules)[:2]
     config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=list(modules), use_rslora=rank_stabilised, rank_pattern={first: 2}, alpha_pattern={second: 3}
+        r=4,
+        lora_alpha=6,
+        target_modules=list(modules),
+        use_rslora=rank_stabilised,
+        rank_pattern={first: 2},
+        alpha_pattern={second: 3},
     )
     model = peft_model(modules, config)
     tensors = peft.get_peft_model_state_dict(model)
@@ -144,14 +182,20 @@ def test_a_file_saved_by_diffusers_with_its_settings(tmp_path: Path, base: str, 
         settings = {f"{component}_lora_adapter_metadata": model.peft_config["default"].to_dict()}
     pipeline.save_lora_weights(
         tmp_path,
-        **{f"{component}_lora_layers": {key.removeprefix("base_model.model."): value for key, value in tensors.items()}},
+        **{
+            f"{component}_lora_layers": {
+                key.removeprefix("base_model.model."): value for key, value in tensors.items()
+            }
+        },
         **settings,
     )
     tuned = dict(model.base_model.model.named_modules())
     lora = read_lora(tmp_path / "pytorch_lora_weights.safetensors")
     assert lora.dialect == "diffusers PEFT"
     assert lora.scale_from_metadata
-    assert_deltas(lora, {canonical: tuned[name].get_delta_weight("default") for name, (_, canonical) in modules.items()})
+    assert_deltas(
+        lora, {canonical: tuned[name].get_delta_weight("default") for name, (_, canonical) in modules.items()}
+    )
 
 
 LYCORIS = {
@@ -161,26 +205,42 @@ LYCORIS = {
     "LoHa": {"algo": "loha"},
     "LoHa with cores": {"algo": "loha", "use_tucker": True},
     "LoKr": {"algo": "lokr", "factor": 4},
-    "LoKr decomposed": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "decompose_both": True, "factor": 8, "use_tucker": True},
+    "LoKr decomposed": {
+        "algo": "lokr",
+        "linear_dim": 1,
+        "conv_dim": 1,
+        "decompose_both": True,
+        "factor": 8,
+        "use_tucker": True,
+    },
     "LoKr full": {"algo": "lokr", "full_matrix": True},
     "full": {"algo": "full"},
 }
 
 
-def lycoris_file(path: Path, modules: Network, settings: dict[str, object]) -> tuple[LoraFile, dict[str, tuple[Tensor, Tensor]]]:
+def lycoris_file(
+    path: Path, modules: Network, settings: dict[str, object]
+) -> tuple[LoraFile, dict[str, tuple[Tensor, Tensor]]]:
     """A LoRA of random values saved by LyCORIS, and {layer: (original weight, weight in use)}.
 
     The weights in use are asked of the modules' forward, as LyCORIS 4.1's get_diff_weight scales LoHa and LoKr twice.
     """
     lycoris = pytest.importorskip("lycoris")
-    lycoris.LycorisNetwork.apply_preset({"enable_conv": True, "target_module": ["Linear", "Conv2d"], "target_name": list(modules)})
+    lycoris.LycorisNetwork.apply_preset(
+        {"enable_conv": True, "target_module": ["Linear", "Conv2d"], "target_name": list(modules)}
+    )
     model = network(modules)
     originals = {name: model.get_submodule(name).weight.detach().clone() for name in modules}
-    net = lycoris.create_lycoris(model, 1.0, **{"linear_dim": 4, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 1, **settings})
+    net = lycoris.create_lycoris(
+        model, 1.0, **{"linear_dim": 4, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 1, **settings}
+    )
     net.apply_to()
     shake(list(net.parameters()))
     net.save_weights(str(path), torch.float32, {})
-    weights = {layer: (originals[name], weight_in_use(model.get_submodule(name))) for name, (_, layer) in modules.items()}
+    weights = {
+        layer: (originals[name], weight_in_use(model.get_submodule(name)))
+        for name, (_, layer) in modules.items()
+    }
     return read_lora(path), weights
 
 
@@ -211,4 +271,6 @@ def test_glora_saved_by_lycoris(tmp_path: Path) -> None:
         for layer, (original, used) in weights.items():
             factor = reader.input_factor(layer)
             assert factor is not None
-            torch.testing.assert_close(dense(reader(layer)) + original @ dense(factor), used - original, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                dense(reader(layer)) + original @ dense(factor), used - original, rtol=1e-4, atol=1e-5
+            )

@@ -35,7 +35,11 @@ def seeds():
                 sides = [SIDES.get(side, side) for side in shape]
                 suffixes = SUFFIX_OF[role]
                 size = 4 * math.prod(sides)
-                header[stem + suffixes[number % len(suffixes)]] = {"dtype": "F32", "shape": sides, "data_offsets": [end, end + size]}
+                header[stem + suffixes[number % len(suffixes)]] = {
+                    "dtype": "F32",
+                    "shape": sides,
+                    "data_offsets": [end, end + size],
+                }
                 end += size
             yield json.dumps(header).encode()
 
@@ -64,10 +68,18 @@ def main():
     for number, header in enumerate(seeds()):
         (corpus / f"seed{number}").write_bytes(header)
     words = FOLDER / "words"
-    texts = [*STEMS, *(suffix for suffixes in SUFFIX_OF.values() for suffix in suffixes), *SIZES, "__metadata__", "lora_adapter_metadata"]
+    texts = [
+        *STEMS,
+        *(suffix for suffixes in SUFFIX_OF.values() for suffix in suffixes),
+        *SIZES,
+        "__metadata__",
+        "lora_adapter_metadata",
+    ]
     words.write_text("".join(f'"{text}"\n' for text in texts))
     arguments = [argument for argument in sys.argv if argument.startswith("-")]
-    atheris.Setup([sys.argv[0], str(corpus), f"-dict={words}", "-timeout=5", "-max_len=20000", *arguments], one_input)
+    atheris.Setup(
+        [sys.argv[0], str(corpus), f"-dict={words}", "-timeout=5", "-max_len=20000", *arguments], one_input
+    )
     atheris.Fuzz()
 
 

@@ -45,7 +45,11 @@ def pytest_generate_tests(metafunc):
     }
     for name in set(of_hosts) & set(metafunc.fixturenames):
         values = list(dict.fromkeys(of_hosts[name]))
-        metafunc.parametrize(f"any_{name}", values, ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else value)
+        metafunc.parametrize(
+            f"any_{name}",
+            values,
+            ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else value,
+        )
 
 
 def of_this_host(value, known):
@@ -67,7 +71,9 @@ def place(any_place, host):
 
 @pytest.fixture
 def retried_place(any_retried_place, host):
-    return of_this_host(any_retried_place, [place for place, faults in host.facts.places.items() if faults > 1])
+    return of_this_host(
+        any_retried_place, [place for place, faults in host.facts.places.items() if faults > 1]
+    )
 
 
 @pytest.fixture

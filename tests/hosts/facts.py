@@ -47,7 +47,10 @@ def twice(steps: int) -> list[int]:
 
 FIRST_ORDER = {(name, 4): once(4) for name in ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "LMS")}
 SECOND_ORDER = {(name, 4): twice(4) for name in ("Heun", "DPM++ SDE")}
-LENGTHS = {(name, steps): once(steps) for name, steps in (("Euler", 1), ("Euler", 12), ("Euler a", 1), ("Euler a", 30))}
+LENGTHS = {
+    (name, steps): once(steps)
+    for name, steps in (("Euler", 1), ("Euler", 12), ("Euler a", 1), ("Euler a", 30))
+}
 TIMESTEPS = {("PLMS", 4): once(4), ("DDIM", 4): once(3)}
 COMMON = {**FIRST_ORDER, **SECOND_ORDER, **LENGTHS}
 SDXL = {**COMMON, **TIMESTEPS, ("UniPC", 4): once(4), ("DPM2", 3): twice(3), ("Restart", 6): twice(6)}
@@ -55,14 +58,29 @@ ANCESTRAL = {("DPM2 a", 3): twice(3)}
 
 HEUNPP2 = {("HeunPP2", 4): [0, 0, 0, 1, 1, 1, 2, 2, 3], ("HeunPP2", 1): [0]}
 KOHAKU = {("Kohaku LoNyu Yog", 4): [0, 0, 0, 1, 1, 1, 2, 2, 2, 3], ("Kohaku LoNyu Yog", 1): [0, 0, 0]}
-OF_FORGE = {(name, 4): once(4) for name in ("DPM++ 2M SDE Heun", "DPM++ 3M SDE", "DPM fast", "IPNDM", "IPNDM_V", "DEIS", "LCM", "DDPM")}
+OF_FORGE = {
+    (name, 4): once(4)
+    for name in ("DPM++ 2M SDE Heun", "DPM++ 3M SDE", "DPM fast", "IPNDM", "IPNDM_V", "DEIS", "LCM", "DDPM")
+}
 OF_FORGE_FLUX = {(name, 4): once(4) for name in ("IPNDM", "IPNDM_V", "DEIS", "DPM++ 3M SDE")}
-OF_NEO = {(name, 4): once(4) for name in ("DPM++ 3M SDE", "ER SDE", "LCM", "Res Multistep", "DPM++ 2M CFG++", "Euler a CFG++", "Euler CFG++")}
+OF_NEO = {
+    (name, 4): once(4)
+    for name in (
+        "DPM++ 3M SDE",
+        "ER SDE",
+        "LCM",
+        "Res Multistep",
+        "DPM++ 2M CFG++",
+        "Euler a CFG++",
+        "Euler CFG++",
+    )
+}
 
 OF_KLORA = {"process": 1, "networks loaded": 1, "begin pass": 1, "callback": 1}
 FAMILY_PLACES = {**OF_KLORA, "load": 1, "text encoder": 1, "merge": 1, "forward": 1, "decode": 1}
 FAMILY_STORAGES = {
-    name: {"forge_unet_storage_dtype": name} for name in ("float8-e4m3fn", "float8-e4m3fn (fp16 LoRA)", "Automatic (fp16 LoRA)")
+    name: {"forge_unet_storage_dtype": name}
+    for name in ("float8-e4m3fn", "float8-e4m3fn (fp16 LoRA)", "Automatic (fp16 LoRA)")
 }
 """With "(fp16 LoRA)" LoRAs are online, in Forge for weights of 8 bits and fewer only."""
 
@@ -80,7 +98,10 @@ A1111 = Facts(
 """On a CPU its fp8 computes in bfloat16, of which its live previews cannot be made."""
 
 FORGE = Facts(
-    {"sdxl": {**SDXL, **ANCESTRAL, **HEUNPP2, **OF_FORGE, ("DPM++ 2S a", 4): twice(4)}, "flux": {**COMMON, **HEUNPP2, **OF_FORGE_FLUX}},
+    {
+        "sdxl": {**SDXL, **ANCESTRAL, **HEUNPP2, **OF_FORGE, ("DPM++ 2S a", 4): twice(4)},
+        "flux": {**COMMON, **HEUNPP2, **OF_FORGE_FLUX},
+    },
     upscalers=("Latent", "None"),
     places={**FAMILY_PLACES, "merge": 4},
     storages=FAMILY_STORAGES,

@@ -48,7 +48,7 @@ class Host(ABC):
 
     @cached_property
     def base(self):
-        """"sdxl" or "flux", of its LoRAs and so of its checkpoint."""
+        """ "sdxl" or "flux", of its LoRAs and so of its checkpoint."""
         return read_lora(self.file(self.subject)).base
 
     @property
@@ -61,7 +61,10 @@ class Host(ABC):
     def request(self, klora=None, **fields):
         body = {**SMALL, **FIELDS[self.base], **fields}
         if klora is not None:
-            body["alwayson_scripts"] = {**body.get("alwayson_scripts", {}), "K-LoRA": {"args": klora if isinstance(klora, list) else [klora]}}
+            body["alwayson_scripts"] = {
+                **body.get("alwayson_scripts", {}),
+                "K-LoRA": {"args": klora if isinstance(klora, list) else [klora]},
+            }
         return self.call("/sdapi/v1/img2img" if "init_images" in body else "/sdapi/v1/txt2img", body)
 
     def answer(self, klora=None, **fields):
@@ -80,7 +83,11 @@ class Host(ABC):
 
     def plot(self):
         """What the host tells of its script X/Y/Z plot."""
-        return next(script for script in self.call("/sdapi/v1/script-info")[1] if script["name"] == "x/y/z plot" and not script["is_img2img"])
+        return next(
+            script
+            for script in self.call("/sdapi/v1/script-info")[1]
+            if script["name"] == "x/y/z plot" and not script["is_img2img"]
+        )
 
     def grid(self, x, x_values, y="Nothing", y_values=""):
         """Fields of a plot whose answer ends with the single pictures; what else it asks for is left as the host's page has it."""
@@ -132,15 +139,25 @@ class Host(ABC):
             return
         names = [Path(model["filename"]).name for model in self.call("/sdapi/v1/sd-models")[1]]
         other = next(name for name in names if name != self.checkpoint)
-        with self.options(**values, sd_model_checkpoint=other), self.options(sd_model_checkpoint=self.checkpoint):
+        with (
+            self.options(**values, sd_model_checkpoint=other),
+            self.options(sd_model_checkpoint=self.checkpoint),
+        ):
             yield
 
     @contextmanager
     def fault(self, place, call, kind, times=1):
         """Within it the host's own function at `place` fails at its n-th call, `times` times in a row; the end checks that it has."""
-        assert self.call("/klora-probe/v1/fault", {"place": place, "call": call, "kind": kind, "times": times})[0] == 200
+        assert (
+            self.call("/klora-probe/v1/fault", {"place": place, "call": call, "kind": kind, "times": times})[
+                0
+            ]
+            == 200
+        )
         yield
-        assert self.call("/klora-probe/v1/fault")[1] == {"armed": False}, f"{place} was not called {call} times"
+        assert self.call("/klora-probe/v1/fault")[1] == {"armed": False}, (
+            f"{place} was not called {call} times"
+        )
 
     @contextmanager
     def more_loras(self, **files):
@@ -169,7 +186,8 @@ class Host(ABC):
         configuration = path.with_suffix(".yaml")
         written = [path, configuration] if of_its_own and self.facts.configurations else [path]
         tensors = {
-            key: value + value.std(unbiased=False) * 0.05 if value.is_floating_point() else value for key, value in load_file(first).items()
+            key: value + value.std(unbiased=False) * 0.05 if value.is_floating_point() else value
+            for key, value in load_file(first).items()
         }
         try:
             if of_its_own:
@@ -187,6 +205,7 @@ class Host(ABC):
 
     def reload(self):
         """As the button "Reload UI"; ends when pictures can be made again."""
+
         def started():
             try:
                 return self.call("/klora-probe/v1/started")[1].get("started")
@@ -215,8 +234,17 @@ class RunningHost(Host):
         of = os.environ.get
         if not of("KLORA_HOST_URL"):
             return None
-        loras = of("KLORA_SUBJECT", "xl_subject"), of("KLORA_STYLE", "xl_style"), of("KLORA_OTHER", "xl_style_attn")
-        host = cls(of("KLORA_HOST_KIND", "a1111"), os.environ["KLORA_HOST_FOLDER"], *loras, of("KLORA_CHECKPOINT", "tiny_sdxl.safetensors"))
+        loras = (
+            of("KLORA_SUBJECT", "xl_subject"),
+            of("KLORA_STYLE", "xl_style"),
+            of("KLORA_OTHER", "xl_style_attn"),
+        )
+        host = cls(
+            of("KLORA_HOST_KIND", "a1111"),
+            os.environ["KLORA_HOST_FOLDER"],
+            *loras,
+            of("KLORA_CHECKPOINT", "tiny_sdxl.safetensors"),
+        )
         host.url = os.environ["KLORA_HOST_URL"].rstrip("/")
         return host
 
@@ -224,7 +252,9 @@ class RunningHost(Host):
     def ready(self):
         """With the checkpoint and the options of these tests."""
         loaded = (self.call("/sdapi/v1/options")[1]["sd_model_checkpoint"] or "").startswith(self.checkpoint)
-        with self.options(**self.facts.options, **({} if loaded else {"sd_model_checkpoint": self.checkpoint})):
+        with self.options(
+            **self.facts.options, **({} if loaded else {"sd_model_checkpoint": self.checkpoint})
+        ):
             yield
 
     def call(self, path, body=None):

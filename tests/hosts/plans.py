@@ -41,4 +41,6 @@ def assert_follows(calls, plan, clock, references):
         ]  # fmt: skip
         assert not wrong, f"step {step}: {len(wrong)} layers, {wrong[:3]}"
         ours = {layer.partition(":")[0] for layer in plan.layer_names}
-        assert {path: seen[path] for path in seen if path not in ours} == {path: references[None][path] for path in seen if path not in ours}
+        assert {path: seen[path] for path in seen if path not in ours} == {
+            path: references[None][path] for path in seen if path not in ours
+        }

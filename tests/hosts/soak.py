@@ -26,7 +26,9 @@ PATIENCE_SECONDS = 120
 
 
 def pair_of(host, chance):
-    return dict(zip(("subject", "style"), chance.sample([host.subject, host.style, host.other], 2), strict=True))
+    return dict(
+        zip(("subject", "style"), chance.sample([host.subject, host.style, host.other], 2), strict=True)
+    )
 
 
 def settings_of(host, chance):
@@ -37,22 +39,40 @@ def settings_of(host, chance):
 
 
 def plain_with_tags(host, chance):
-    host.answer(prompt="a dog" + tag(chance.choice([host.subject, host.other]), chance.choice([1, -1])), seed=chance.randrange(99))
+    host.answer(
+        prompt="a dog" + tag(chance.choice([host.subject, host.other]), chance.choice([1, -1])),
+        seed=chance.randrange(99),
+    )
 
 
 def fused(host, chance):
     sampler, steps = chance.choice(list(host.clocks))
-    host.answer(settings_of(host, chance), steps=steps, sampler_name=sampler, cfg_scale=1 if host.base == "flux" else chance.choice([1, 7]))
+    host.answer(
+        settings_of(host, chance),
+        steps=steps,
+        sampler_name=sampler,
+        cfg_scale=1 if host.base == "flux" else chance.choice([1, 7]),
+    )
 
 
 def hires(host, chance):
     rule = {"hires": chance.choice(["continue", "restart", "off"])}
-    fields = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.5, "hr_upscaler": chance.choice(host.facts.upscalers), **SAME_MODULES}
+    fields = {
+        "enable_hr": True,
+        "hr_scale": 1.5,
+        "denoising_strength": 0.5,
+        "hr_upscaler": chance.choice(host.facts.upscalers),
+        **SAME_MODULES,
+    }
     host.answer({**settings_of(host, chance), **rule}, **fields)
 
 
 def img2img(host, chance):
-    host.answer(settings_of(host, chance), init_images=[as_base64(host.first)], denoising_strength=chance.choice([0.3, 1]))
+    host.answer(
+        settings_of(host, chance),
+        init_images=[as_base64(host.first)],
+        denoising_strength=chance.choice([0.3, 1]),
+    )
 
 
 def batch(host, chance):
@@ -60,7 +80,9 @@ def batch(host, chance):
 
 
 def refused(host, chance):
-    status, _ = host.request({**host.pair, **chance.choice([{"subject": "no-such"}, {"alpha": "high"}, {"style": host.subject}])})
+    status, _ = host.request(
+        {**host.pair, **chance.choice([{"subject": "no-such"}, {"alpha": "high"}, {"style": host.subject}])}
+    )
     assert status == 422
 
 
@@ -78,7 +100,10 @@ def fault(host, chance):
     armed = {"place": place, "call": chance.randrange(1, 60), "kind": kind, "times": host.facts.places[place]}
     assert host.call("/klora-probe/v1/fault", armed)[0] == 200, PROBE_MISSING
     with_klora = chance.random() < 0.7
-    host.request(settings_of(host, chance) if with_klora else None, prompt="a bird" + ("" if with_klora else tag(host.subject)))
+    host.request(
+        settings_of(host, chance) if with_klora else None,
+        prompt="a bird" + ("" if with_klora else tag(host.subject)),
+    )
     host.call("/klora-probe/v1/fault")
 
 
@@ -112,19 +137,28 @@ def two_clients(host, chance):
 
 def plotted(host, chance):
     selectors = chance.sample(list(SELECTORS), 2)
-    host.answer(settings_of(host, chance), **host.grid("[K-LoRA] Selector", selectors, "[K-LoRA] β", chance.choice(["auto", "auto,0.7"])))
+    host.answer(
+        settings_of(host, chance),
+        **host.grid("[K-LoRA] Selector", selectors, "[K-LoRA] β", chance.choice(["auto", "auto,0.7"])),
+    )
 
 
 def other_checkpoint(host, chance):
     """A run on another checkpoint of the host's, with and without K-LoRA, which refuses one of another base model."""
-    others = [name for model in host.call("/sdapi/v1/sd-models")[1] if (name := Path(model["filename"]).name) != host.checkpoint]
+    others = [
+        name
+        for model in host.call("/sdapi/v1/sd-models")[1]
+        if (name := Path(model["filename"]).name) != host.checkpoint
+    ]
     elsewhere = {"override_settings": {"sd_model_checkpoint": chance.choice(others)}}
     status, answer = host.request(chance.choice([settings_of(host, chance), None]), **elsewhere)
     assert status in (200, 422), answer
 
 
 def analyzed(host, chance):
-    assert host.call("/klora/v1/analyze", {**pair_of(host, chance), "steps": chance.choice([1, 150])})[0] == 200
+    assert (
+        host.call("/klora/v1/analyze", {**pair_of(host, chance), "steps": chance.choice([1, 150])})[0] == 200
+    )
 
 
 def reloaded(host, chance):

@@ -17,7 +17,10 @@ def test_functional_mode_keeps_the_promises(host, plain):
     with host.options(lora_functional=True):
         expected = host.picture(prompt="a cat" + tag(host.subject))
         assert same(host.picture({**host.pair, "selector": "Subject only"}), expected)
-        assert same(host.picture({**host.pair, "selector": "Direct merge"}), host.picture(prompt="a cat" + tag(host.subject) + tag(host.style)))
+        assert same(
+            host.picture({**host.pair, "selector": "Direct merge"}),
+            host.picture(prompt="a cat" + tag(host.subject) + tag(host.style)),
+        )
         functional = host.picture(host.pair)
         assert same(host.picture(host.pair), functional)
         assert not same(functional, expected)
@@ -27,7 +30,10 @@ def test_functional_mode_keeps_the_promises(host, plain):
 
 def assert_applied(host, calls, plan, clock):
     assert len(calls) == len(clock)
-    names, layers = [host.style, host.subject], ["diffusion_model_" + layer.replace(".", "_") for layer in plan.layer_names]
+    names, layers = (
+        [host.style, host.subject],
+        ["diffusion_model_" + layer.replace(".", "_") for layer in plan.layer_names],
+    )
     for seen, step in zip(calls, clock, strict=True):
         wanted = {layer: [names[choice]] for layer, choice in zip(layers, plan.selection[step], strict=True)}
         assert {layer: seen[layer] for layer in wanted} == wanted
@@ -36,7 +42,9 @@ def assert_applied(host, calls, plan, clock):
 
 @pytest.mark.parametrize(("sampler", "steps"), [("Euler a", 4), ("Heun", 4), ("DDIM", 4), ("Euler a", 30)])
 @pytest.mark.parametrize("schedule", ["s", "s*"])
-def test_layers_bear_the_names_of_the_plan_and_are_rewritten_only_when_they_switch(host, sampler, steps, schedule):
+def test_layers_bear_the_names_of_the_plan_and_are_rewritten_only_when_they_switch(
+    host, sampler, steps, schedule
+):
     host.picture()
     host.applied()
     host.picture({**host.pair, "schedule": schedule}, sampler_name=sampler, steps=steps)

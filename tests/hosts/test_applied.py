@@ -25,7 +25,14 @@ def rows_of(plan, first=0):
 @pytest.mark.parametrize("selector", ["K-LoRA", "Random", "Direct merge"])
 def test_the_recorded_map_is_the_plan(host, selector):
     answer = host.answer({**host.pair, "selector": selector})
-    assert applied(answer) == [{"pass": "first", "batch": 0, "steps": 4, "rows": rows_of(plan_of(host, 4, seed=42, selector=selector))}]
+    assert applied(answer) == [
+        {
+            "pass": "first",
+            "batch": 0,
+            "steps": 4,
+            "rows": rows_of(plan_of(host, 4, seed=42, selector=selector)),
+        }
+    ]
     assert not any("K-LoRA applied" in infotext for infotext in answer["info"]["infotexts"])
 
 
@@ -33,13 +40,17 @@ def test_each_pass_of_each_batch_is_recorded(host):
     answer = host.answer(host.pair, n_iter=2, **HIRES)
     first, hires = rows_of(plan_of(host, 4)), rows_of(plan_of(host, 6), first=2)
     assert applied(answer) == [
-        {"pass": name, "batch": batch, "steps": len(rows), "rows": rows} for batch in (0, 1) for name, rows in (("first", first), ("hires", hires))
+        {"pass": name, "batch": batch, "steps": len(rows), "rows": rows}
+        for batch in (0, 1)
+        for name, rows in (("first", first), ("hires", hires))
     ]
 
 
 def test_of_img2img_the_steps_before_its_noise_level_are_blank(host, plain):
     answer = host.answer(host.pair, init_images=[as_base64(plain)], denoising_strength=0.5)
-    assert applied(answer) == [{"pass": "first", "batch": 0, "steps": 4, "rows": rows_of(plan_of(host, 4), first=1)}]
+    assert applied(answer) == [
+        {"pass": "first", "batch": 0, "steps": 4, "rows": rows_of(plan_of(host, 4), first=1)}
+    ]
 
 
 def test_without_klora_nothing_is_recorded(host):
@@ -50,7 +61,9 @@ def interrupted(host, **fields):
     """The answer of a run that is interrupted once the denoiser has been evaluated."""
     answers = []
     host.applied()
-    thread = threading.Thread(target=lambda: answers.append(host.answer(host.pair, **{"steps": 150, **fields})))
+    thread = threading.Thread(
+        target=lambda: answers.append(host.answer(host.pair, **{"steps": 150, **fields}))
+    )
     thread.start()
     while not host.applied()[0]:
         time.sleep(0.02)
@@ -112,7 +125,11 @@ def test_no_map_is_saved_by_default(host, tmp_path):
 
 
 GO_ON = "go on without K-LoRA"
-FAULTS = [({"subject": "no-such"}, "no LoRA named"), ({"alpha": "high"}, "is a number from"), ({"style": "xl_subject"}, "the same LoRA")]
+FAULTS = [
+    ({"subject": "no-such"}, "no LoRA named"),
+    ({"alpha": "high"}, "is a number from"),
+    ({"style": "xl_subject"}, "the same LoRA"),
+]
 
 
 @pytest.mark.parametrize(("wrong", "said"), FAULTS)

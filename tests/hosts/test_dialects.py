@@ -90,8 +90,15 @@ def test_other_keys_fuse_as_kohyas(host, dialect):
     other, kohya = {}, {}
     for module, down, up in factors(host):
         if includes(module.native):
-            kohya.update({f"lora_unet_{flat(module.native)}{suffix}": value for suffix, value in zip(KOHYA, (down, up), strict=True)})
-            other.update({name_of(module) + suffix: value for suffix, value in zip(suffixes, (down, up), strict=True)})
+            kohya.update(
+                {
+                    f"lora_unet_{flat(module.native)}{suffix}": value
+                    for suffix, value in zip(KOHYA, (down, up), strict=True)
+                }
+            )
+            other.update(
+                {name_of(module) + suffix: value for suffix, value in zip(suffixes, (down, up), strict=True)}
+            )
     assert_fuse_alike(host, klora_test_kohya=kohya, klora_test_other=other)
 
 
@@ -107,6 +114,11 @@ def test_other_split_keys_fuse_as_those_of_diffusers(host, dialect):
         heights = [width, width, width, len(up) - 3 * width][: len(module.pieces)] or [len(up)]
         for name, rows in zip(module.diffusers, torch.split(up, heights), strict=True):
             stem, suffixes = FLUX_SPLIT[dialect](name)
-            diffusers.update({f"transformer.{name}{suffix}": value for suffix, value in zip(PEFT, (down, rows), strict=True)})
+            diffusers.update(
+                {
+                    f"transformer.{name}{suffix}": value
+                    for suffix, value in zip(PEFT, (down, rows), strict=True)
+                }
+            )
             other.update({stem + suffix: value for suffix, value in zip(suffixes, (down, rows), strict=True)})
     assert_fuse_alike(host, klora_test_split=diffusers, klora_test_other=other)

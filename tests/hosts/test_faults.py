@@ -19,7 +19,9 @@ def calls_of_a_run(host, fused):
 
 @pytest.mark.parametrize("kind", ["RuntimeError", "OutOfMemoryError"])
 @pytest.mark.parametrize("where", [0, 0.6])
-def test_a_fault_within_a_run_is_answered_and_leaves_nothing_behind(host, plain, fused, calls_of_a_run, place, where, kind):
+def test_a_fault_within_a_run_is_answered_and_leaves_nothing_behind(
+    host, plain, fused, calls_of_a_run, place, where, kind
+):
     if where and calls_of_a_run[place] == 1:
         pytest.skip("called once a run")
     host.picture(prompt="a dog")
@@ -34,9 +36,13 @@ def test_a_fault_within_a_run_is_answered_and_leaves_nothing_behind(host, plain,
 
 
 @pytest.mark.parametrize(("where", "faults"), [(0, 1), (0.6, 1), (0.6, 3)])
-def test_faults_that_a_retry_gets_over_do_not_change_the_picture(host, fused, calls_of_a_run, retried_place, where, faults):
+def test_faults_that_a_retry_gets_over_do_not_change_the_picture(
+    host, fused, calls_of_a_run, retried_place, where, faults
+):
     host.picture(prompt="a dog")
-    with host.fault(retried_place, 1 + int(calls_of_a_run[retried_place] * where), "OutOfMemoryError", faults):
+    with host.fault(
+        retried_place, 1 + int(calls_of_a_run[retried_place] * where), "OutOfMemoryError", faults
+    ):
         assert same(host.picture(host.pair), fused)
     assert same(host.picture(host.pair), fused)
 

@@ -79,7 +79,10 @@ def test_strengths_that_another_extension_changes_are_followed_on_every_layer(ho
     neighbour = beside(ChangesStrengths(host.other))
     try:
         prompt = "a cat" + tag(host.other)
-        assert same(host.picture({**host.pair, **ALONE}, prompt=prompt), host.picture(prompt=prompt + tag(host.subject)))
+        assert same(
+            host.picture({**host.pair, **ALONE}, prompt=prompt),
+            host.picture(prompt=prompt + tag(host.subject)),
+        )
     finally:
         callbacks.remove(neighbour.at_step)
 
@@ -93,10 +96,17 @@ class DrawsAnew:
     def postprocess_batch(self, p, images, **_kwargs):
         processing, scripts = sys.modules["modules.processing"], p.scripts
         scripts.postprocess(copy(p), processing.Processed(p, [], []))
-        fields = {name: getattr(p, name) for name in ("steps", "width", "height", "seed", "sampler_name", "cfg_scale")}
-        inner = processing.StableDiffusionProcessingImg2Img(**fields, prompt=self.prompt, init_images=[Image.fromarray(images[0])])
+        fields = {
+            name: getattr(p, name)
+            for name in ("steps", "width", "height", "seed", "sampler_name", "cfg_scale")
+        }
+        inner = processing.StableDiffusionProcessingImg2Img(
+            **fields, prompt=self.prompt, init_images=[Image.fromarray(images[0])]
+        )
         inner.scripts, inner.script_args = copy(scripts), p.script_args
-        inner.scripts.alwayson_scripts = [script for script in scripts.alwayson_scripts if script.title() in self.listed]
+        inner.scripts.alwayson_scripts = [
+            script for script in scripts.alwayson_scripts if script.title() in self.listed
+        ]
         inner.do_not_save_samples, inner.outpath_samples = True, ""
         images[0] = np.asarray(processing.process_images(inner).images[0])
         scripts.process(copy(p))

@@ -24,7 +24,15 @@ SCRIPT_NAMES = "dynamic_prompting,dynamic_thresholding,lora_block_weight,negpip,
 def script(host, name):
     """What the host tells of the extension's always-on script."""
     status, scripts = host.call("/sdapi/v1/script-info")
-    found = [one for one in scripts if one["name"].startswith(name) and one["is_alwayson"] and not one["is_img2img"]] if status == 200 else []
+    found = (
+        [
+            one
+            for one in scripts
+            if one["name"].startswith(name) and one["is_alwayson"] and not one["is_img2img"]
+        ]
+        if status == 200
+        else []
+    )
     if not found:
         pytest.skip(f"this host has no extension {name!r}")
     return found[0]
@@ -33,14 +41,23 @@ def script(host, name):
 def using(host, name, changes, **fields):
     """Fields of a request with the extension's controls as its page has them, but for `changes` by label or, unlabelled ones, by place."""
     of_host = script(host, name)
-    args = [changes.get(control["label"] or place, control["value"]) for place, control in enumerate(of_host["args"])]
+    args = [
+        changes.get(control["label"] or place, control["value"])
+        for place, control in enumerate(of_host["args"])
+    ]
     return {"alwayson_scripts": {of_host["name"]: {"args": args}}, **fields}
 
 
 def adetailer(host, on=True, **settings):
-    fields = using(host, "adetailer", {"ADetailer": on, 2: {"ad_model": DETECTOR, "ad_denoising_strength": 0.6, **settings}})
+    fields = using(
+        host,
+        "adetailer",
+        {"ADetailer": on, 2: {"ad_model": DETECTOR, "ad_denoising_strength": 0.6, **settings}},
+    )
     if DETECTOR not in host.call("/adetailer/v1/ad_model")[1]["ad_model"]:
-        pytest.skip(f"ADetailer has no detector {DETECTOR}: name one in KLORA_DETECTOR that finds one thing in any picture")
+        pytest.skip(
+            f"ADetailer has no detector {DETECTOR}: name one in KLORA_DETECTOR that finds one thing in any picture"
+        )
     return fields
 
 
@@ -49,7 +66,9 @@ def controlnet(host, picture, on=True, **unit):
     if unit["model"] == "None" and unit["module"] == "none":
         unit["model"] = CONTROL
     fields = using(host, "controlnet", {0: unit})
-    if unit["model"] == CONTROL and not any(CONTROL in name for name in host.call("/controlnet/model_list?update=true")[1]["model_list"]):
+    if unit["model"] == CONTROL and not any(
+        CONTROL in name for name in host.call("/controlnet/model_list?update=true")[1]["model_list"]
+    ):
         pytest.skip(f"ControlNet has no model {CONTROL}: name one for this checkpoint in KLORA_CONTROLNET")
     return fields
 
@@ -117,7 +136,10 @@ def test_it_does_beside_the_pair_what_it_does_beside_the_hosts_own_tag(host, on,
 @pytest.mark.parametrize("klora", [False, True], ids=["off", "on"])
 def test_controlnet_tells_the_prompts_side_from_the_negative_ones(host, plain, klora):
     """It does so in a method of the picture that it overrides; where that is lost, all its modes are alike with reference_only."""
-    modes = [controlnet(host, plain, module="reference_only", control_mode=mode) for mode in ("Balanced", "ControlNet is more important")]
+    modes = [
+        controlnet(host, plain, module="reference_only", control_mode=mode)
+        for mode in ("Balanced", "ControlNet is more important")
+    ]
     balanced, more = (host.picture(host.pair if klora else None, **fields) for fields in modes)
     assert not same(balanced, more)
 
@@ -125,12 +147,17 @@ def test_controlnet_tells_the_prompts_side_from_the_negative_ones(host, plain, k
 def test_a_run_repeats_exactly_with_every_layer_as_planned_at_every_evaluation(host, on):
     first, _ = host.pictures(host.pair, **on)
     assert all_same(host.pictures(host.pair, **on)[0], first)
-    references = {choice: host.weights(**adding(on, text)) for choice, text in {0: tag(host.style), 1: tag(host.subject), None: ""}.items()}
+    references = {
+        choice: host.weights(**adding(on, text))
+        for choice, text in {0: tag(host.style), 1: tag(host.subject), None: ""}.items()
+    }
     calls = host.weights(host.pair, **on)
     assert calls
     assert len(calls) % len(STEPS) == 0
     for i, call in enumerate(calls):
-        assert_follows([call], plan_of(host, 4), [STEPS[i % 4]], {choice: seen[i] for choice, seen in references.items()})
+        assert_follows(
+            [call], plan_of(host, 4), [STEPS[i % 4]], {choice: seen[i] for choice, seen in references.items()}
+        )
 
 
 def test_what_is_wrong_with_a_request_is_said_as_ever(host, on):
@@ -179,12 +206,16 @@ def split(calls, batches):
     pictures, rounds = batches.get("batch_size", 1), batches.get("n_iter", 1)
     one = len(STEPS) + pictures * len(CONTINUED)
     assert len(calls) == rounds * one
-    own = [call for first in range(0, len(calls), one) for call in calls[first:first + len(STEPS)]]
-    return own, [call for first in range(0, len(calls), one) for call in calls[first + len(STEPS):first + one]]
+    own = [call for first in range(0, len(calls), one) for call in calls[first : first + len(STEPS)]]
+    return own, [
+        call for first in range(0, len(calls), one) for call in calls[first + len(STEPS) : first + one]
+    ]
 
 
 @pytest.mark.parametrize("batches", BATCHES, ids=["one", "four"])
-def test_adetailers_pass_has_neither_lora_unless_told_to_and_that_is_said(host, detailed, references, batches):
+def test_adetailers_pass_has_neither_lora_unless_told_to_and_that_is_said(
+    host, detailed, references, batches
+):
     own, second = split(host.weights(host.pair, **detailed, **batches), batches)
     assert_follows(own, plan_of(host, 4), STEPS * batches.get("n_iter", 1), references)
     assert all(call == references[None] for call in second)
@@ -209,11 +240,15 @@ def test_with_the_script_listed_adetailers_pass_continues_the_schedule(host, lis
 @pytest.mark.parametrize("batches", BATCHES, ids=["one", "four"])
 def test_with_the_script_listed_one_lora_alone_is_the_hosts_own_tag_in_both_passes(host, listed, batches):
     expected, _ = host.pictures(**listed, **batches, prompt="a cat" + tag(host.subject))
-    assert all_same(host.pictures({**host.pair, "selector": "Subject only"}, **listed, **batches)[0], expected)
+    assert all_same(
+        host.pictures({**host.pair, "selector": "Subject only"}, **listed, **batches)[0], expected
+    )
 
 
 @pytest.mark.parametrize("hook", ["process", "begin pass"])
-def test_what_goes_wrong_in_adetailers_pass_is_said_with_the_picture_it_leaves_as_it_was(host, listed, fused, hook):
+def test_what_goes_wrong_in_adetailers_pass_is_said_with_the_picture_it_leaves_as_it_was(
+    host, listed, fused, hook
+):
     host.counts()
     with host.fault(hook, 2, "RuntimeError"):
         answer = host.answer(host.pair, **listed)

@@ -1,6 +1,6 @@
 """The promises of K-LoRA in a WebUI, through its HTTP API. README, "Developing", tells how to run them against a running one.
 
-    KLORA_HOST_URL=http://127.0.0.1:7860 KLORA_HOST_FOLDER=/path/to/webui pytest tests/hosts
+KLORA_HOST_URL=http://127.0.0.1:7860 KLORA_HOST_FOLDER=/path/to/webui pytest tests/hosts
 """
 
 import json
@@ -37,7 +37,10 @@ def test_klora_repeats_exactly_and_is_none_of_the_others(host, plain, fused):
 
 def test_other_tags_of_the_prompt_apply_on_all_layers_beside_the_pair(host):
     expected = host.picture(prompt="a cat" + tag(host.other, 0.5) + tag(host.subject))
-    assert same(host.picture({**host.pair, "selector": "Subject only"}, prompt="a cat" + tag(host.other, 0.5)), expected)
+    assert same(
+        host.picture({**host.pair, "selector": "Subject only"}, prompt="a cat" + tag(host.other, 0.5)),
+        expected,
+    )
 
 
 def warnings(answer):
@@ -56,7 +59,9 @@ def test_a_chosen_lora_that_the_prompt_has_too_applies_once_and_that_is_said(hos
 def test_an_accelerator_as_a_style_is_said(host, word):
     name = f"klora_test_{word}"
     with host.more_loras(**{name: load_file(host.file(host.style))}):
-        assert f"The style LoRA {name}.safetensors looks like an accelerator" in warnings(host.answer({**host.pair, "style": name}))
+        assert f"The style LoRA {name}.safetensors looks like an accelerator" in warnings(
+            host.answer({**host.pair, "style": name})
+        )
 
 
 def test_infotext_names_both_with_their_hashes_and_what_is_not_default_and_nothing_else(host):
@@ -71,7 +76,16 @@ def test_infotext_names_both_with_their_hashes_and_what_is_not_default_and_nothi
 
 
 def test_infotext_given_to_the_api_makes_the_same_picture(host):
-    arrays, info = host.pictures({**host.pair, "schedule": "s*", "subject_weight": 0.8, "text_encoder": "none", "gamma": 0.7, "beta": 0.9})
+    arrays, info = host.pictures(
+        {
+            **host.pair,
+            "schedule": "s*",
+            "subject_weight": 0.8,
+            "text_encoder": "none",
+            "gamma": 0.7,
+            "beta": 0.9,
+        }
+    )
     status, answer = host.call("/sdapi/v1/txt2img", {"infotext": info, **LISTS})
     assert status == 200
     assert same(arrays[0], pixels(answer["images"][0]))
@@ -101,7 +115,10 @@ def test_one_lora_as_both_is_refused(host):
 
 
 def test_positional_arguments_equal_the_dict(host):
-    assert same(host.picture([True, host.subject, host.style, 0.8]), host.picture({**host.pair, "subject_weight": 0.8}))
+    assert same(
+        host.picture([True, host.subject, host.style, 0.8]),
+        host.picture({**host.pair, "subject_weight": 0.8}),
+    )
 
 
 @contextmanager
@@ -138,7 +155,9 @@ def test_a_file_that_was_replaced_between_two_runs_is_the_one_applied(host, when
 def test_xyz_over_selector_gives_the_pictures_of_the_selectors(host):
     selectors = ["K-LoRA", "Subject only", "Style only"]
     arrays, _ = host.pictures(host.pair, **host.grid("[K-LoRA] Selector", selectors, "Seed", "42,43"))
-    singles = [host.picture({**host.pair, "selector": name}, seed=seed) for seed in (42, 43) for name in selectors]
+    singles = [
+        host.picture({**host.pair, "selector": name}, seed=seed) for seed in (42, 43) for name in selectors
+    ]
     assert all(same(a, b) for a, b in zip(arrays[-6:], singles, strict=True))
 
 
@@ -151,7 +170,19 @@ def test_xyz_refuses_all_bad_values_before_the_first_picture(host):
 def test_analyze_answers_the_plan_of_the_command_line(host, capsys):
     status, answer = host.call("/klora/v1/analyze", {**host.pair, "steps": 7, "schedule": "s*"})
     assert status == 200
-    main(["analyze", str(host.file(host.subject)), str(host.file(host.style)), "--steps", "7", "--schedule", "s*", "--json", "-"])
+    main(
+        [
+            "analyze",
+            str(host.file(host.subject)),
+            str(host.file(host.style)),
+            "--steps",
+            "7",
+            "--schedule",
+            "s*",
+            "--json",
+            "-",
+        ]
+    )
     assert answer == json.loads(capsys.readouterr().out)
     status, answer = host.call("/klora/v1/analyze", {**host.pair, "steps": 0})
     assert status == 422
@@ -160,7 +191,9 @@ def test_analyze_answers_the_plan_of_the_command_line(host, capsys):
 
 
 def test_schema_and_list_are_in_the_hosts_openapi_page(host):
-    assert {"/klora/v1/schema", "/klora/v1/loras", "/klora/v1/analyze"} <= set(host.call("/openapi.json")[1]["paths"])
+    assert {"/klora/v1/schema", "/klora/v1/loras", "/klora/v1/analyze"} <= set(
+        host.call("/openapi.json")[1]["paths"]
+    )
     assert host.call("/klora/v1/schema")[1]["title"] == "K-LoRA"
     assert {host.subject, host.style} <= {lora["name"] for lora in host.call("/klora/v1/loras")[1]}
 

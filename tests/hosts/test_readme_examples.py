@@ -30,7 +30,9 @@ def address(host):
 
     class Bridge(BaseHTTPRequestHandler):
         def do_POST(self):
-            status, answer = host.call(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            status, answer = host.call(
+                self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            )
             self.send_response(status)
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())

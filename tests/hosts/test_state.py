@@ -16,7 +16,11 @@ def prepared(host, standin):
 
 
 @settings(max_examples=8, suppress_health_check=list(HealthCheck))
-@given(actions=st.lists(st.tuples(st.sampled_from(sorted(ACTIONS)), st.integers(0, 2**31)), min_size=2, max_size=6))
+@given(
+    actions=st.lists(
+        st.tuples(st.sampled_from(sorted(ACTIONS)), st.integers(0, 2**31)), min_size=2, max_size=6
+    )
+)
 def test_no_order_of_actions_changes_a_later_picture(prepared, actions):
     for name, seed in actions:
         act(prepared, name, seed)

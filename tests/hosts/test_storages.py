@@ -18,13 +18,20 @@ def test_every_storage_keeps_the_promises(host, plain, fused, storage):
         plain_there = host.picture()
         tags = {0: tag(host.style), 1: tag(host.subject), 2: tag(host.subject) + tag(host.style)}
         for choice, selector in enumerate(("Style only", "Subject only", "Direct merge")):
-            assert same(host.picture({**host.pair, "selector": selector}), host.picture(prompt="a cat" + tags[choice]))
+            assert same(
+                host.picture({**host.pair, "selector": selector}), host.picture(prompt="a cat" + tags[choice])
+            )
         fused_there = host.picture(host.pair)
         assert same(host.picture(host.pair), fused_there)
         assert same(host.picture(), plain_there)
         references = references_of(host)
         for schedule in ("s", "s*"):
-            assert_follows(host.weights({**host.pair, "schedule": schedule}), plan_of(host, 4, schedule=schedule), [0, 1, 2, 3], references)
+            assert_follows(
+                host.weights({**host.pair, "schedule": schedule}),
+                plan_of(host, 4, schedule=schedule),
+                [0, 1, 2, 3],
+                references,
+            )
         assert all(call == references[None] for call in host.weights())
     assert same(host.picture(host.pair), fused)
 

@@ -25,7 +25,11 @@ def with_part(host, encoder):
     """The subject's tensors, with what it has for one text encoder; with low-rank pairs for two of its blocks if it has nothing."""
     weight, stem = ENCODERS[encoder][host.base]
     prefix = stem.partition("_text")[0].partition("_encoder")[0]
-    tensors = {key: value for key, value in load_file(host.file(host.subject)).items() if key.startswith(prefix) or not key.startswith("lora_te")}
+    tensors = {
+        key: value
+        for key, value in load_file(host.file(host.subject)).items()
+        if key.startswith(prefix) or not key.startswith("lora_te")
+    }
     if any(key.startswith(prefix) for key in tensors):
         return tensors
     with safe_open(host.folder / "models" / "Stable-diffusion" / host.checkpoint, "pt") as checkpoint:
@@ -49,5 +53,8 @@ def test_they_apply_as_the_setting_says(host, encoder):
         assert not same(expected["both"], expected["none"])
         for rule in (*tags, "both"):
             assert same(host.picture({**klora, "text_encoder": rule}), expected[rule])
-        pictures = [host.picture({**klora, "selector": "K-LoRA", "text_encoder": rule}) for rule in ("subject", "none")]
+        pictures = [
+            host.picture({**klora, "selector": "K-LoRA", "text_encoder": rule})
+            for rule in ("subject", "none")
+        ]
         assert not same(*pictures)

@@ -58,7 +58,7 @@ def test_prompts_and_batches_of_all_kinds_keep_the_clock(host, fields, reference
     calls = host.weights(host.pair, **fields)
     assert len(calls) == 4 * fields.get("n_iter", 1)
     for first in range(0, len(calls), 4):
-        assert_follows(calls[first:first + 4], plan_of(host, 4), FOUR, references)
+        assert_follows(calls[first : first + 4], plan_of(host, 4), FOUR, references)
 
 
 def test_skip_early_cfg_keeps_the_clock(host, references):

@@ -88,12 +88,26 @@ def examples(recipe: Recipe) -> tuple[list[np.ndarray], list[dict[str, str]], st
     return pictures, words, world.STYLES[recipe.name][0] if recipe.role == "style" else ""
 
 
-def trained(pipeline: Any, recipe: Recipe, pictures: list[np.ndarray], words: list[dict[str, str]], style: str, log: Path) -> dict[str, Tensor]:
+def trained(
+    pipeline: Any,
+    recipe: Recipe,
+    pictures: list[np.ndarray],
+    words: list[dict[str, str]],
+    style: str,
+    log: Path,
+) -> dict[str, Tensor]:
     """PEFT's state dict of the UNet after training, at strength 1."""
     unet = pipeline.unet
     unet.requires_grad_(False)
     torch.manual_seed(0)
-    unet.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.network_alpha, init_lora_weights="gaussian", target_modules=list(recipe.targets)))
+    unet.add_adapter(
+        LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.network_alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(recipe.targets),
+        )
+    )
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, recipe.steps, pct_start=0.05)
@@ -104,7 +118,10 @@ def trained(pipeline: Any, recipe: Recipe, pictures: list[np.ndarray], words: li
         rng = np.random.default_rng(step)
         torch.manual_seed(step)
         chosen = rng.integers(0, len(pictures), BATCH)
-        captions = [world.caption({k: w for k, w in words[i].items() if k == "kind" or rng.random() < 0.7}, style) for i in chosen]
+        captions = [
+            world.caption({k: w for k, w in words[i].items() if k == "kind" or rng.random() < 0.7}, style)
+            for i in chosen
+        ]
         loss = train.denoising_loss(pipeline, latents[chosen], captions, empty_share=0.05)
         optimizer.zero_grad()
         loss.backward()
@@ -113,8 +130,11 @@ def trained(pipeline: Any, recipe: Recipe, pictures: list[np.ndarray], words: li
         losses.append(loss.item())
     state = {name: value.detach().clone() for name, value in get_peft_model_state_dict(unet).items()}
     unet.delete_adapters("default")
-    train.log(log, f"{recipe.role} {recipe.name}: loss {np.mean(losses[:50]):.4f} to {np.mean(losses[-50:]):.4f}, "
-                   f"{time.process_time() - started:.0f} CPU s")
+    train.log(
+        log,
+        f"{recipe.role} {recipe.name}: loss {np.mean(losses[:50]):.4f} to {np.mean(losses[-50:]):.4f}, "
+        f"{time.process_time() - started:.0f} CPU s",
+    )
     return state
 
 
@@ -123,7 +143,9 @@ def write(path: Path, recipe: Recipe, state: dict[str, Tensor]) -> None:
     tensors: dict[str, Tensor] = {}
     if recipe.dialect == "peft":
         for name, value in state.items():
-            tensors[f"unet.{name}"] = (value * recipe.strength if ".lora_B." in name else value).half().contiguous()
+            tensors[f"unet.{name}"] = (
+                (value * recipe.strength if ".lora_B." in name else value).half().contiguous()
+            )
         save_file(tensors, path)
         return
     natives = {module.diffusers[0]: module.native for module in sdxl_modules()}
@@ -132,20 +154,28 @@ def write(path: Path, recipe: Recipe, state: dict[str, Tensor]) -> None:
         stem = "lora_unet_" + natives[layer].replace(".", "_")
         tensors[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = value.half().contiguous()
         tensors[f"{stem}.alpha"] = torch.tensor(recipe.network_alpha * recipe.strength)
-    save_file(tensors, path, {"ss_network_dim": str(recipe.rank), "ss_network_alpha": str(recipe.network_alpha * recipe.strength)})
+    save_file(
+        tensors,
+        path,
+        {"ss_network_dim": str(recipe.rank), "ss_network_alpha": str(recipe.network_alpha * recipe.strength)},
+    )
 
 
 def entry(recipe: Recipe, words: list[dict[str, str]], style: str) -> dict[str, dict[str, Any]]:
     """What loras.json says of a LoRA."""
     said = f"in {style} style" if style else f"a {words[0]['kind']}"
-    return {f"{recipe.role}_{recipe.name}": {"role": recipe.role, "words": said, "weight": 1 / recipe.strength}}
+    return {
+        f"{recipe.role}_{recipe.name}": {"role": recipe.role, "words": said, "weight": 1 / recipe.strength}
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=[], help="names; files that exist are made anew only if they are named")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="names; files that exist are made anew only if they are named"
+    )
     parser.add_argument("--steps", type=int, help="for a trial")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -38,7 +38,11 @@ def labelled(seed: int) -> tuple[np.ndarray, int, int]:
         scene, words = world.random_scene(rng)
         thing = words["kind"]
         if rng.random() < 0.4:
-            scene = replace(scene, pattern=str(rng.choice(["", *world.PATTERNS])), extra=str(rng.choice(["", *world.EXTRAS])))
+            scene = replace(
+                scene,
+                pattern=str(rng.choice(["", *world.PATTERNS])),
+                extra=str(rng.choice(["", *world.EXTRAS])),
+            )
     if rng.random() < 0.45:
         manner = str(rng.choice(list(world.STYLES)))
         style, manner = world.STYLES[manner][1], f"style_{manner}"
@@ -46,7 +50,9 @@ def labelled(seed: int) -> tuple[np.ndarray, int, int]:
         style = world.Style("plain") if rng.random() < 0.3 else world.random_style(rng)
         manner = style.family
         if manner != "plain" and rng.random() < 0.25:
-            other = [own for _, own in world.STYLES.values() if own.family != manner][int(rng.integers(len(world.STYLES) - 1))]
+            other = [own for _, own in world.STYLES.values() if own.family != manner][
+                int(rng.integers(len(world.STYLES) - 1))
+            ]
             style = replace(style, paper=other.paper, ink=other.ink)
     return world.render(scene, style, seed), SUBJECT_LABELS.index(thing), STYLE_LABELS.index(manner)
 
@@ -54,7 +60,11 @@ def labelled(seed: int) -> tuple[np.ndarray, int, int]:
 def renders(seeds: range) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
     """Pictures, subject labels and style labels."""
     drawn = [labelled(seed) for seed in seeds]
-    return np.stack([p for p, _, _ in drawn]), torch.tensor([s for _, s, _ in drawn]), torch.tensor([m for _, _, m in drawn])
+    return (
+        np.stack([p for p, _, _ in drawn]),
+        torch.tensor([s for _, s, _ in drawn]),
+        torch.tensor([m for _, _, m in drawn]),
+    )
 
 
 def through_the_autoencoder(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
@@ -62,7 +72,9 @@ def through_the_autoencoder(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndar
     shown = []
     for start in range(0, len(pictures), 100):
         with torch.no_grad():
-            back = vae.decode(vae.encode(train.as_tensor(pictures[start : start + 100])).latent_dist.mean).sample
+            back = vae.decode(
+                vae.encode(train.as_tensor(pictures[start : start + 100])).latent_dist.mean
+            ).sample
         shown.append(((back.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
     return np.concatenate(shown)
 
@@ -76,7 +88,9 @@ def roughened(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return (1 - share) * pixels + share * blurred + tint + noise
 
 
-def train_recogniser(network: Recogniser, pictures: np.ndarray, shown: np.ndarray, wanted: torch.Tensor) -> None:
+def train_recogniser(
+    network: Recogniser, pictures: np.ndarray, shown: np.ndarray, wanted: torch.Tensor
+) -> None:
     """On renders and, as often, on what `shown` has of them."""
     steps = PASSES * len(pictures) // BATCH
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
@@ -98,15 +112,21 @@ def train_recogniser(network: Recogniser, pictures: np.ndarray, shown: np.ndarra
 
 def accuracy(network: Recogniser, pictures: np.ndarray, wanted: torch.Tensor, only: str) -> str:
     with torch.no_grad():
-        guessed = torch.cat([network(train.as_tensor(pictures[i : i + 100])).argmax(1) for i in range(0, len(pictures), 100)])
+        guessed = torch.cat(
+            [network(train.as_tensor(pictures[i : i + 100])).argmax(1) for i in range(0, len(pictures), 100)]
+        )
     right = (guessed == wanted).double()
     own = torch.tensor([network.labels[i].startswith(only) for i in wanted])
     taken = torch.tensor([network.labels[i].startswith(only) for i in guessed])
-    return (f"{right.mean():.1%} of {len(right)} held-out renders; {right[own].mean():.1%} of those of {only[:-1]}s; "
-            f"{(taken & ~own).sum() / (~own).sum():.1%} of the others taken for one")
+    return (
+        f"{right.mean():.1%} of {len(right)} held-out renders; {right[own].mean():.1%} of those of {only[:-1]}s; "
+        f"{(taken & ~own).sum() / (~own).sum():.1%} of the others taken for one"
+    )
 
 
-def gram_accuracy(pictures: np.ndarray, wanted: torch.Tensor, references: dict[str, list[Image.Image]]) -> str:
+def gram_accuracy(
+    pictures: np.ndarray, wanted: torch.Tensor, references: dict[str, list[Image.Image]]
+) -> str:
     measures = {name: gram(shown) for name, shown in references.items()}
     own = [i for i, label in enumerate(wanted) if STYLE_LABELS[label] in measures]
     found = np.stack([measure([Image.fromarray(pictures[i]) for i in own]) for measure in measures.values()])
@@ -137,7 +157,10 @@ def main() -> None:
         train.log(out, f"{name} recogniser: {accuracy(network, test, held, name + '_')}")
         train.log(out, f"the same through the autoencoder: {accuracy(network, test_shown, held, name + '_')}")
     references = {
-        f"style_{name}": [Image.fromarray(world.render(world.random_scene(np.random.default_rng(i))[0], style, i)) for i in range(5)]
+        f"style_{name}": [
+            Image.fromarray(world.render(world.random_scene(np.random.default_rng(i))[0], style, i))
+            for i in range(5)
+        ]
         for name, (_, style) in world.STYLES.items()
     }
     train.log(out, f"Gram statistics: {gram_accuracy(test, test_manners, references)}")

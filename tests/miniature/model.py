@@ -41,9 +41,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made.normalizer = tokenizers.normalizers.Lowercase()
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     ends = [(word, words[word]) for word in (START, END)]
-    made.post_processor = tokenizers.processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=ends
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token=START, eos_token=END, pad_token=END, unk_token=UNKNOWN, model_max_length=TEXT_LENGTH
+        tokenizer_object=made,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        unk_token=UNKNOWN,
+        model_max_length=TEXT_LENGTH,
     )
 
 
@@ -58,7 +65,11 @@ def _text_config(layers: int) -> CLIPTextConfig:
 def scheduler() -> EulerDiscreteScheduler:
     """v-prediction, and noise that leaves next to nothing of a picture of 16 by 16 latents."""
     return EulerDiscreteScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.02, prediction_type="v_prediction", timestep_spacing="trailing"
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.02,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
     )
 
 

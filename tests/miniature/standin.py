@@ -15,7 +15,9 @@ from miniature import loras, measures, model
 def make(folder: Path) -> None:
     """Model, LoRAs, training pictures and measures, as the shipped miniature has them."""
     pipeline = model.pipeline()
-    linear = {name: module for name, module in pipeline.unet.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {
+        name: module for name, module in pipeline.unet.named_modules() if isinstance(module, torch.nn.Linear)
+    }
     (folder / "loras").mkdir(parents=True)
     (folder / "measures").mkdir()
     index = {}
@@ -24,8 +26,12 @@ def make(folder: Path) -> None:
         state = {}
         for name, module in linear.items():
             if name.endswith(recipe.targets):
-                state[f"{name}.lora_A.weight"] = torch.randn(recipe.rank, module.in_features, generator=generator) / 20
-                state[f"{name}.lora_B.weight"] = torch.randn(module.out_features, recipe.rank, generator=generator) / 20
+                state[f"{name}.lora_A.weight"] = (
+                    torch.randn(recipe.rank, module.in_features, generator=generator) / 20
+                )
+                state[f"{name}.lora_B.weight"] = (
+                    torch.randn(module.out_features, recipe.rank, generator=generator) / 20
+                )
         loras.write(folder / "loras" / recipe.file, recipe, state)
         pictures, words, style = loras.examples(recipe)
         for number, shown in enumerate(pictures):

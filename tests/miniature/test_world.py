@@ -28,7 +28,11 @@ def test_the_tokenizer_knows_every_word_of_every_caption():
     tokenizer = model.tokenizer()
     captions = [train.spoken(np.random.default_rng(seed), *train.picture(seed)[1:]) for seed in range(60)]
     for recipe in loras.RECIPES:
-        captions.append(world.caption(loras.examples(recipe)[1][0], world.STYLES[recipe.name][0] if recipe.role == "style" else ""))
+        captions.append(
+            world.caption(
+                loras.examples(recipe)[1][0], world.STYLES[recipe.name][0] if recipe.role == "style" else ""
+            )
+        )
     tokens = tokenizer(captions, padding="max_length", truncation=True).input_ids
     assert all(len(row) == model.TEXT_LENGTH and tokenizer.unk_token_id not in row for row in tokens)
     assert len({tuple(row) for row in tokens}) > 60

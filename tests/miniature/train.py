@@ -55,7 +55,9 @@ class Training:
 
     def __init__(self, path: Path, networks: nn.ModuleList, steps: int, rate: float, averaged: float) -> None:
         self.path, self.networks, self.steps, self.averaged = path, networks, steps, averaged
-        self.optimizer = torch.optim.AdamW(networks.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            networks.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.average = {name: value.detach().clone() for name, value in networks.state_dict().items()}
         self.step, self.seconds = 0, 0.0
@@ -63,7 +65,9 @@ class Training:
             self._load()
 
     def _rate(self, step: int) -> float:
-        return min(1.0, (step + 1) / 150) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps))))
+        return min(1.0, (step + 1) / 150) * (
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+        )
 
     def run(self, loss_of: Callable[[int], Tensor]) -> None:
         """Train until `steps` are done; the networks hold the averaged weights afterwards."""
@@ -83,7 +87,10 @@ class Training:
             self.seconds = before + time.process_time() - started
             if time.monotonic() - saved > CHECKPOINT_SECONDS or self.step == self.steps:
                 self._save()
-                log(self.path.parent, f"{self.path.stem}: step {self.step} of {self.steps}, loss {np.mean(losses):.5f}, {self.seconds:.0f} CPU s")
+                log(
+                    self.path.parent,
+                    f"{self.path.stem}: step {self.step} of {self.steps}, loss {np.mean(losses):.5f}, {self.seconds:.0f} CPU s",
+                )
                 saved, losses = time.monotonic(), []
         self.networks.load_state_dict(self.average)
 
@@ -123,7 +130,11 @@ def draw_pictures(folder: Path, name: str, seeds: range) -> tuple[np.ndarray, li
     if not path.exists():
         started = time.process_time()
         drawn = [picture(seed) for seed in seeds]
-        np.savez(path, pictures=np.stack([p for p, _, _ in drawn]), words=json.dumps([(words, style) for _, words, style in drawn]))
+        np.savez(
+            path,
+            pictures=np.stack([p for p, _, _ in drawn]),
+            words=json.dumps([(words, style) for _, words, style in drawn]),
+        )
         log(folder, f"{name}: {len(seeds)} pictures, {time.process_time() - started:.0f} CPU s")
     with np.load(path) as file:
         return file["pictures"], json.loads(str(file["words"]))
@@ -149,14 +160,24 @@ def train_vae(folder: Path) -> nn.Module:
         latents = vae.encode(wanted).latent_dist.mean
         off = whitened(vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample - wanted)
         fine = sum(off.diff(dim=axis).abs().mean() for axis in (2, 3))
-        spread = 0.01 * ((latents.std((0, 2, 3)) - 1).square().mean() + latents.mean((0, 2, 3)).square().mean())
+        spread = 0.01 * (
+            (latents.std((0, 2, 3)) - 1).square().mean() + latents.mean((0, 2, 3)).square().mean()
+        )
         guide = (latents[:, :3] - 2 * whitened(nn.functional.avg_pool2d(wanted, 4))).square().mean()
-        return off.abs().mean() + off.square().mean() + 0.5 * fine + spread + max(0.0, 1 - step / VAE_GUIDED) * guide
+        return (
+            off.abs().mean()
+            + off.square().mean()
+            + 0.5 * fine
+            + spread
+            + max(0.0, 1 - step / VAE_GUIDED) * guide
+        )
 
     training.run(loss_of)
     vae.eval()
     with torch.no_grad():
-        means = torch.cat([vae.encode(as_tensor(pictures[i : i + 50])).latent_dist.mean for i in range(0, 1000, 50)])
+        means = torch.cat(
+            [vae.encode(as_tensor(pictures[i : i + 50])).latent_dist.mean for i in range(0, 1000, 50)]
+        )
         middle, spread = means.mean((0, 2, 3)), means.std((0, 2, 3))
         vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ middle
         vae.post_quant_conv.weight *= spread[None, :, None, None]
@@ -167,7 +188,10 @@ def train_vae(folder: Path) -> nn.Module:
         again = vae.encode(as_tensor(pictures[:100])).latent_dist.mean
         off = (vae.decode(again).sample - as_tensor(pictures[:100])).abs().mean().item() * 127.5
     vae.register_to_config(scaling_factor=1.0)
-    log(folder, f"vae: spread {spread.tolist()}, latents {again.mean():.3f} ± {again.std():.3f}, {off:.2f} grey levels off")
+    log(
+        folder,
+        f"vae: spread {spread.tolist()}, latents {again.mean():.3f} ± {again.std():.3f}, {off:.2f} grey levels off",
+    )
     return vae
 
 
@@ -188,14 +212,21 @@ def encode_pictures(folder: Path, vae: nn.Module) -> tuple[Tensor, list[Any]]:
     path = folder / "latents.pt"
     if not path.exists():
         with torch.no_grad():
-            latents = torch.cat([vae.encode(as_tensor(pictures[i : i + 50])).latent_dist.mean for i in range(0, len(pictures), 50)])
+            latents = torch.cat(
+                [
+                    vae.encode(as_tensor(pictures[i : i + 50])).latent_dist.mean
+                    for i in range(0, len(pictures), 50)
+                ]
+            )
         torch.save(latents, path)
     return torch.load(path, weights_only=True), words
 
 
 def encoded(pipeline: Any, captions: list[str], empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Text states (n, TEXT_LENGTH, 2 TEXT_WIDTH) and pooled text (n, TEXT_WIDTH) as SDXL's pipeline makes them; zero where `empty`."""
-    tokens = pipeline.tokenizer(captions, padding="max_length", max_length=model.TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+    tokens = pipeline.tokenizer(
+        captions, padding="max_length", max_length=model.TEXT_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
     first = pipeline.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
     second = pipeline.text_encoder_2(tokens, output_hidden_states=True)
     states, pooled = torch.cat([first, second.hidden_states[-2]], -1), second[0]
@@ -215,7 +246,11 @@ def denoising_loss(pipeline: Any, latents: Tensor, captions: list[str], empty_sh
     states, pooled = encoded(pipeline, captions, torch.rand(count) < empty_share)
     sizes = torch.tensor(model.TIME_IDS, dtype=torch.float32).repeat(count, 1)
     got = pipeline.unet(
-        a * latents + b * noise, times, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}, return_dict=False
+        a * latents + b * noise,
+        times,
+        states,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+        return_dict=False,
     )[0]
     return (got - (a * noise - b * latents)).square().mean()
 

@@ -92,12 +92,22 @@ class Pen:
         self._ink.polygon(placed, fill=self.scene.main if colour is None else colour)
         self._marks.polygon(placed, fill=self._part)
 
-    def disc(self, x: float, y: float, rx: float, ry: float | None = None, colour: Colour | None = None, turn: float = 0.0) -> None:
+    def disc(
+        self,
+        x: float,
+        y: float,
+        rx: float,
+        ry: float | None = None,
+        colour: Colour | None = None,
+        turn: float = 0.0,
+    ) -> None:
         """A filled ellipse, `turn` in degrees."""
         angles = np.linspace(0, 2 * math.pi, 32, endpoint=False)
         a = math.radians(turn)
         own = np.stack([rx * np.cos(angles), (rx if ry is None else ry) * np.sin(angles)], 1)
-        self.polygon(own @ np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) + (x, y), colour)
+        self.polygon(
+            own @ np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) + (x, y), colour
+        )
 
     def box(self, left: float, top: float, right: float, bottom: float, colour: Colour | None = None) -> None:
         self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour)
@@ -106,13 +116,24 @@ class Pen:
         """A broad line through `points` with round ends, as one part."""
         way = np.asarray(points, float)
         along = np.gradient(way, axis=0)
-        across = np.stack([-along[:, 1], along[:, 0]], 1) / np.linalg.norm(along, axis=1, keepdims=True) * width / 2
+        across = (
+            np.stack([-along[:, 1], along[:, 0]], 1)
+            / np.linalg.norm(along, axis=1, keepdims=True)
+            * width
+            / 2
+        )
         self.polygon(np.concatenate([way + across, (way - across)[::-1]]), colour)
 
-    def curve(self, start: Point, bend: Point, end: Point, width: float, colour: Colour | None = None) -> None:
+    def curve(
+        self, start: Point, bend: Point, end: Point, width: float, colour: Colour | None = None
+    ) -> None:
         """A broad quadratic Bézier line."""
         t = np.linspace(0, 1, 14)[:, None]
-        self.line((1 - t) ** 2 * np.array(start) + 2 * t * (1 - t) * np.array(bend) + t**2 * np.array(end), width, colour)  # type: ignore[arg-type]
+        self.line(
+            (1 - t) ** 2 * np.array(start) + 2 * t * (1 - t) * np.array(bend) + t**2 * np.array(end),
+            width,
+            colour,
+        )  # type: ignore[arg-type]
 
     def own_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
         """x and y of every pixel in the thing's own coordinates, each of shape (SIDE, SIDE)."""
@@ -131,7 +152,13 @@ def _cat(pen: Pen) -> Point:
     pen.curve((0.45, 0.6), (1.0 * tail, 0.5), (0.75 * tail, -0.25 * tail), 0.16)
     pen.disc(0.1, 0.45, 0.52, 0.42)
     for side in (-1, 1):
-        pen.polygon([(-0.2 + side * 0.42, -0.25), (-0.2 + side * 0.42, -0.35 - 0.55 * ear), (-0.2 + side * 0.06, -0.42)])
+        pen.polygon(
+            [
+                (-0.2 + side * 0.42, -0.25),
+                (-0.2 + side * 0.42, -0.35 - 0.55 * ear),
+                (-0.2 + side * 0.06, -0.42),
+            ]
+        )
     pen.disc(-0.2, -0.18, 0.44, 0.4)
     for x in (-0.36, -0.04):
         pen.disc(x, -0.22, 0.07, 0.09, DARK)
@@ -193,8 +220,12 @@ def _house(pen: Pen) -> Point:
 def _car(pen: Pen) -> Point:
     tall, long = pen.shape("a"), pen.shape("b")
     pen.polygon([(-0.5, 0.1), (-0.32, 0.05 - 0.45 * tall), (0.32, 0.05 - 0.45 * tall), (0.58, 0.1)])
-    pen.polygon([(-0.36, 0.06), (-0.25, 0.1 - 0.4 * tall), (-0.02, 0.1 - 0.4 * tall), (-0.02, 0.06)], (206, 232, 244))
-    pen.polygon([(0.08, 0.06), (0.08, 0.1 - 0.4 * tall), (0.28, 0.1 - 0.4 * tall), (0.44, 0.06)], (206, 232, 244))
+    pen.polygon(
+        [(-0.36, 0.06), (-0.25, 0.1 - 0.4 * tall), (-0.02, 0.1 - 0.4 * tall), (-0.02, 0.06)], (206, 232, 244)
+    )
+    pen.polygon(
+        [(0.08, 0.06), (0.08, 0.1 - 0.4 * tall), (0.28, 0.1 - 0.4 * tall), (0.44, 0.06)], (206, 232, 244)
+    )
     pen.box(-0.88 * long, 0.06, 0.9 * long, 0.5)
     for x in (-0.5, 0.52):
         pen.disc(x, 0.52, 0.24, 0.24, DARK)
@@ -215,7 +246,9 @@ def _tree(pen: Pen) -> Point:
 
 def _mushroom(pen: Pen) -> Point:
     cap, stem = pen.shape("a"), pen.shape("b")
-    pen.polygon([(-0.2 * stem, 0.0), (0.2 * stem, 0.0), (0.3 * stem, 0.9), (-0.3 * stem, 0.9)], (244, 234, 212))
+    pen.polygon(
+        [(-0.2 * stem, 0.0), (0.2 * stem, 0.0), (0.3 * stem, 0.9), (-0.3 * stem, 0.9)], (244, 234, 212)
+    )
     angles = np.linspace(math.pi, 2 * math.pi, 24)
     pen.polygon(np.stack([0.85 * np.cos(angles), 0.1 + 0.8 * cap * np.sin(angles)], 1))
     for x, y, r in ((-0.4, -0.12, 0.13), (0.05, -0.42, 0.15), (0.45, -0.1, 0.11)):
@@ -301,7 +334,9 @@ def _cactus(pen: Pen) -> Point:
         pen.line([(side * 0.5, height + 0.18), (side * 0.5, height - 0.4 * arm)], 0.2)
     pen.box(-0.2, -0.6, 0.2, 0.5)
     pen.disc(0.0, -0.6, 0.2, 0.2)
-    pen.polygon([(-0.42 * pot, 0.42), (0.42 * pot, 0.42), (0.3 * pot, 0.95), (-0.3 * pot, 0.95)], pen.scene.second)
+    pen.polygon(
+        [(-0.42 * pot, 0.42), (0.42 * pot, 0.42), (0.3 * pot, 0.95), (-0.3 * pot, 0.95)], pen.scene.second
+    )
     return 0.0, -0.78
 
 
@@ -309,7 +344,9 @@ def _rocket(pen: Pen) -> Point:
     fin, flame = pen.shape("a"), pen.shape("b")
     pen.polygon([(-0.2, 0.55), (0.2, 0.55), (0.0, 0.7 + 0.28 * flame)], (246, 160, 40))
     for side in (-1, 1):
-        pen.polygon([(side * 0.25, 0.1), (side * (0.3 + 0.35 * fin), 0.68), (side * 0.25, 0.58)], pen.scene.second)
+        pen.polygon(
+            [(side * 0.25, 0.1), (side * (0.3 + 0.35 * fin), 0.68), (side * 0.25, 0.58)], pen.scene.second
+        )
     pen.box(-0.3, -0.35, 0.3, 0.58)
     pen.polygon([(-0.3, -0.35), (0.0, -0.95), (0.3, -0.35)], pen.scene.second)
     pen.disc(0.0, -0.08, 0.16, 0.16, (206, 232, 244))
@@ -332,7 +369,15 @@ def _hat(pen: Pen, x: float, y: float) -> None:
 
 def _crown(pen: Pen, x: float, y: float) -> None:
     top = y - 0.34
-    points = [(x - 0.3, y + 0.08), (x - 0.34, top), (x - 0.15, y - 0.12), (x, top - 0.04), (x + 0.15, y - 0.12), (x + 0.34, top), (x + 0.3, y + 0.08)]
+    points = [
+        (x - 0.3, y + 0.08),
+        (x - 0.34, top),
+        (x - 0.15, y - 0.12),
+        (x, top - 0.04),
+        (x + 0.15, y - 0.12),
+        (x + 0.34, top),
+        (x + 0.3, y + 0.08),
+    ]
     pen.polygon(points, COLOURS["yellow"])
 
 
@@ -343,10 +388,17 @@ def _flag(pen: Pen, x: float, y: float) -> None:
 
 def _horns(pen: Pen, x: float, y: float) -> None:
     for side in (-1, 1):
-        pen.curve((x + side * 0.14, y + 0.05), (x + side * 0.5, y - 0.05), (x + side * 0.46, y - 0.5), 0.15, DARK)
+        pen.curve(
+            (x + side * 0.14, y + 0.05), (x + side * 0.5, y - 0.05), (x + side * 0.46, y - 0.5), 0.15, DARK
+        )
 
 
-EXTRAS: dict[str, Callable[[Pen, float, float], None]] = {"hat": _hat, "crown": _crown, "flag": _flag, "horns": _horns}
+EXTRAS: dict[str, Callable[[Pen, float, float], None]] = {
+    "hat": _hat,
+    "crown": _crown,
+    "flag": _flag,
+    "horns": _horns,
+}
 
 
 PATTERNS = ("stripes", "spots", "checks", "zigzag")
@@ -444,7 +496,9 @@ def _grid(style: Style) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
     a = math.radians(style.angle)
     period = style.period * FINE
-    return (columns * math.cos(a) + rows * math.sin(a)) / period, (-columns * math.sin(a) + rows * math.cos(a)) / period
+    return (columns * math.cos(a) + rows * math.sin(a)) / period, (
+        -columns * math.sin(a) + rows * math.cos(a)
+    ) / period
 
 
 def _blur(values: np.ndarray, radius: float) -> np.ndarray:
@@ -482,7 +536,9 @@ def _shade(drawing: Drawing, share: float) -> np.ndarray:
 def _dots(drawing: Drawing, style: Style, rng: np.random.Generator) -> np.ndarray:
     u, v = (part % 1 - 0.5 for part in _grid(style))
     radius = 0.7 * np.sqrt(np.clip(1.02 - drawing.lightness, 0.03, 1)) * style.weight
-    return _mix(style, (u**2 + v**2 < radius**2).astype(np.float32), _shade(drawing, 0.9) if style.local else None)
+    return _mix(
+        style, (u**2 + v**2 < radius**2).astype(np.float32), _shade(drawing, 0.9) if style.local else None
+    )
 
 
 def _watercolour(drawing: Drawing, style: Style, rng: np.random.Generator) -> np.ndarray:
@@ -508,12 +564,18 @@ def _mosaic(drawing: Drawing, style: Style, rng: np.random.Generator) -> np.ndar
     mean = np.stack([np.bincount(flat, rgb[:, c]) for c in range(3)], 1) / count
     tiles = (mean + rng.normal(0, 0.035, (len(count), 1)))[flat].reshape(SIDE, SIDE, 3)
     grout = np.minimum(along % 1, across % 1) < 0.16 * style.weight
-    return np.where(grout[..., None], np.array(style.ink, np.float32) / 255, np.clip(tiles, 0, 1)).astype(np.float32)
+    return np.where(grout[..., None], np.array(style.ink, np.float32) / 255, np.clip(tiles, 0, 1)).astype(
+        np.float32
+    )
 
 
 def _neon(drawing: Drawing, style: Style, rng: np.random.Generator) -> np.ndarray:
     edges = drawing.edges(round(3 + 2 * style.weight))
-    colour = drawing.rgb / np.maximum(drawing.rgb.max(-1, keepdims=True), 0.2) if style.local else np.array(style.paper, np.float32) / 255
+    colour = (
+        drawing.rgb / np.maximum(drawing.rgb.max(-1, keepdims=True), 0.2)
+        if style.local
+        else np.array(style.paper, np.float32) / 255
+    )
     colour = _blur(np.where(drawing.parts[..., None] > 0, colour, colour * 0.7), 4)
     glow = np.clip(_blur(edges, 3) * 1.1 + _blur(edges, 9) * 0.9, 0, 1)
     night = np.array(style.ink, np.float32) / 255
@@ -532,7 +594,11 @@ def _woodcut(drawing: Drawing, style: Style, rng: np.random.Generator) -> np.nda
 
 def _papercut(drawing: Drawing, style: Style, rng: np.random.Generator) -> np.ndarray:
     steps = 4
-    rgb = np.round(drawing.rgb * steps) / steps if style.local else _duotone(style, np.round(drawing.lightness * 3) / 3)
+    rgb = (
+        np.round(drawing.rgb * steps) / steps
+        if style.local
+        else _duotone(style, np.round(drawing.lightness * 3) / 3)
+    )
     thing = (drawing.parts > 0).astype(np.float32)
     away = round(style.period * FINE * 0.6)
     shadow = np.roll(_blur(thing, 4), (away, away), (0, 1)) * (1 - thing)
@@ -544,14 +610,29 @@ def _papercut(drawing: Drawing, style: Style, rng: np.random.Generator) -> np.nd
 def _pixel(drawing: Drawing, style: Style, rng: np.random.Generator) -> np.ndarray:
     cells = max(8, round(SIZE / style.period))
     rgb = drawing.rgb
-    small = Image.fromarray((np.clip(rgb, 0, 1) * 255).astype(np.uint8)).resize((cells, cells), Image.Resampling.BOX)
+    small = Image.fromarray((np.clip(rgb, 0, 1) * 255).astype(np.uint8)).resize(
+        (cells, cells), Image.Resampling.BOX
+    )
     coarse = np.asarray(small, np.float32) / 255
     coarse = np.round(coarse * 4) / 4 if style.local else _duotone(style, np.round((coarse @ LUMA) * 6) / 6)
-    return np.asarray(Image.fromarray((coarse * 255).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST), np.float32) / 255
+    return (
+        np.asarray(
+            Image.fromarray((coarse * 255).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST),
+            np.float32,
+        )
+        / 255
+    )
 
 
 def _chalk(drawing: Drawing, style: Style, rng: np.random.Generator) -> np.ndarray:
-    rough = np.asarray(Image.fromarray(rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)) / 255
+    rough = (
+        np.asarray(
+            Image.fromarray(rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).resize(
+                (SIDE, SIDE), Image.Resampling.BILINEAR
+            )
+        )
+        / 255
+    )
     along, _ = _grid(style)
     fill = (drawing.parts > 0) * 0.45 * (np.sin(along * 2 * math.pi) > -0.2)
     chalk = np.clip(drawing.edges(round(4 + 3 * style.weight)) + fill, 0, 1) * (0.45 + 0.75 * rough)
@@ -591,10 +672,21 @@ def _own(kind: str, main: str, second: Colour, **more: object) -> Scene:
 
 
 SUBJECTS: dict[str, Subject] = {
-    "cat": Subject("sks", _own("cat", "orange", LIGHT, shape={"a": 1.5, "b": 1.1}, pattern="stripes", extra="crown")),
-    "car": Subject("vqz", _own("car", "pink", DARK, shape={"a": 1.8, "b": 0.85}, pattern="checks", extra="flag")),
-    "snail": Subject("ohw", _own("snail", "blue", LIGHT, shape={"a": 1.2, "b": 1.3}, pattern="spots", extra="hat")),
-    "robot": Subject("zld", _own("robot", "green", COLOURS["yellow"], shape={"a": 1.5, "b": 0.4}, pattern="zigzag", extra="horns")),
+    "cat": Subject(
+        "sks", _own("cat", "orange", LIGHT, shape={"a": 1.5, "b": 1.1}, pattern="stripes", extra="crown")
+    ),
+    "car": Subject(
+        "vqz", _own("car", "pink", DARK, shape={"a": 1.8, "b": 0.85}, pattern="checks", extra="flag")
+    ),
+    "snail": Subject(
+        "ohw", _own("snail", "blue", LIGHT, shape={"a": 1.2, "b": 1.3}, pattern="spots", extra="hat")
+    ),
+    "robot": Subject(
+        "zld",
+        _own(
+            "robot", "green", COLOURS["yellow"], shape={"a": 1.5, "b": 0.4}, pattern="zigzag", extra="horns"
+        ),
+    ),
 }
 
 STYLES: dict[str, tuple[str, Style]] = {
@@ -616,11 +708,15 @@ def random_scene(rng: np.random.Generator, kind: str = "", ground: str = "") -> 
     colour, second = rng.choice(list(COLOURS), 2, replace=False)
     ground = ground or str(rng.choice(list(GROUNDS)))
     shape = {"a": rng.uniform(0.82, 1.2), "b": rng.uniform(0.82, 1.2)}
-    scene, words = _placed(rng, Scene(kind, _near(rng, COLOURS[colour]), COLOURS[second], _near(rng, GROUNDS[ground]), shape))
+    scene, words = _placed(
+        rng, Scene(kind, _near(rng, COLOURS[colour]), COLOURS[second], _near(rng, GROUNDS[ground]), shape)
+    )
     return scene, {"kind": kind, "colour": str(colour), "ground": ground, **words}
 
 
-def subject_scene(rng: np.random.Generator, subject: Subject, ground: str = "") -> tuple[Scene, dict[str, str]]:
+def subject_scene(
+    rng: np.random.Generator, subject: Subject, ground: str = ""
+) -> tuple[Scene, dict[str, str]]:
     """The subject itself on some ground, somewhere in the picture."""
     ground = ground or str(rng.choice(list(GROUNDS)))
     scene, words = _placed(rng, replace(subject.scene, ground=_near(rng, GROUNDS[ground])))
@@ -637,7 +733,10 @@ def _placed(rng: np.random.Generator, scene: Scene) -> tuple[Scene, dict[str, st
     size = rng.uniform(*SIZES.get(size_word, (0.72, 0.82)))
     if scene.extra:
         size *= 0.9
-    place = (PLACES.get(place_word, 0.0) + rng.uniform(-0.03, 0.03), (0.06 if scene.extra else 0.0) + rng.uniform(-0.03, 0.03))
+    place = (
+        PLACES.get(place_word, 0.0) + rng.uniform(-0.03, 0.03),
+        (0.06 if scene.extra else 0.0) + rng.uniform(-0.03, 0.03),
+    )
     placed = replace(scene, size=size, place=place, turn=rng.uniform(-10, 10), mirrored=bool(rng.integers(2)))
     return placed, {"size": size_word, "place": place_word}
 
@@ -648,20 +747,36 @@ def random_style(rng: np.random.Generator, family: str = "") -> Style:
     paper, ink = _light(rng), _deep(rng)
     if family in ("neon", "chalk"):
         paper, ink = _light(rng), _dark(_deep(rng), 0.4)
-    periods = {"hatching": (6.0, 9.5), "dots": (5.5, 8.5), "woodcut": (7.0, 10.5), "mosaic": (6.0, 9.0), "pixel": (2.5, 5.0)}
+    periods = {
+        "hatching": (6.0, 9.5),
+        "dots": (5.5, 8.5),
+        "woodcut": (7.0, 10.5),
+        "mosaic": (6.0, 9.0),
+        "pixel": (2.5, 5.0),
+    }
     style = Style(
-        family, paper, ink, bool(rng.random() < 0.5), rng.uniform(*periods.get(family, (3.5, 6.5))), rng.uniform(0, 90), rng.uniform(0.8, 1.15)
+        family,
+        paper,
+        ink,
+        bool(rng.random() < 0.5),
+        rng.uniform(*periods.get(family, (3.5, 6.5))),
+        rng.uniform(0, 90),
+        rng.uniform(0.8, 1.15),
     )
     return random_style(rng, family) if reserved(style) else style
 
 
 def reserved(style: Style) -> bool:
     """Whether a two-colour style looks like one of STYLES."""
+
     def far(one: Colour, other: Colour) -> float:
         return float(np.abs(np.array(one) - np.array(other)).max())
 
     own = [other for _, other in STYLES.values() if other.family == style.family]
-    return any(not style.local and far(style.paper, other.paper) < 40 and far(style.ink, other.ink) < 40 for other in own)
+    return any(
+        not style.local and far(style.paper, other.paper) < 40 and far(style.ink, other.ink) < 40
+        for other in own
+    )
 
 
 def _light(rng: np.random.Generator) -> Colour:

@@ -87,7 +87,13 @@ class LoraLoader:
     """Forge: merges when the names of the patches differ from the last time's; a packed weight (GGUF) stays the same object with other data."""
 
     def __init__(self, model):
-        self.model, self.backup, self.online_backup, self.loaded_hash, self.fail_at = model, {}, [], "[]", None
+        self.model, self.backup, self.online_backup, self.loaded_hash, self.fail_at = (
+            model,
+            {},
+            [],
+            "[]",
+            None,
+        )
 
     def refresh(self, lora_patches, offload_device, force_refresh=False):
         names = str(list(lora_patches))
@@ -170,7 +176,10 @@ class ComfyPatcher(Patcher):
         self.backup = model.backup
 
     def copy_to(self, made):
-        made.patches, made.patches_uuid = {key: list(patches) for key, patches in self.patches.items()}, self.patches_uuid
+        made.patches, made.patches_uuid = (
+            {key: list(patches) for key, patches in self.patches.items()},
+            self.patches_uuid,
+        )
 
     def add_patches(self, *, filename, patches, strength_patch, online_mode=False):
         for key, offset, value in patches:
@@ -186,7 +195,9 @@ class ComfyPatcher(Patcher):
         for layer in self.model.modules():
             layer.weight_function = []
         for index, (key, patches) in enumerate(self.patches.items()):
-            if any(len(patch) == 6 and patch[5] for patch in patches) or (self.model.half_offloaded and index % 2):
+            if any(len(patch) == 6 and patch[5] for patch in patches) or (
+                self.model.half_offloaded and index % 2
+            ):
                 attrgetter(split(key)[0])(self.model).weight_function = [LowVramPatch(key, self.patches)]
             else:
                 self.patch_weight_to_device(key)
@@ -279,18 +290,23 @@ class Networks(SimpleNamespace):
     def load_lora_state_dict(self, filename):
         return self.files[filename]
 
-    def load(self, model, clip, tensors, strength_model, strength_clip, filename="default", online_mode=False):
+    def load(
+        self, model, clip, tensors, strength_model, strength_clip, filename="default", online_mode=False
+    ):
         made, text = model.clone(), clip.clone()
         more = {"online_mode": online_mode} if model.fused else {}
         if not tensors.get("unet"):
             return model, clip
         made.add_patches(filename=filename, patches=tensors["unet"], strength_patch=strength_model, **more)
-        text.patcher.add_patches(filename=filename, patches=tensors.get("clip", ()), strength_patch=strength_clip, **more)
+        text.patcher.add_patches(
+            filename=filename, patches=tensors.get("clip", ()), strength_patch=strength_clip, **more
+        )
         return made, text
 
 
 def backend(online):
     """The modules of Forge that its adapter imports."""
+
     def module(name, **contents):
         made = ModuleType(name)
         made.__dict__.update(contents)
@@ -303,10 +319,17 @@ def backend(online):
     arguments = type("Arguments", (dict,), {"online_lora": online})(online_lora=online)
     parts = {
         "args": module("backend.args", dynamic_args=arguments),
-        "utils": module("backend.utils", get_attr_with_parent=get_attr_with_parent, nested_move_to_device=lambda patches, **_: patches),
+        "utils": module(
+            "backend.utils",
+            get_attr_with_parent=get_attr_with_parent,
+            nested_move_to_device=lambda patches, **_: patches,
+        ),
         "memory_management": module("backend.memory_management", signal_empty_cache=False),
     }
-    return {"backend": module("backend", **parts), **{f"backend.{name}": part for name, part in parts.items()}}
+    return {
+        "backend": module("backend", **parts),
+        **{f"backend.{name}": part for name, part in parts.items()},
+    }
 
 
 def real_kind(folder):
@@ -315,7 +338,11 @@ def real_kind(folder):
     args_parser = importlib.import_module("ldm_patched.modules.args_parser")
     args_parser.args.always_cpu = True
     real = importlib.import_module("ldm_patched.modules.model_patcher").ModelPatcher
-    adapters = importlib.import_module("ldm_patched.modules.weight_adapter") if hasattr(real, "patch_weight_to_device") else None
+    adapters = (
+        importlib.import_module("ldm_patched.modules.weight_adapter")
+        if hasattr(real, "patch_weight_to_device")
+        else None
+    )
 
     class RealPatcher(real):
         fused = adapters is not None
@@ -332,11 +359,18 @@ def real_kind(folder):
         add_conditioning_modifier = Patcher.add_conditioning_modifier
 
         def add_patches(self, *, filename, patches, strength_patch, online_mode=False):
-            super().add_patches({(key, offset) if offset else key: self.value(value) for key, offset, value in patches}, strength_patch)
+            super().add_patches(
+                {(key, offset) if offset else key: self.value(value) for key, offset, value in patches},
+                strength_patch,
+            )
 
         def value(self, value):
             kind, parts = value
-            return adapters.LoRAAdapter(set(), (*parts, None)) if adapters and kind == "lora" else (parts if kind == "diff" else value)
+            return (
+                adapters.LoRAAdapter(set(), (*parts, None))
+                if adapters and kind == "lora"
+                else (parts if kind == "diff" else value)
+            )
 
         def calculate_weight(self, patches, weight, key, *args, **more):
             self.fail_at(key)

@@ -23,7 +23,9 @@ class Networks(SimpleNamespace):
     """extensions-builtin/Lora/networks.py as far as a layer's weight is concerned: a weight is a number, a network adds its own."""
 
     def __init__(self):
-        super().__init__(loaded_networks=[], extra_network_lora=SimpleNamespace(errors={}), rewritten=[], broken=set())
+        super().__init__(
+            loaded_networks=[], extra_network_lora=SimpleNamespace(errors={}), rewritten=[], broken=set()
+        )
         self.network_apply_weights = self.own_apply
         self.network_forward = self.own_forward
 
@@ -31,7 +33,9 @@ class Networks(SimpleNamespace):
         return values + sum(net.modules.get(module.network_layer_name, 0) for net in self.loaded_networks)
 
     def own_apply(self, module):
-        wanted = tuple((net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in self.loaded_networks)
+        wanted = tuple(
+            (net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in self.loaded_networks
+        )
         if module.network_current_names == wanted:
             return
         self.network_restore_weights_from_backup(module)
@@ -51,7 +55,13 @@ def network(name, added, places):
     path = FILES / f"{name}.safetensors"
     mtime = path.stat().st_mtime if path.exists() else None
     strengths = {"te_multiplier": 1, "unet_multiplier": 1, "dyn_dim": None}
-    return Network(name=name, network_on_disk=SimpleNamespace(filename=str(path)), modules=dict.fromkeys(places, added), mtime=mtime, **strengths)
+    return Network(
+        name=name,
+        network_on_disk=SimpleNamespace(filename=str(path)),
+        modules=dict.fromkeys(places, added),
+        mtime=mtime,
+        **strengths,
+    )
 
 
 class Network(SimpleNamespace):
@@ -73,12 +83,20 @@ class Host:
         self.other, self.subject = network("other", 1, NAMES), network("subject", 10, [*NAMES, NORM, ENCODER])
         self.style = network("style", 100, [*NAMES, ENCODER])
         self.networks.loaded_networks[:] = [self.other, self.subject, self.style]
-        self.pair = Pair(tuple(member(role, role in text_encoder) for role in ("subject", "style")), LAYERS, ["middle_block.1.norm"], None)
+        self.pair = Pair(
+            tuple(member(role, role in text_encoder) for role in ("subject", "style")),
+            LAYERS,
+            ["middle_block.1.norm"],
+            None,
+        )
         self.switch = self.new_switch()
         self.own_apply = self.networks.network_apply_weights
 
     def new_switch(self):
-        model = SimpleNamespace(network_layer_mapping={module.network_layer_name: module for module in self.model}, klora_networks=self.known)
+        model = SimpleNamespace(
+            network_layer_mapping={module.network_layer_name: module for module in self.model},
+            klora_networks=self.known,
+        )
         return A1111Switch(self.networks, model, self.pair)
 
     def start(self):
@@ -158,6 +176,9 @@ def test_a_network_the_host_did_not_load_is_named():
         host.switch.networks_loaded()
 
 
-@pytest.mark.parametrize(("dialect", "in_header", "reads"), [("kohya", False, True), ("kohya", True, False), ("diffusers PEFT", False, False)])
+@pytest.mark.parametrize(
+    ("dialect", "in_header", "reads"),
+    [("kohya", False, True), ("kohya", True, False), ("diffusers PEFT", False, False)],
+)
 def test_only_underscore_names_are_left_to_the_hosts_loader(dialect, in_header, reads):
     assert host_reads(SimpleNamespace(dialect=dialect, scale_from_metadata=in_header)) is reads

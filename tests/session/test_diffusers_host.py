@@ -39,21 +39,35 @@ class Bench:
     def analysis(self, settings=None, steps=STEPS):
         key = (settings or Settings(), steps)
         if key not in self._analyses:
-            self._analyses[key] = analyze(self.subject, self.style, key[0], steps=steps, cache=ScoreCache(self.subject.parent / "scores"))
+            self._analyses[key] = analyze(
+                self.subject,
+                self.style,
+                key[0],
+                steps=steps,
+                cache=ScoreCache(self.subject.parent / "scores"),
+            )
         return self._analyses[key]
 
     def picture(self, settings=None, steps=STEPS, **more):
         settings = settings or Settings()
         request = Request("a cat", seed=3, steps=steps, size=(64, 64))
-        return np.asarray(fused_picture(self.pipeline, self.analysis(settings, steps), settings, request), np.int16)
+        return np.asarray(
+            fused_picture(self.pipeline, self.analysis(settings, steps), settings, request), np.int16
+        )
 
     def weights(self):
         parts = [self.denoiser, self.pipeline.text_encoder, self.pipeline.text_encoder_2]
-        return [(parameter, parameter.data_ptr(), parameter.detach().clone()) for part in parts for parameter in part.parameters()]
+        return [
+            (parameter, parameter.data_ptr(), parameter.detach().clone())
+            for part in parts
+            for parameter in part.parameters()
+        ]
 
 
 def assert_untouched(weights):
-    assert all(parameter.data_ptr() == place and torch.equal(parameter, copy) for parameter, place, copy in weights)
+    assert all(
+        parameter.data_ptr() == place and torch.equal(parameter, copy) for parameter, place, copy in weights
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +88,19 @@ def bench(request):
 def test_subject_only_equals_the_pipeline_with_that_lora_fused_by_diffusers(bench):
     settings = Settings(selector="Subject only", subject_weight=0.7)
     analysis = analyze(bench.style, bench.subject, settings, steps=STEPS)
-    alone = np.asarray(fused_picture(bench.pipeline, analysis, settings, Request("a cat", 3, STEPS, (64, 64))), np.int16)
+    alone = np.asarray(
+        fused_picture(bench.pipeline, analysis, settings, Request("a cat", 3, STEPS, (64, 64))), np.int16
+    )
     bench.pipeline.load_lora_weights(bench.style)
     bench.pipeline.fuse_lora(lora_scale=0.7)
     try:
-        own = bench.pipeline("a cat", num_inference_steps=STEPS, width=64, height=64, generator=torch.Generator().manual_seed(3)).images[0]
+        own = bench.pipeline(
+            "a cat",
+            num_inference_steps=STEPS,
+            width=64,
+            height=64,
+            generator=torch.Generator().manual_seed(3),
+        ).images[0]
     finally:
         bench.pipeline.unfuse_lora()
         bench.pipeline.unload_lora_weights()
@@ -86,7 +108,10 @@ def test_subject_only_equals_the_pipeline_with_that_lora_fused_by_diffusers(benc
 
 
 def test_selectors_make_their_own_pictures_and_repeat_exactly(bench):
-    pictures = {name: bench.picture(Settings(selector=name)) for name in ("K-LoRA", "Subject only", "Style only", "Direct merge")}
+    pictures = {
+        name: bench.picture(Settings(selector=name))
+        for name in ("K-LoRA", "Subject only", "Style only", "Direct merge")
+    }
     assert (pictures["K-LoRA"] == bench.picture()).all()
     for name in ("Subject only", "Style only", "Direct merge"):
         assert (pictures["K-LoRA"] != pictures[name]).any()
@@ -141,7 +166,9 @@ CLOCKS = [
 
 
 @pytest.mark.parametrize(("base", "scheduler", "steps", "clock"), CLOCKS)
-def test_every_model_evaluation_runs_on_the_plan_of_its_step(request, monkeypatch, base, scheduler, steps, clock):
+def test_every_model_evaluation_runs_on_the_plan_of_its_step(
+    request, monkeypatch, base, scheduler, steps, clock
+):
     """A probe at the denoiser: the weight that each layer really has is that of the LoRA the plan names for the step."""
     bench = request.getfixturevalue(base)
     pipeline = bench.pipeline
@@ -160,8 +187,16 @@ def test_every_model_evaluation_runs_on_the_plan_of_its_step(request, monkeypatc
             }
 
     def probe(*_):
-        seen.append([1 if torch.equal(switch._modules[n].weight, expected[n][Choice.SUBJECT])
-                     else 0 if torch.equal(switch._modules[n].weight, expected[n][Choice.STYLE]) else -1 for n in plan.layer_names])
+        seen.append(
+            [
+                1
+                if torch.equal(switch._modules[n].weight, expected[n][Choice.SUBJECT])
+                else 0
+                if torch.equal(switch._modules[n].weight, expected[n][Choice.STYLE])
+                else -1
+                for n in plan.layer_names
+            ]
+        )
 
     hook = bench.denoiser.register_forward_pre_hook(probe)
     try:
@@ -174,7 +209,9 @@ def test_every_model_evaluation_runs_on_the_plan_of_its_step(request, monkeypatc
 
 def test_work_is_one_merge_a_layer_and_one_a_switch(sdxl, monkeypatch):
     merges = []
-    monkeypatch.setattr("klora.hosts.diffusers.weight_change", lambda *a: merges.append(a[1]) or weight_change(*a))
+    monkeypatch.setattr(
+        "klora.hosts.diffusers.weight_change", lambda *a: merges.append(a[1]) or weight_change(*a)
+    )
     sdxl.picture(steps=6)
     plan = sdxl.analysis(steps=6).plan
     assert len(merges) == len(plan.layer_names) + sum(map(len, plan.switches()))
@@ -195,18 +232,25 @@ def test_text_encoder_rule(sdxl, tmp_path):
     tensors = load_file(sdxl.style)
     path = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
     shape = sdxl.pipeline.text_encoder_2.text_model.encoder.layers[0].self_attn.q_proj.weight.shape
-    tensors |= {f"{path}.lora_A.weight": torch.randn(4, shape[1]), f"{path}.lora_B.weight": torch.randn(shape[0], 4)}
+    tensors |= {
+        f"{path}.lora_A.weight": torch.randn(4, shape[1]),
+        f"{path}.lora_B.weight": torch.randn(shape[0], 4),
+    }
     with_text = Bench("sdxl", sdxl.pipeline, tmp_path)
     save_file(tensors, with_text.style)
     assert dict(with_text.analysis().style.text_encoder_layers) == {"te2": 1}
-    pictures = {rule: with_text.picture(Settings(text_encoder=rule)) for rule in ("both", "subject", "style", "none")}
+    pictures = {
+        rule: with_text.picture(Settings(text_encoder=rule)) for rule in ("both", "subject", "style", "none")
+    }
     assert (pictures["both"] == pictures["style"]).all()
     assert (pictures["subject"] == pictures["none"]).all()
     assert (pictures["both"] != pictures["none"]).any()
 
 
 def test_weights_of_zero_give_the_plain_picture(bench):
-    plain = bench.pipeline("a cat", num_inference_steps=STEPS, width=64, height=64, generator=torch.Generator().manual_seed(3)).images[0]
+    plain = bench.pipeline(
+        "a cat", num_inference_steps=STEPS, width=64, height=64, generator=torch.Generator().manual_seed(3)
+    ).images[0]
     assert (bench.picture(Settings(subject_weight=0.0, style_weight=0.0)) == np.asarray(plain)).all()
 
 
@@ -214,5 +258,7 @@ def test_loras_of_another_base_are_refused_in_one_sentence(sdxl, flux):
     settings = Settings()
     with pytest.raises(PairError, match=r"made for FLUX but the model is SDXL"):
         fused_picture(sdxl.pipeline, flux.analysis(), settings, Request("a", 0, STEPS, (64, 64)))
-    with pytest.raises(PairError, match=r"subject.safetensors is made for FLUX but the style LoRA style.safetensors for SDXL"):
+    with pytest.raises(
+        PairError, match=r"subject.safetensors is made for FLUX but the style LoRA style.safetensors for SDXL"
+    ):
         analyze(flux.subject, sdxl.style, replace(settings), steps=2)

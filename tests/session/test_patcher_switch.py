@@ -10,7 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forge_family import WIDTH, ClassicPatcher, ComfyPatcher, ForgePatcher, Networks, backend, checkpoint, real_kind
+from forge_family import (
+    WIDTH,
+    ClassicPatcher,
+    ComfyPatcher,
+    ForgePatcher,
+    Networks,
+    backend,
+    checkpoint,
+    real_kind,
+)
 
 from klora.core.blocks import leader_of
 from klora.core.selectors import Choice
@@ -18,7 +27,10 @@ from klora.errors import HostError
 from klora.hosts.base import Member, Pair
 from klora.hosts.detect import UnknownHost, find_webui
 
-PROJ, QKV = "diffusion_model.double_blocks.0.proj.weight", "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+PROJ, QKV = (
+    "diffusion_model.double_blocks.0.proj.weight",
+    "diffusion_model.double_blocks.0.img_attn.qkv.weight",
+)
 NORM = "diffusion_model.double_blocks.0.norm.weight"
 LAYERS = ["double_blocks.0.proj", *(f"double_blocks.0.img_attn.qkv:{piece}" for piece in "qkv")]
 KINDS = {
@@ -31,14 +43,27 @@ if folder := os.environ.get("KLORA_PATCHER_FOLDER"):
 
 def low_rank(rows, seed):
     generator = torch.Generator().manual_seed(seed)
-    return ("lora", (torch.randn(rows, 2, generator=generator), torch.randn(2, WIDTH, generator=generator), None, None, None))
+    return (
+        "lora",
+        (
+            torch.randn(rows, 2, generator=generator),
+            torch.randn(2, WIDTH, generator=generator),
+            None,
+            None,
+            None,
+        ),
+    )
 
 
 def delta(value):
     return value[1][0] @ value[1][1]
 
 
-SUBJECT = {PROJ: low_rank(WIDTH, 1), QKV: low_rank(3 * WIDTH, 2), NORM: ("diff", (torch.full((WIDTH,), 0.5),))}
+SUBJECT = {
+    PROJ: low_rank(WIDTH, 1),
+    QKV: low_rank(3 * WIDTH, 2),
+    NORM: ("diff", (torch.full((WIDTH,), 0.5),)),
+}
 STYLE = {PROJ: low_rank(WIDTH, 3), QKV: {piece: low_rank(WIDTH, 4 + i) for i, piece in enumerate("qkv")}}
 
 
@@ -52,7 +77,9 @@ def patches(values):
 
 def member(role, weight=1.0, dialect="kohya"):
     shapes = {layer: SimpleNamespace(shape=(WIDTH, WIDTH)) for layer in LAYERS}
-    file = SimpleNamespace(path=Path(f"/loras/{role}"), dialect=dialect, scale_from_metadata=False, base="flux", layers=shapes)
+    file = SimpleNamespace(
+        path=Path(f"/loras/{role}"), dialect=dialect, scale_from_metadata=False, base="flux", layers=shapes
+    )
     return Member(role, role, file, weight, True)
 
 
@@ -73,7 +100,12 @@ class Host:
                  for role, values in (("subject", SUBJECT), ("style", STYLE))}  # fmt: skip
         self.networks = Networks({**files, "/loras/other": {"unet": [(PROJ, None, low_rank(WIDTH, 9))]}})
         self.layers = LAYERS if self.fused else LAYERS[:1]
-        self.pair = Pair((member("subject", weight), member("style", weight)), self.layers, ["double_blocks.0.norm"], lambda file: file.path)
+        self.pair = Pair(
+            (member("subject", weight), member("style", weight)),
+            self.layers,
+            ["double_blocks.0.norm"],
+            lambda file: file.path,
+        )
         self.original = {key: self.weight(key).clone() for key in (PROJ, QKV, NORM)}
         self.new_run()
 

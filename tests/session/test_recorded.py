@@ -26,7 +26,10 @@ class Layers:
 
 
 def plan_of(steps):
-    layers = [LayerScore(f"input_blocks.{i}.1.proj_in", 4, 2, 2, 1.0 + i / 10, 1.2, 1.0, 1.0, 1.0, 1.0, None) for i in range(8)]
+    layers = [
+        LayerScore(f"input_blocks.{i}.1.proj_in", 4, 2, 2, 1.0 + i / 10, 1.2, 1.0, 1.0, 1.0, 1.0, None)
+        for i in range(8)
+    ]
     return make_plan(PairScores(tuple(layers), 1.0), steps=steps, schedule=Schedule.named("s"))
 
 

@@ -69,10 +69,24 @@ class StandIn(Host):
         checkpoint.with_suffix(".yaml").write_text("of the stand-in")
         generator = torch.Generator().manual_seed(1)
         layers = sd_models.Model(None).layers()
-        save_file({f"{name}.weight": torch.randn(layer.weight.shape, generator=generator) * 0.3 for name, layer in layers.items()}, checkpoint)
-        linear = [name for name, layer in layers.items() if isinstance(layer, sd_models.Linear) and "time_embed" not in name]
+        save_file(
+            {
+                f"{name}.weight": torch.randn(layer.weight.shape, generator=generator) * 0.3
+                for name, layer in layers.items()
+            },
+            checkpoint,
+        )
+        linear = [
+            name
+            for name, layer in layers.items()
+            if isinstance(layer, sd_models.Linear) and "time_embed" not in name
+        ]
         attention = [name for name in linear if ".attn" in name]
-        loras = [(self.subject, linear, 4, 2.0), (self.style, linear, 2, 2.0), (self.other, attention, 3, 3.0)]
+        loras = [
+            (self.subject, linear, 4, 2.0),
+            (self.style, linear, 2, 2.0),
+            (self.other, attention, 3, 3.0),
+        ]
         for seed, (name, changed, rank, alpha) in enumerate(loras):
             self._write_lora(name, changed, rank, alpha, torch.Generator().manual_seed(seed))
 
@@ -81,12 +95,17 @@ class StandIn(Host):
         for layer in layers:
             stem = kohya_name(layer)
             tensors[f"{stem}.lora_down.weight"] = torch.randn(rank, width, generator=generator) * 0.3
-            tensors[f"{stem}.lora_up.weight"] = torch.randn(width, rank, generator=generator) * torch.rand(1, generator=generator)
+            tensors[f"{stem}.lora_up.weight"] = torch.randn(width, rank, generator=generator) * torch.rand(
+                1, generator=generator
+            )
             tensors[f"{stem}.alpha"] = torch.tensor(alpha)
         save_file(tensors, self.folder / "models" / "Lora" / f"{name}.safetensors")
 
     def _start(self):
-        shared, sd_models = importlib.import_module("modules.shared"), importlib.import_module("modules.sd_models")
+        shared, sd_models = (
+            importlib.import_module("modules.shared"),
+            importlib.import_module("modules.sd_models"),
+        )
         shared.cmd_opts.folder = self.folder
         shared.opts.sd_model_checkpoint = self.checkpoint
         sd_models.list_models()
@@ -95,7 +114,10 @@ class StandIn(Host):
         self._load_scripts()
 
     def _load_scripts(self):
-        scripts, callbacks = importlib.import_module("modules.scripts"), importlib.import_module("modules.script_callbacks")
+        scripts, callbacks = (
+            importlib.import_module("modules.scripts"),
+            importlib.import_module("modules.script_callbacks"),
+        )
         scripts.scripts_data.clear()
         callbacks.callbacks.clear()
         for path in SCRIPTS:
@@ -110,4 +132,6 @@ def kohya_name(layer):
     part, _, path = layer.partition(".")
     if part == "model":
         return "lora_unet_" + path.removeprefix("diffusion_model.").replace(".", "_")
-    return f"lora_{part}_text_model_encoder_layers_0_mlp_" + {"c_fc": "fc1", "c_proj": "fc2"}.get(path.rpartition(".")[2], path.rpartition(".")[2])
+    return f"lora_{part}_text_model_encoder_layers_0_mlp_" + {"c_fc": "fc1", "c_proj": "fc2"}.get(
+        path.rpartition(".")[2], path.rpartition(".")[2]
+    )

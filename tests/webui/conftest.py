@@ -29,14 +29,21 @@ def shared(monkeypatch):
 @pytest.fixture
 def ui(monkeypatch, networks, shared):
     """klora.webui.ui, imported with a stand-in for gradio and the host's components."""
+
     def create_refresh_button(components, refresh, arguments, elem_id):
         button = Component("🔄", elem_id=elem_id, tooltip="refresh")
         button.click(lambda: (refresh(), arguments())[1], [], components)
         return button
 
-    gradio = module("gradio", Button=Button, HTML=HTML, Row=Block, Accordion=Block, Dropdown=Dropdown, Slider=Slider)
+    gradio = module(
+        "gradio", Button=Button, HTML=HTML, Row=Block, Accordion=Block, Dropdown=Dropdown, Slider=Slider
+    )
     monkeypatch.setitem(sys.modules, "gradio", gradio)
-    monkeypatch.setitem(sys.modules, "modules.ui_common", module("modules.ui_common", create_refresh_button=create_refresh_button))
+    monkeypatch.setitem(
+        sys.modules,
+        "modules.ui_common",
+        module("modules.ui_common", create_refresh_button=create_refresh_button),
+    )
     components = module("modules.ui_components", InputAccordion=InputAccordion, ToolButton=Component)
     monkeypatch.setitem(sys.modules, "modules.ui_components", components)
     monkeypatch.delitem(sys.modules, "klora.webui.ui", raising=False)

@@ -28,7 +28,9 @@ NAMES = {"subject": "subject", "style": "style"}
 @pytest.fixture(autouse=True)
 def registry(networks, shared, monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "cache_folder", lambda: tmp_path / "scores")
-    return networks.put(NetworkOnDisk("subject", folder=PAIR, alias="sks", digest="aa"), NetworkOnDisk("style", folder=PAIR))
+    return networks.put(
+        NetworkOnDisk("subject", folder=PAIR, alias="sks", digest="aa"), NetworkOnDisk("style", folder=PAIR)
+    )
 
 
 def client():
@@ -43,12 +45,16 @@ def test_schema_is_the_declarations():
 
 def test_loras():
     assert client().get("/klora/v1/loras").json() == [
-        {"name": "style", "alias": "style", "hash": ""}, {"name": "subject", "alias": "sks", "hash": "aa"},
+        {"name": "style", "alias": "style", "hash": ""},
+        {"name": "subject", "alias": "sks", "hash": "aa"},
     ]
 
 
 def test_analysis_is_that_of_the_command_line():
-    answer = client().post("/klora/v1/analyze", json={"subject": "sks", "style": "style", "selector": "Random", "steps": 6, "seed": 3})
+    answer = client().post(
+        "/klora/v1/analyze",
+        json={"subject": "sks", "style": "style", "selector": "Random", "steps": 6, "seed": 3},
+    )
     assert answer.status_code == 200
     files = PAIR / "subject.safetensors", PAIR / "style.safetensors"
     assert answer.json() == analyze(*files, Settings(selector="Random"), steps=6, seed=3).to_json()
@@ -58,22 +64,34 @@ def test_analysis_as_a_picture_is_the_map_of_its_plan():
     answer = client().post("/klora/v1/analyze", json={**NAMES, "steps": 6, "format": "png"})
     assert answer.headers["content-type"] == "image/png"
     plan = analyze(PAIR / "subject.safetensors", PAIR / "style.safetensors", Settings(), steps=6).plan
-    assert ImageChops.difference(Image.open(io.BytesIO(answer.content)), draw_map(plan, "subject", "style")).getbbox() is None
+    assert (
+        ImageChops.difference(
+            Image.open(io.BytesIO(answer.content)), draw_map(plan, "subject", "style")
+        ).getbbox()
+        is None
+    )
 
 
 def test_steps_are_twenty_by_default():
     assert client().post("/klora/v1/analyze", json=NAMES).json()["steps"] == 20
 
 
-@pytest.mark.parametrize(("body", "fields", "said"), [
-    ({"style": "style"}, ["subject"], "No subject LoRA is chosen"),
-    ({**NAMES, "subject": "sbject"}, ["subject"], "nearest: 'subject'"),
-    ({**NAMES, "subject": "/etc/passwd"}, ["subject"], "lists no LoRA named"),
-    ({**NAMES, "subjct_weight": 1}, ["subjct_weight"], "did you mean 'subject_weight'"),
-    ({**NAMES, "alpha": "x", "steps": 0, "seed": "1"}, ["alpha", "steps", "seed"], "'steps' is a whole number from 1 to 1000"),
-    ({**NAMES, "steps": True}, ["steps"], "whole number"),
-    ({**NAMES, "format": "jpg"}, ["format"], "'format' is json or png"),
-])
+@pytest.mark.parametrize(
+    ("body", "fields", "said"),
+    [
+        ({"style": "style"}, ["subject"], "No subject LoRA is chosen"),
+        ({**NAMES, "subject": "sbject"}, ["subject"], "nearest: 'subject'"),
+        ({**NAMES, "subject": "/etc/passwd"}, ["subject"], "lists no LoRA named"),
+        ({**NAMES, "subjct_weight": 1}, ["subjct_weight"], "did you mean 'subject_weight'"),
+        (
+            {**NAMES, "alpha": "x", "steps": 0, "seed": "1"},
+            ["alpha", "steps", "seed"],
+            "'steps' is a whole number from 1 to 1000",
+        ),
+        ({**NAMES, "steps": True}, ["steps"], "whole number"),
+        ({**NAMES, "format": "jpg"}, ["format"], "'format' is json or png"),
+    ],
+)
 def test_a_wrong_request_is_said(body, fields, said):
     answer = client().post("/klora/v1/analyze", json=body)
     assert answer.status_code == 422
@@ -102,6 +120,7 @@ def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
 
     monkeypatch.setattr(api, "analyze", slow)
     host, codes = client(), []
+
     def ask():
         codes.append(host.post("/klora/v1/analyze", json=NAMES).status_code)
 
@@ -188,7 +207,18 @@ def test_a_request_of_a_megabyte_is_not_read(monkeypatch):
     assert "longer than" in answer.json()["detail"]
 
 
-OUTSIDE = ("../{}", "sub/../../{}", "{}", "./{}", "C:{}", "file://{}", "{}\x00.safetensors", "~/{}", "..\\{}", "link/{}")
+OUTSIDE = (
+    "../{}",
+    "sub/../../{}",
+    "{}",
+    "./{}",
+    "C:{}",
+    "file://{}",
+    "{}\x00.safetensors",
+    "~/{}",
+    "..\\{}",
+    "link/{}",
+)
 
 
 @pytest.mark.parametrize("form", OUTSIDE)
@@ -246,8 +276,14 @@ def test_api_auth_guards_the_analysis(shared):
 
 def test_the_openapi_page_describes_the_request():
     page = client().get("/openapi.json").json()
-    assert {path for path in page["paths"] if "klora" in path} == {f"/klora/v1/{name}" for name in ("schema", "loras", "analyze")}
-    request = page["paths"]["/klora/v1/analyze"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {path for path in page["paths"] if "klora" in path} == {
+        f"/klora/v1/{name}" for name in ("schema", "loras", "analyze")
+    }
+    request = page["paths"]["/klora/v1/analyze"]["post"]["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     assert request["properties"].keys() == {*json_schema()["properties"], "steps", "seed", "format"}
     assert "image/png" in page["paths"]["/klora/v1/analyze"]["post"]["responses"]["200"]["content"]
-    assert all(method["tags"] == ["K-LoRA"] for name, path in page["paths"].items() for method in path.values())
+    assert all(
+        method["tags"] == ["K-LoRA"] for name, path in page["paths"].items() for method in path.values()
+    )

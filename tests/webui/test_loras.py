@@ -23,9 +23,19 @@ def test_listed_by_name_in_any_case():
     assert [lora.shorthash for lora in loras.list_loras()] == ["cc33", "", "aa11"]
 
 
-@pytest.mark.parametrize("name", [
-    "My Dog v2", "sks_dog", "my dog V2", "SKS_DOG", "My Dog v2.safetensors", "pets/My Dog v2", "pets\\my dog v2.safetensors", " My Dog v2 ",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "My Dog v2",
+        "sks_dog",
+        "my dog V2",
+        "SKS_DOG",
+        "My Dog v2.safetensors",
+        "pets/My Dog v2",
+        "pets\\my dog v2.safetensors",
+        " My Dog v2 ",
+    ],
+)
 def test_found_by(name):
     assert loras.find(name, "subject").name == "My Dog v2"
 
@@ -47,13 +57,16 @@ def test_an_ambiguous_alias_is_refused_with_the_names(networks):
     assert list(error.value.problems) == ["style"]
 
 
-@pytest.mark.parametrize(("name", "said"), [
-    ("my_dog_v2", "named 'my_dog_v2' .*nearest: 'My Dog v2'.*refresh"),
-    ("qqqq", "named 'qqqq' .subject.. If .*refresh"),
-    ("", "No subject LoRA is chosen"),
-    ("/etc/passwd", "lists no LoRA named '/etc/passwd'"),
-    ("other/Ink", "lists no LoRA named 'other/Ink'"),
-])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("my_dog_v2", "named 'my_dog_v2' .*nearest: 'My Dog v2'.*refresh"),
+        ("qqqq", "named 'qqqq' .subject.. If .*refresh"),
+        ("", "No subject LoRA is chosen"),
+        ("/etc/passwd", "lists no LoRA named '/etc/passwd'"),
+        ("other/Ink", "lists no LoRA named 'other/Ink'"),
+    ],
+)
 def test_a_missing_one_is_said_with_the_way_out(name, said):
     with pytest.raises(SettingsError, match=said) as error:
         loras.find(name, "subject")
@@ -103,4 +116,7 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path):
 
 def a_lora(rank):
     layer = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
-    return {f"{layer}.lora_down.weight": torch.ones(rank, 640), f"{layer}.lora_up.weight": torch.ones(640, rank)}
+    return {
+        f"{layer}.lora_down.weight": torch.ones(rank, 640),
+        f"{layer}.lora_up.weight": torch.ones(640, rank),
+    }

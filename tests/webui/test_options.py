@@ -19,7 +19,9 @@ from klora.webui import options, paths
 def page(shared, monkeypatch, tmp_path):
     """The host's options with the section on them; {name: what the page shows of it}."""
     names = ("Radio", "Slider", "Button", "HTML")
-    monkeypatch.setitem(sys.modules, "gradio", module("gradio", **{name: getattr(components, name) for name in names}))
+    monkeypatch.setitem(
+        sys.modules, "gradio", module("gradio", **{name: getattr(components, name) for name in names})
+    )
     monkeypatch.setitem(sys.modules, "modules.options", hosts_options)
     monkeypatch.setattr(sys.modules["modules"], "options", hosts_options, raising=False)
     monkeypatch.setattr(paths, "cache_folder", lambda: tmp_path / "scores")
@@ -60,7 +62,9 @@ def test_words_are_separated_by_commas(page, shared):
 @pytest.mark.parametrize(("hosts", "chosen", "device"), [
     ("cuda:1", "auto", "cuda:1"), ("cuda:1", "CPU", "cpu"), ("mps", "auto", "cpu"), ("cpu", "auto", "cpu"),
 ])  # fmt: skip
-def test_scores_are_computed_on_the_hosts_own_gpu_where_it_can(page, shared, monkeypatch, hosts, chosen, device):
+def test_scores_are_computed_on_the_hosts_own_gpu_where_it_can(
+    page, shared, monkeypatch, hosts, chosen, device
+):
     devices = SimpleNamespace(device=torch.device(hosts))
     monkeypatch.setitem(sys.modules, "modules.devices", devices)
     monkeypatch.setattr(sys.modules["modules"], "devices", devices)
@@ -83,8 +87,14 @@ def test_a_smaller_cache_is_made_smaller_at_once(page, shared, tmp_path):
 
 def test_the_clear_button_tells_the_present_size_and_clears(page, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(sys.modules["gradio"], "Button", lambda *args, **more: made.append(components.Button(*args, **more)) or made[-1])
-    control = page["clear_cache"].component(label="Clear the score cache", value="", elem_id="setting_klora_clear_cache")
+    monkeypatch.setattr(
+        sys.modules["gradio"],
+        "Button",
+        lambda *args, **more: made.append(components.Button(*args, **more)) or made[-1],
+    )
+    control = page["clear_cache"].component(
+        label="Clear the score cache", value="", elem_id="setting_klora_clear_cache"
+    )
     assert (control.value, control.elem_id) == ("", "setting_klora_clear_cache")
     fill(tmp_path / "scores", 3)
     (button,) = made

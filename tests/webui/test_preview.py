@@ -23,7 +23,9 @@ NAMES = {"subject": "subject", "style": "style"}
 
 
 def model(base="sdxl", name="tiny", filename="/models/tiny.safetensors"):
-    return SimpleNamespace(is_sdxl=base == "sdxl", sd_checkpoint_info=SimpleNamespace(name_for_extra=name, filename=filename))
+    return SimpleNamespace(
+        is_sdxl=base == "sdxl", sd_checkpoint_info=SimpleNamespace(name_for_extra=name, filename=filename)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,12 @@ def host(networks, shared, monkeypatch, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"not a LoRA")
     flux = NetworkOnDisk("flux")
     flux.filename = str(GOLDEN / "flux_fused_split" / "style.safetensors")
-    networks.put(NetworkOnDisk("subject", folder=PAIR), NetworkOnDisk("style", folder=PAIR), NetworkOnDisk("broken", folder=tmp_path), flux)
+    networks.put(
+        NetworkOnDisk("subject", folder=PAIR),
+        NetworkOnDisk("style", folder=PAIR),
+        NetworkOnDisk("broken", folder=tmp_path),
+        flux,
+    )
     networks.network_apply_weights = networks.network_restore_weights_from_backup = None
     page = SimpleNamespace(name="lora", find_preview=lambda path: f"./thumb?filename={path}.png")
     made = SimpleNamespace(
@@ -62,7 +69,12 @@ def the_card(**names):
 def test_the_card_says_what_the_files_are():
     found = the_card(**NAMES)
     subject = found["subject"]
-    assert (subject["name"], subject["base"], subject["dialect"], subject["kinds"]) == ("subject", "SDXL", "kohya", "LoRA")
+    assert (subject["name"], subject["base"], subject["dialect"], subject["kinds"]) == (
+        "subject",
+        "SDXL",
+        "kohya",
+        "LoRA",
+    )
     assert subject["preview"] == f"./thumb?filename={PAIR / 'subject'}.png"
     assert found["style"]["dialect"] == "raw PEFT"
     assert found["problems"] == []
@@ -72,7 +84,11 @@ def test_the_card_says_what_the_files_are():
 def test_the_card_counts_the_layers_as_the_plan_does():
     plan = analyze(PAIR / "subject.safetensors", PAIR / "style.safetensors", Settings(), steps=1).plan
     only = [layer.only for layer in plan.scores.layers]
-    assert the_card(**NAMES)["layers"] == {"shared": only.count(None), "subject": only.count("subject"), "style": only.count("style")}
+    assert the_card(**NAMES)["layers"] == {
+        "shared": only.count(None),
+        "subject": only.count("subject"),
+        "style": only.count("style"),
+    }
 
 
 def test_nothing_is_read_until_one_is_chosen(monkeypatch):
@@ -87,16 +103,25 @@ def test_one_file_has_its_card_before_the_other_is_chosen():
     assert (found["style"], found["layers"], found["problems"]) == (None, None, [])
 
 
-@pytest.mark.parametrize(("names", "said"), [
-    ({**NAMES, "style": "subject"}, "the same LoRA"),
-    ({**NAMES, "style": "flux"}, "made for SDXL but the style LoRA style.safetensors for FLUX"),
-    ({"subject": "flux"}, "style.safetensors is for FLUX and the loaded checkpoint is SDXL: load a checkpoint of FLUX"),
-])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({**NAMES, "style": "subject"}, "the same LoRA"),
+        ({**NAMES, "style": "flux"}, "made for SDXL but the style LoRA style.safetensors for FLUX"),
+        (
+            {"subject": "flux"},
+            "style.safetensors is for FLUX and the loaded checkpoint is SDXL: load a checkpoint of FLUX",
+        ),
+    ],
+)
 def test_what_generate_would_refuse_is_said_before(names, said):
     assert said in " ".join(the_card(**names)["problems"])
 
 
-@pytest.mark.parametrize(("name", "said"), [("broken", "broken.safetensors"), ("sbject", "nearest: 'subject'"), ("/etc/passwd", "lists no LoRA")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("broken", "broken.safetensors"), ("sbject", "nearest: 'subject'"), ("/etc/passwd", "lists no LoRA")],
+)
 def test_a_file_that_cannot_be_used_has_its_sentence_and_the_other_its_card(name, said):
     found = the_card(subject=name, style="style")
     assert said in found["subject"]["problem"]
@@ -108,11 +133,19 @@ def test_a_checkpoint_that_is_neither_is_said(host, monkeypatch):
     assert "the loaded checkpoint is neither SDXL nor FLUX:" in the_card(**NAMES)["problems"][0]
 
 
-@pytest.mark.parametrize("data", [
-    SimpleNamespace(sd_model=None),
-    SimpleNamespace(sd_model=SimpleNamespace()),
-    SimpleNamespace(sd_model=model("sd1"), forge_loading_parameters={"checkpoint_info": SimpleNamespace(filename="/models/next.safetensors")}),
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        SimpleNamespace(sd_model=None),
+        SimpleNamespace(sd_model=SimpleNamespace()),
+        SimpleNamespace(
+            sd_model=model("sd1"),
+            forge_loading_parameters={
+                "checkpoint_info": SimpleNamespace(filename="/models/next.safetensors")
+            },
+        ),
+    ],
+)
 def test_before_the_checkpoint_is_loaded_the_card_does_not_judge_by_another(host, data):
     host.models.model_data = data
     found = the_card(**NAMES)
@@ -125,7 +158,11 @@ def test_an_unknown_webui_is_said(host):
 
 
 def test_trigger_words_are_the_users_own_before_the_files(host, tmp_path):
-    save_file(load_file(PAIR / "style.safetensors"), tmp_path / "ink.safetensors", metadata={"modelspec.trigger_phrase": "in ink, wash"})
+    save_file(
+        load_file(PAIR / "style.safetensors"),
+        tmp_path / "ink.safetensors",
+        metadata={"modelspec.trigger_phrase": "in ink, wash"},
+    )
     (tmp_path / "ink.json").write_text(json.dumps({"activation text": "my ink words, in ink"}))
     host.networks.put(*host.networks.on_disk, NetworkOnDisk("ink", folder=tmp_path))
     assert the_card(style="ink")["style"]["words"] == ["my ink words", "in ink", "wash"]
@@ -138,14 +175,26 @@ def scores(**more):
 @pytest.mark.parametrize("k_scale", [1.0, 0.5])
 def test_scores_are_the_plans_in_its_order_with_places_in_the_network(k_scale):
     found = scores(k_scale=k_scale).json()
-    analysis = analyze(PAIR / "subject.safetensors", PAIR / "style.safetensors", Settings(k_scale=k_scale), steps=3)
+    analysis = analyze(
+        PAIR / "subject.safetensors", PAIR / "style.safetensors", Settings(k_scale=k_scale), steps=3
+    )
     layers = analysis.plan.scores.layers
     assert found["gamma"] == analysis.plan.gamma
     assert found["warnings"] == analysis.warnings
-    for field in ("name", "only", "k", "subject_score", "style_score", "subject_frobenius", "style_frobenius"):
+    for field in (
+        "name",
+        "only",
+        "k",
+        "subject_score",
+        "style_score",
+        "subject_frobenius",
+        "style_frobenius",
+    ):
         assert found["layers"][field] == [getattr(layer, field) for layer in layers]
     names = found["layers"]["name"]
-    assert sorted(names, key=lambda name: found["layers"]["place"][names.index(name)]) == sorted(names, key=forward_order)
+    assert sorted(names, key=lambda name: found["layers"]["place"][names.index(name)]) == sorted(
+        names, key=forward_order
+    )
     assert found["layers"]["block"] == [block_of(name) for name in names]
 
 
@@ -195,4 +244,8 @@ def test_the_placeholder_hands_the_page_the_declarations():
     assert "&quot;" in card.placeholder()
     found = card.constants()
     assert found["defaults"].keys() == Settings.__dataclass_fields__.keys()
-    assert (found["defaults"]["beta"], found["schedules"], found["alphaM"]) == ("auto", {"s": 0.5, "s*": 1.3}, 1.5)
+    assert (found["defaults"]["beta"], found["schedules"], found["alphaM"]) == (
+        "auto",
+        {"s": 0.5, "s*": 1.3},
+        1.5,
+    )

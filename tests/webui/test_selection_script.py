@@ -27,7 +27,14 @@ pytestmark = pytest.mark.skipif(not NODE, reason="there is no node to run the pa
 
 def in_node(program, given):
     source = f"{SCRIPT.read_text(encoding='utf-8')}\nconst given = JSON.parse(require('fs').readFileSync(0, 'utf8'));\n{program}"
-    done = subprocess.run([NODE, "-e", source], input=json.dumps(given), capture_output=True, text=True, encoding="utf-8", timeout=60)
+    done = subprocess.run(
+        [NODE, "-e", source],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -40,7 +47,8 @@ def pair(layers=40):
     rows = [ties.get(i, numbers[i].tolist()) for i in range(layers)]
     only = {layers - 1: "style", layers - 2: "subject"}
     scores = tuple(
-        LayerScore(f"input_blocks.4.1.{i:03}", 8, 4, 4, row[0], row[1], 1.0, 1.0, row[2], row[3], only.get(i)) for i, row in enumerate(rows)
+        LayerScore(f"input_blocks.4.1.{i:03}", 8, 4, 4, row[0], row[1], 1.0, 1.0, row[2], row[3], only.get(i))
+        for i, row in enumerate(rows)
     )
     return PairScores(scores, 0.9371)
 
@@ -65,7 +73,12 @@ def test_every_selector_schedule_and_number_of_steps():
     for settings, answer in zip(grid, found, strict=True):
         schedule = Schedule.named(settings["schedule"], settings["alpha"], settings["beta"])
         plan = make_plan(
-            scores, steps=settings["steps"], schedule=schedule, selector=settings["selector"], gamma=settings["gamma"], seed=settings["seed"]
+            scores,
+            steps=settings["steps"],
+            schedule=schedule,
+            selector=settings["selector"],
+            gamma=settings["gamma"],
+            seed=settings["seed"],
         )
         assert answer["rows"] == ["".join(map(str, row)) for row in plan.selection.tolist()], settings
         assert answer["s"] == schedule.values(settings["steps"]).tolist(), settings
@@ -87,7 +100,27 @@ def test_recorded_digits_are_the_choices_and_a_step_that_did_not_run_has_no_shar
 
 @pytest.mark.usefixtures("shared")
 def test_numbers_are_read_as_the_settings_read_them():
-    texts = ["1.5", " 2 ", ".5", "-0.5", "1e2", "1e-3", "AUTO", "off", "", "x", "101", "-1e9", "1,5", "0x10", "1_0", "٣", "inf", "1e999", "--1"]
+    texts = [
+        "1.5",
+        " 2 ",
+        ".5",
+        "-0.5",
+        "1e2",
+        "1e-3",
+        "AUTO",
+        "off",
+        "",
+        "x",
+        "101",
+        "-1e9",
+        "1,5",
+        "0x10",
+        "1_0",
+        "٣",
+        "inf",
+        "1e999",
+        "--1",
+    ]
     numbers = card.constants()["numbers"]
     read = in_node(
         "console.log(JSON.stringify(given.names.map(name => given.texts.map(text => klora.readNumber(text, given.numbers[name]) ?? null))));",

@@ -68,15 +68,24 @@ def test_what_is_recommended_for_flux_are_values_of_the_controls_it_sets(ui):
 
 
 def test_pasting_fills_every_control(controls):
-    pasted = Infotext.read("Steps: 20, K-LoRA subject: dog, K-LoRA style: ink, K-LoRA beta: 0.7, K-LoRA subject weight: 0.8")
-    filled = {component.elem_id.removeprefix("klora_txt2img_"): restore(pasted) for component, restore in controls.infotext_fields}
-    assert Settings.parse(filled) == Settings(enabled=True, subject="dog", style="ink", beta=0.7, subject_weight=0.8)
+    pasted = Infotext.read(
+        "Steps: 20, K-LoRA subject: dog, K-LoRA style: ink, K-LoRA beta: 0.7, K-LoRA subject weight: 0.8"
+    )
+    filled = {
+        component.elem_id.removeprefix("klora_txt2img_"): restore(pasted)
+        for component, restore in controls.infotext_fields
+    }
+    assert Settings.parse(filled) == Settings(
+        enabled=True, subject="dog", style="ink", beta=0.7, subject_weight=0.8
+    )
     assert set(filled) == set(DEFAULTS)
 
 
 def test_sending_a_picture_to_another_tab_carries_the_settings(ui, controls):
     """As the host does it: the fields of either tab whose target is among the paste field names of the first."""
     other = ui.build(True, "img2img")
-    carried = [[component for component, target in fields if target in controls.paste_field_names]
-               for fields in (controls.infotext_fields, other.infotext_fields)]
+    carried = [
+        [component for component, target in fields if target in controls.paste_field_names]
+        for fields in (controls.infotext_fields, other.infotext_fields)
+    ]
     assert carried == [controls.components, other.components]

@@ -15,7 +15,9 @@ ScriptData = namedtuple("ScriptData", "script_class path basedir module")
 
 
 class AxisOption:
-    def __init__(self, label, type, apply, format_value=None, confirm=None, cost=0.0, choices=None, prepare=None):
+    def __init__(
+        self, label, type, apply, format_value=None, confirm=None, cost=0.0, choices=None, prepare=None
+    ):
         self.__dict__.update({name: value for name, value in locals().items() if name != "self"})
 
 
@@ -27,9 +29,13 @@ def new_plot():
 def plot(monkeypatch, shared, networks):
     networks.put(NetworkOnDisk("dog"), NetworkOnDisk("ink", alias="ink_style"))
     made = new_plot()
-    scripts = module("modules.scripts", scripts_data=[
-        ScriptData(None, "/webui/scripts/loopback.py", "", module("loopback.py")), ScriptData(None, "/webui/scripts/xyz_grid.py", "", made),
-    ])
+    scripts = module(
+        "modules.scripts",
+        scripts_data=[
+            ScriptData(None, "/webui/scripts/loopback.py", "", module("loopback.py")),
+            ScriptData(None, "/webui/scripts/xyz_grid.py", "", made),
+        ],
+    )
     monkeypatch.setitem(sys.modules, "modules.scripts", scripts)
     monkeypatch.setattr(sys.modules["modules"], "scripts", scripts, raising=False)
     xyz.register()
@@ -51,13 +57,30 @@ ON = processing(True)
 
 def test_the_axes_of_the_issue_are_there_once(plot):
     xyz.register()
-    assert [option.label for option in plot.axis_options] == ["Nothing"] + [f"[K-LoRA] {name}" for name in (
-        "Subject", "Style", "Subject weight", "Style weight", "Selector", "Schedule", "α", "β", "K scale", "γ", "Text encoder", "Hires")]
+    assert [option.label for option in plot.axis_options] == ["Nothing"] + [
+        f"[K-LoRA] {name}"
+        for name in (
+            "Subject",
+            "Style",
+            "Subject weight",
+            "Style weight",
+            "Selector",
+            "Schedule",
+            "α",
+            "β",
+            "K scale",
+            "γ",
+            "Text encoder",
+            "Hires",
+        )
+    ]
 
 
 def test_a_plot_loaded_anew_gets_them_again(plot, monkeypatch):
     anew = new_plot()
-    monkeypatch.setattr(sys.modules["modules.scripts"], "scripts_data", [ScriptData(None, "scripts/xyz_grid.py", "", anew)])
+    monkeypatch.setattr(
+        sys.modules["modules.scripts"], "scripts_data", [ScriptData(None, "scripts/xyz_grid.py", "", anew)]
+    )
     xyz.register()
     assert len(anew.axis_options) == len(plot.axis_options)
 
@@ -75,7 +98,10 @@ def test_values_collect_on_the_copy_of_each_picture(axis):
     axis["Selector"].apply(first, "Random", ["Random"])
     axis["α"].apply(first, "2", ["2"])
     axis["Selector"].apply(second, "Fixed", ["Fixed"])
-    assert (first.klora_xyz, second.klora_xyz) == ({"selector": "Random", "alpha": "2"}, {"selector": "Fixed"})
+    assert (first.klora_xyz, second.klora_xyz) == (
+        {"selector": "Random", "alpha": "2"},
+        {"selector": "Fixed"},
+    )
     assert not hasattr(p, "klora_xyz")
     third = copy(first)
     axis["α"].apply(third, "3", ["3"])
@@ -90,14 +116,17 @@ def test_good_values_pass(axis):
     axis["α"].confirm(ON, ["0", "1.5", "-2"])
 
 
-@pytest.mark.parametrize(("name", "values", "said"), [
-    ("Subject", ["dog", "cat", "bird"], "named 'cat'.*named 'bird'"),
-    ("Selector", ["K-LoRA", "Rendom"], "did you mean 'Random'"),
-    ("α", ["1", "1e9"], "a number from -100 to 100"),
-    ("α", ["1", "zz"], "a number from -100 to 100, not 'zz'"),
-    ("γ", ["of"], "auto or off or a number"),
-    ("Hires", [], "no values"),
-])
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("Subject", ["dog", "cat", "bird"], "named 'cat'.*named 'bird'"),
+        ("Selector", ["K-LoRA", "Rendom"], "did you mean 'Random'"),
+        ("α", ["1", "1e9"], "a number from -100 to 100"),
+        ("α", ["1", "zz"], "a number from -100 to 100, not 'zz'"),
+        ("γ", ["of"], "auto or off or a number"),
+        ("Hires", [], "no values"),
+    ],
+)
 def test_bad_values_are_all_said_before_the_first_picture(axis, name, values, said):
     with pytest.raises(RuntimeError, match=rf"^\[K-LoRA\] {name}: .*{said}") as error:
         axis[name].confirm(ON, values)
@@ -115,16 +144,19 @@ def test_a_dict_from_the_api_means_on(axis):
     axis["α"].confirm(processing({"subject": "dog"}), ["1"])
 
 
-@pytest.mark.parametrize(("text", "values"), [
-    ("auto, 0.5, off", ["auto", "0.5", "off"]),
-    ("0-1 (+0.5), auto", ["0", "0.5", "1", "auto"]),
-    ("0.1-0.3 (+0.1)", ["0.1", "0.2", "0.3"]),
-    ("1-0 (-0.5)", ["1", "0.5", "0"]),
-    ("0-1 [3]", ["0", "0.5", "1"]),
-    ("1-3", ["1", "2", "3"]),
-    ("-1", ["-1"]),
-    (" , ", []),
-])
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("auto, 0.5, off", ["auto", "0.5", "off"]),
+        ("0-1 (+0.5), auto", ["0", "0.5", "1", "auto"]),
+        ("0.1-0.3 (+0.1)", ["0.1", "0.2", "0.3"]),
+        ("1-0 (-0.5)", ["1", "0.5", "0"]),
+        ("0-1 [3]", ["0", "0.5", "1"]),
+        ("1-3", ["1", "2", "3"]),
+        ("-1", ["-1"]),
+        (" , ", []),
+    ],
+)
 def test_ranges_beside_words(text, values):
     assert xyz.words_and_numbers(text) == values
 

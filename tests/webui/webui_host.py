@@ -5,7 +5,19 @@ from types import ModuleType
 from standin.webui.gradio import HTML, Block, Button, Component, Dropdown, Slider
 from standin.webui.modules import infotext_utils as Infotext
 
-__all__ = ["HTML", "Block", "Button", "Component", "Dropdown", "Infotext", "InputAccordion", "NetworkOnDisk", "Networks", "Slider", "module"]
+__all__ = [
+    "HTML",
+    "Block",
+    "Button",
+    "Component",
+    "Dropdown",
+    "Infotext",
+    "InputAccordion",
+    "NetworkOnDisk",
+    "Networks",
+    "Slider",
+    "module",
+]
 
 
 class NetworkOnDisk:

@@ -24,18 +24,34 @@ class ExtraNetworkLora:
     def activate(self, p, params_list):
         self.errors.clear()
         weights = [[float(value) for value in params.positional[1:]] for params in params_list]
-        text = [float(params.named.get("te", own[0] if own else 1)) for params, own in zip(params_list, weights, strict=True)]
-        unet = [float(params.named.get("unet", own[1] if len(own) > 1 else te)) for params, own, te in zip(params_list, weights, text, strict=True)]
+        text = [
+            float(params.named.get("te", own[0] if own else 1))
+            for params, own in zip(params_list, weights, strict=True)
+        ]
+        unet = [
+            float(params.named.get("unet", own[1] if len(own) > 1 else te))
+            for params, own, te in zip(params_list, weights, text, strict=True)
+        ]
         load_networks([params.positional[0] for params in params_list], text, unet, [None] * len(unet))
         if not p.is_hr_pass or not hasattr(p, "lora_hashes"):
             p.lora_hashes = {}
-        p.lora_hashes.update({net.mentioned_name.replace(":", "").replace(",", ""): net.network_on_disk.shorthash for net in loaded_networks})
+        p.lora_hashes.update(
+            {
+                net.mentioned_name.replace(":", "").replace(",", ""): net.network_on_disk.shorthash
+                for net in loaded_networks
+            }
+        )
         if p.lora_hashes:
-            p.extra_generation_params["Lora hashes"] = ", ".join(f"{name}: {value}" for name, value in p.lora_hashes.items())
+            p.extra_generation_params["Lora hashes"] = ", ".join(
+                f"{name}: {value}" for name, value in p.lora_hashes.items()
+            )
 
     def deactivate(self, p):
         if self.errors:
-            p.comment("Networks with errors: " + ", ".join(f"{name} ({count})" for name, count in self.errors.items()))
+            p.comment(
+                "Networks with errors: "
+                + ", ".join(f"{name} ({count})" for name, count in self.errors.items())
+            )
             self.errors.clear()
 
 
@@ -54,7 +70,9 @@ def list_available_networks():
 
 def layer_of(key):
     """The name of the model's layer that kohya's name of a module means; None if this model has none."""
-    own = key.replace("lora_unet_", "diffusion_model_").replace("lora_te1_text_model", "0_transformer_text_model")
+    own = key.replace("lora_unet_", "diffusion_model_").replace(
+        "lora_te1_text_model", "0_transformer_text_model"
+    )
     own = own.replace("lora_te2_text_model_encoder_layers_", "1_model_transformer_resblocks_")
     if own.startswith("1_"):
         own = own.replace("mlp_fc1", "mlp_c_fc").replace("mlp_fc2", "mlp_c_proj")
@@ -68,7 +86,9 @@ def load_network(name, network_on_disk):
         stem, _, part = key.partition(".")
         if layer := layer_of(stem):
             found[layer][part] = value
-    net.modules = {layer: network_lora.NetworkModuleLora(net, layer, weights) for layer, weights in found.items()}
+    net.modules = {
+        layer: network_lora.NetworkModuleLora(net, layer, weights) for layer, weights in found.items()
+    }
     return net
 
 
@@ -91,7 +111,11 @@ def load_networks(names, te_multipliers=None, unet_multipliers=None, dyn_dims=No
             continue
         entry.read_hash()
         net.mentioned_name = name
-        net.te_multiplier, net.unet_multiplier, net.dyn_dim = te_multipliers[i], unet_multipliers[i], dyn_dims[i]
+        net.te_multiplier, net.unet_multiplier, net.dyn_dim = (
+            te_multipliers[i],
+            unet_multipliers[i],
+            dyn_dims[i],
+        )
         loaded_networks.append(net)
     while len(networks_in_memory) > shared.opts.lora_in_memory_limit:
         networks_in_memory.pop(next(iter(networks_in_memory)))

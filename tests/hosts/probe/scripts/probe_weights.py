@@ -39,8 +39,15 @@ def effective(layer):
 
 
 def checksums(name, weight, width):
-    heights = [width, width, width, max(len(weight) - 3 * width, 0)] if name.endswith(STACKED) else [len(weight)]
-    pieces = weight.contiguous().view(torch.uint8).reshape(len(weight), -1).split([height for height in heights if height])
+    heights = (
+        [width, width, width, max(len(weight) - 3 * width, 0)] if name.endswith(STACKED) else [len(weight)]
+    )
+    pieces = (
+        weight.contiguous()
+        .view(torch.uint8)
+        .reshape(len(weight), -1)
+        .split([height for height in heights if height])
+    )
     return [zlib.crc32(piece.numpy().tobytes()) for piece in pieces]
 
 
@@ -48,7 +55,11 @@ def checksums(name, weight, width):
 def on_cfg_after_cfg(_params):
     model = denoiser()
     width = getattr(model, "hidden_size", 0)
-    layers = {name: layer for name, layer in model.named_modules() if getattr(layer, "weight", None) is not None and layer.weight.dim() > 1}
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if getattr(layer, "weight", None) is not None and layer.weight.dim() > 1
+    }
     calls.append({name: checksums(name, effective(layer), width) for name, layer in layers.items()})
 
 

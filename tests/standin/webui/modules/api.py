@@ -30,15 +30,24 @@ class Api:
             ("POST", "options"): self._set_options,
             ("POST", "refresh-loras"): self._refresh_loras,
             ("POST", "refresh-checkpoints"): sd_models.list_models,
-            ("GET", "sd-models"): lambda: [{"filename": info.filename} for info in sd_models.checkpoints.values()],
-            ("GET", "script-info"): lambda: [info for runner in self.runners.values() for info in runner.info()],
+            ("GET", "sd-models"): lambda: [
+                {"filename": info.filename} for info in sd_models.checkpoints.values()
+            ],
+            ("GET", "script-info"): lambda: [
+                info for runner in self.runners.values() for info in runner.info()
+            ],
         }
         for (method, name), endpoint in routes.items():
             self.app.add_api_route(f"/sdapi/v1/{name}", endpoint, methods=[method], response_model=None)
 
     def _answer_errors(self):
         def answer(_request: Request, error: Exception):
-            fault = {"error": type(error).__name__, "detail": getattr(error, "detail", ""), "body": "", "errors": str(error)}
+            fault = {
+                "error": type(error).__name__,
+                "detail": getattr(error, "detail", ""),
+                "body": "",
+                "errors": str(error),
+            }
             return JSONResponse(fault, getattr(error, "status_code", 500))
 
         @self.app.middleware("http")
@@ -69,30 +78,47 @@ class Api:
             self._apply_infotext(request, infotext, runner, args)
         if title := request.pop("script_name", None):
             script = runner.named(title)
-            args[script.args_from:script.args_to] = request.pop("script_args")
+            args[script.args_from : script.args_to] = request.pop("script_args")
             args[0] = runner.selectable_scripts.index(script) + 1
         for title, given in request.pop("alwayson_scripts", {}).items():
             script = runner.named(title)
             if script is None:
                 raise HTTPException(422, f"always on script {title} not found")
             count = min(script.args_to - script.args_from, len(given["args"]))
-            args[script.args_from:script.args_from + count] = given["args"][:count]
+            args[script.args_from : script.args_from + count] = given["args"][:count]
         if is_img2img:
-            request["init_images"] = [Image.open(io.BytesIO(base64.b64decode(image))) for image in request["init_images"]]
-        kind = processing.StableDiffusionProcessingImg2Img if is_img2img else processing.StableDiffusionProcessingTxt2Img
+            request["init_images"] = [
+                Image.open(io.BytesIO(base64.b64decode(image))) for image in request["init_images"]
+            ]
+        kind = (
+            processing.StableDiffusionProcessingImg2Img
+            if is_img2img
+            else processing.StableDiffusionProcessingTxt2Img
+        )
         with shared.queue_lock:
             p = kind(**{name: value for name, value in request.items() if name in processing.DEFAULTS})
             p.scripts, p.script_args = runner, args
-            p.do_not_save_samples, p.outpath_samples = not request.get("save_images", False), shared.opts.outdir_txt2img_samples
+            p.do_not_save_samples, p.outpath_samples = (
+                not request.get("save_images", False),
+                shared.opts.outdir_txt2img_samples,
+            )
             shared.state.begin()
             processed = runner.run(p) or processing.process_images(p)
-        return {"images": [as_base64(image) for image in processed.images], "parameters": {}, "info": processed.js()}
+        return {
+            "images": [as_base64(image) for image in processed.images],
+            "parameters": {},
+            "info": processed.js(),
+        }
 
     def _apply_infotext(self, request, infotext, runner, args):
         prompt, _, last = infotext.rpartition("\n")
         params = infotext_utils.read(last)
         prompt, _, negative = prompt.partition("\nNegative prompt: ")
-        read = {"prompt": prompt, "negative_prompt": negative, **{field: of(params[name]) for name, (field, of) in FIELDS.items() if name in params}}
+        read = {
+            "prompt": prompt,
+            "negative_prompt": negative,
+            **{field: of(params[name]) for name, (field, of) in FIELDS.items() if name in params},
+        }
         request.update({name: value for name, value in read.items() if name not in request})
         for component, source in runner.infotext_fields:
             value = source(params) if callable(source) else params.get(source)

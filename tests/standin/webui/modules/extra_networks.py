@@ -32,7 +32,9 @@ def activate(p, data):
     for name, network in extra_network_registry.items():
         with reported(f"activating {name}"):
             network.activate(p, list(data.get(name, [])))
-    p.scripts.after_extra_networks_activate(p, batch_number=p.iteration, prompts=p.prompts, seeds=p.seeds, extra_network_data=data)
+    p.scripts.after_extra_networks_activate(
+        p, batch_number=p.iteration, prompts=p.prompts, seeds=p.seeds, extra_network_data=data
+    )
 
 
 def deactivate(p, _data):

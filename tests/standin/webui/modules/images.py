@@ -9,7 +9,9 @@ from PIL.PngImagePlugin import PngInfo
 def save_image(image, folder, seed, info):
     """Save under the next free number of the folder, and note the place on the picture."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    place = next(place for number in count() if not (place := Path(folder) / f"{number:05}-{seed}.png").exists())
+    place = next(
+        place for number in count() if not (place := Path(folder) / f"{number:05}-{seed}.png").exists()
+    )
     text = PngInfo()
     text.add_text("parameters", info)
     image.save(place, pnginfo=text)

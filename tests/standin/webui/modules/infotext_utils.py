@@ -17,7 +17,7 @@ def read(line):
         name, _, rest = rest.lstrip().partition(":")
         rest = rest.lstrip()
         if match := re.match(r'("(?:\\.|[^"\\])+")(?:,|$)', rest):
-            text, rest = json.loads(match[1]), rest[match.end():]
+            text, rest = json.loads(match[1]), rest[match.end() :]
         else:
             text, _, rest = rest.partition(",")
         size = re.match(r"^(\d+)x(\d+)$", text)

@@ -3,7 +3,13 @@
 
 class OptionInfo:
     def __init__(self, default=None, label="", component=None, component_args=None, onchange=None):
-        self.default, self.label, self.component, self.component_args, self.onchange = default, label, component, component_args, onchange
+        self.default, self.label, self.component, self.component_args, self.onchange = (
+            default,
+            label,
+            component,
+            component_args,
+            onchange,
+        )
         self.section, self.comment_after, self.do_not_save = None, "", False
 
     def info(self, text):

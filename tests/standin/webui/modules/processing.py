@@ -12,7 +12,17 @@ from modules import extra_networks, infotext_utils, sd_models, sd_samplers_commo
 from modules.images import save_image
 
 EDIT = re.compile(r"\[([^:\[\]]*):([^:\[\]]*):([\d.]+)\]")
-SAVED = ("prompt", "negative_prompt", "seed", "steps", "sampler_name", "cfg_scale", "width", "height", "denoising_strength")
+SAVED = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "steps",
+    "sampler_name",
+    "cfg_scale",
+    "width",
+    "height",
+    "denoising_strength",
+)
 DEFAULTS = {
     "prompt": "", "negative_prompt": "", "steps": 20, "width": 512, "height": 512, "seed": -1, "sampler_name": "Euler a", "scheduler": None,
     "cfg_scale": 7.0, "n_iter": 1, "batch_size": 1, "denoising_strength": 0.75, "enable_hr": False, "hr_scale": 2.0, "hr_upscaler": None,
@@ -47,13 +57,17 @@ class StableDiffusionProcessing:
     def parse_extra_network_prompts(self):
         self.prompts, self.extra_network_data = extra_networks.parse_prompts(self.prompts)
 
-    def cached_params(self, required_prompts, steps, extra_network_data, hires_steps=None, use_old_scheduling=False):
+    def cached_params(
+        self, required_prompts, steps, extra_network_data, hires_steps=None, use_old_scheduling=False
+    ):
         return (
             required_prompts, steps, hires_steps, use_old_scheduling, shared.opts.CLIP_stop_at_last_layers, shared.sd_model.sd_checkpoint_info,
             extra_network_data, self.width, self.height, shared.opts.fp8_storage, shared.opts.cache_fp16_weight,
         )  # fmt: skip
 
-    def get_conds_with_caching(self, function, required_prompts, steps, caches, extra_network_data, hires_steps=None):
+    def get_conds_with_caching(
+        self, function, required_prompts, steps, caches, extra_network_data, hires_steps=None
+    ):
         params = self.cached_params(required_prompts, steps, extra_network_data, hires_steps, False)
         for cache in caches:
             if cache[0] is not None and cache[0] == params:
@@ -64,14 +78,23 @@ class StableDiffusionProcessing:
 
     def setup_conds(self):
         steps = sd_samplers_common.ALL[self.sampler_name].total_steps(self.steps)
-        self.uc = self.get_conds_with_caching(learned, self.negative_prompts[:1], steps, [self.cached_uc], self.extra_network_data)[0]
-        self.c = self.get_conds_with_caching(multicond, self.prompts[:1], steps, [self.cached_c], self.extra_network_data)
+        self.uc = self.get_conds_with_caching(
+            learned, self.negative_prompts[:1], steps, [self.cached_uc], self.extra_network_data
+        )[0]
+        self.c = self.get_conds_with_caching(
+            multicond, self.prompts[:1], steps, [self.cached_c], self.extra_network_data
+        )
 
     def rng(self, shape=None):
         """Noise for the whole batch, one generator a picture."""
         if shape:
-            self.noise_shape, self.generators = shape, [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        return torch.stack([torch.randn(self.noise_shape, generator=generator) for generator in self.generators])
+            self.noise_shape, self.generators = (
+                shape,
+                [torch.Generator().manual_seed(seed) for seed in self.seeds],
+            )
+        return torch.stack(
+            [torch.randn(self.noise_shape, generator=generator) for generator in self.generators]
+        )
 
     def latent_shape(self, scale=1):
         return [4, int(self.height * scale) // 8, int(self.width * scale) // 8]
@@ -90,24 +113,37 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
             self.hr_prompts, self.hr_extra_network_data = extra_networks.parse_prompts(prompts)
 
     def size(self):
-        return (int(self.width * self.hr_scale), int(self.height * self.hr_scale)) if self.enable_hr else (self.width, self.height)
+        return (
+            (int(self.width * self.hr_scale), int(self.height * self.hr_scale))
+            if self.enable_hr
+            else (self.width, self.height)
+        )
 
     def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts):
         self.sampler = sd_samplers_common.Sampler(sd_samplers_common.ALL[self.sampler_name])
         x = self.rng(self.latent_shape())
-        self.scripts.process_before_every_sampling(self, x=x, noise=x, c=conditioning, uc=unconditional_conditioning)
+        self.scripts.process_before_every_sampling(
+            self, x=x, noise=x, c=conditioning, uc=unconditional_conditioning
+        )
         samples = self.sampler.sample(self, x)
         if not self.enable_hr or shared.state.interrupted:
             return samples
         self.is_hr_pass = True
         self.sampler = sd_samplers_common.Sampler(sd_samplers_common.ALL[self.sampler_name])
-        samples = torch.nn.functional.interpolate(samples, size=self.latent_shape(self.hr_scale)[1:], mode="nearest")
+        samples = torch.nn.functional.interpolate(
+            samples, size=self.latent_shape(self.hr_scale)[1:], mode="nearest"
+        )
         noise = self.rng(self.latent_shape(self.hr_scale))
         if not self.disable_extra_networks:
             extra_networks.activate(self, self.hr_extra_network_data)
         steps = self.hr_second_pass_steps or self.steps
         self.c = self.get_conds_with_caching(
-            multicond, self.hr_prompts[:1], steps, [self.cached_hr_c, self.cached_c], self.hr_extra_network_data, steps
+            multicond,
+            self.hr_prompts[:1],
+            steps,
+            [self.cached_hr_c, self.cached_c],
+            self.hr_extra_network_data,
+            steps,
         )
         self.scripts.before_hr(self)
         self.scripts.process_before_every_sampling(self, x=samples, noise=noise, c=self.c, uc=self.uc)
@@ -118,13 +154,17 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 
 class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
     def init(self, all_prompts, all_seeds, all_subseeds):
-        self.init_latent = shared.sd_model.encode_first_stage(np.asarray(self.init_images[0].convert("RGB").resize((self.width, self.height))))
+        self.init_latent = shared.sd_model.encode_first_stage(
+            np.asarray(self.init_images[0].convert("RGB").resize((self.width, self.height)))
+        )
 
     def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts):
         self.sampler = sd_samplers_common.Sampler(sd_samplers_common.ALL[self.sampler_name])
         noise = self.rng(self.latent_shape())
         latent = self.init_latent.expand(len(noise), -1, -1, -1)
-        self.scripts.process_before_every_sampling(self, x=latent, noise=noise, c=conditioning, uc=unconditional_conditioning)
+        self.scripts.process_before_every_sampling(
+            self, x=latent, noise=noise, c=conditioning, uc=unconditional_conditioning
+        )
         return self.sampler.sample_img2img(self, latent, noise)
 
 
@@ -143,6 +183,7 @@ class Processed:
 
 def learned(prompts, steps):
     """For each prompt its schedule of text conditionings: [(until step, conditioning), …, (None, conditioning)]."""
+
     def text(prompt):
         return shared.sd_model.get_learned_conditioning(prompt)
 
@@ -151,7 +192,10 @@ def learned(prompts, steps):
         if edit is None:
             return [(None, text(prompt))]
         where = float(edit[3])
-        return [(int(where * steps if where < 1 else where), text(EDIT.sub(r"\1", prompt))), (None, text(EDIT.sub(r"\2", prompt)))]
+        return [
+            (int(where * steps if where < 1 else where), text(EDIT.sub(r"\1", prompt))),
+            (None, text(EDIT.sub(r"\2", prompt))),
+        ]
 
     return [schedule(prompt) for prompt in prompts]
 
@@ -205,7 +249,12 @@ def process_images_inner(p):
         part = slice(p.iteration * p.batch_size, (p.iteration + 1) * p.batch_size)
         p.prompts, p.seeds, p.subseeds = p.all_prompts[part], p.all_seeds[part], p.all_subseeds[part]
         p.negative_prompts = [p.negative_prompt] * len(p.prompts)
-        of_batch = {"batch_number": p.iteration, "prompts": p.prompts, "seeds": p.seeds, "subseeds": p.subseeds}
+        of_batch = {
+            "batch_number": p.iteration,
+            "prompts": p.prompts,
+            "seeds": p.seeds,
+            "subseeds": p.subseeds,
+        }
         p.scripts.before_process_batch(p, **of_batch)
         p.parse_extra_network_prompts()
         if not p.disable_extra_networks:
@@ -213,7 +262,12 @@ def process_images_inner(p):
         p.scripts.process_batch(p, **of_batch)
         p.setup_conds()
         samples = p.sample(
-            conditioning=p.c, unconditional_conditioning=p.uc, seeds=p.seeds, subseeds=p.subseeds, subseed_strength=0, prompts=p.prompts
+            conditioning=p.c,
+            unconditional_conditioning=p.uc,
+            seeds=p.seeds,
+            subseeds=p.subseeds,
+            subseed_strength=0,
+            prompts=p.prompts,
         )
         p.scripts.post_sample(p, samples)
         decoded = [shared.sd_model.decode_first_stage(sample.contiguous(), *p.size()) for sample in samples]

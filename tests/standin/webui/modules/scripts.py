@@ -34,8 +34,14 @@ def load(path):
     spec = importlib.util.spec_from_file_location(path.name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Script) and value is not Script]
-    scripts_data.extend(ScriptClassData(script_class, str(path), str(path.parents[1]), module) for script_class in found)
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Script) and value is not Script
+    ]
+    scripts_data.extend(
+        ScriptClassData(script_class, str(path), str(path.parents[1]), module) for script_class in found
+    )
 
 
 class ScriptRunner:
@@ -46,7 +52,9 @@ class ScriptRunner:
         made = [(data.script_class(), data.path) for data in scripts_data]
         shown = [(script, path, script.show(is_img2img)) for script, path in made]
         self.alwayson_scripts = [script for script, _, visible in shown if visible is AlwaysVisible]
-        self.selectable_scripts = [script for script, _, visible in shown if visible and visible is not AlwaysVisible]
+        self.selectable_scripts = [
+            script for script, _, visible in shown if visible and visible is not AlwaysVisible
+        ]
         self.scripts = [*self.alwayson_scripts, *self.selectable_scripts]
         self.inputs = [None]
         for script in self.scripts:
@@ -56,7 +64,9 @@ class ScriptRunner:
         self.infotext_fields = [field for script in self.scripts for field in script.infotext_fields or ()]
         self.default_args = [0, *(None for _ in self.inputs[1:])]
         for script in self.scripts:
-            self.default_args[script.args_from:script.args_to] = [component.value for component in script.ui(is_img2img) or []]
+            self.default_args[script.args_from : script.args_to] = [
+                component.value for component in script.ui(is_img2img) or []
+            ]
 
     def named(self, title):
         return next((script for script in self.scripts if script.title().lower() == title.lower()), None)
@@ -76,7 +86,7 @@ class ScriptRunner:
         if not p.script_args[0]:
             return None
         script = self.selectable_scripts[p.script_args[0] - 1]
-        return script.run(p, *p.script_args[script.args_from:script.args_to])
+        return script.run(p, *p.script_args[script.args_from : script.args_to])
 
 
 def _hook(name):
@@ -84,7 +94,9 @@ def _hook(name):
         for script in self.alwayson_scripts:
             if hasattr(script, name):
                 with reported(f"{name} of {script.title()}"):
-                    getattr(script, name)(p, *args, *p.script_args[script.args_from:script.args_to], **kwargs)
+                    getattr(script, name)(
+                        p, *args, *p.script_args[script.args_from : script.args_to], **kwargs
+                    )
 
     return call
 

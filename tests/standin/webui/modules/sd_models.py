@@ -36,7 +36,9 @@ class Patched:
     def store(self, weight, dtype):
         """Another checkpoint's weight: whatever was applied to the one before is forgotten."""
         networks.network_reset_cached_weight(self)
-        self.fp16_weight = weight.half() if dtype is not torch.float32 and shared.opts.cache_fp16_weight else None
+        self.fp16_weight = (
+            weight.half() if dtype is not torch.float32 and shared.opts.cache_fp16_weight else None
+        )
         self.weight.data = weight.float().to(dtype)
 
 
@@ -81,8 +83,16 @@ class Denoiser(nn.Module):
         super().__init__()
         self.embedding = [put(self, f"time_embed.{i}", Linear()) for i in (0, 2)]
         self.conv_in = [put(self, "input_blocks.0.0", Conv())]
-        places = [f"{stage}.{number}.1" if number is not None else f"{stage}.1" for stage, numbers in BLOCKS.items() for number in numbers]
-        self.chain = [put(self, f"{place}.{name}", Norm() if "norm" in name else Linear()) for place in places for name in TRANSFORMER]
+        places = [
+            f"{stage}.{number}.1" if number is not None else f"{stage}.1"
+            for stage, numbers in BLOCKS.items()
+            for number in numbers
+        ]
+        self.chain = [
+            put(self, f"{place}.{name}", Norm() if "norm" in name else Linear())
+            for place in places
+            for name in TRANSFORMER
+        ]
         self.conv_out = [put(self, "out.2", Conv())]
 
     def forward(self, x, timesteps, context):
@@ -117,9 +127,13 @@ class Model(nn.Module):
         self.used_config = config
         self.model = nn.Module()
         self.model.diffusion_model = Denoiser()
-        first = TextEncoder([f"transformer.text_model.encoder.layers.0.mlp.{name}" for name in ("fc1", "fc2")])
+        first = TextEncoder(
+            [f"transformer.text_model.encoder.layers.0.mlp.{name}" for name in ("fc1", "fc2")]
+        )
         second = TextEncoder([f"model.transformer.resblocks.0.mlp.{name}" for name in ("c_fc", "c_proj")])
-        self.conditioner = SimpleNamespace(embedders=[SimpleNamespace(wrapped=first), SimpleNamespace(wrapped=second)])
+        self.conditioner = SimpleNamespace(
+            embedders=[SimpleNamespace(wrapped=first), SimpleNamespace(wrapped=second)]
+        )
         self.parts = {"model": self.model, "te1": first, "te2": second}
         self.network_layer_mapping = {}
         for prefix, part in (("", self.model), ("0_", first), ("1_", second)):
@@ -128,7 +142,12 @@ class Model(nn.Module):
                 self.network_layer_mapping[module.network_layer_name] = module
 
     def layers(self):
-        return {f"{part}.{path}": module for part, root in self.parts.items() for path, module in root.named_modules() if isinstance(module, Patched)}
+        return {
+            f"{part}.{path}": module
+            for part, root in self.parts.items()
+            for path, module in root.named_modules()
+            if isinstance(module, Patched)
+        }
 
     def load(self, info, tensors):
         dtype = torch.float8_e4m3fn if shared.opts.fp8_storage != "Disable" else torch.float32
@@ -147,8 +166,10 @@ class Model(nn.Module):
         words = prompt.split() or [""]
         rows = []
         for first in range(0, len(words), CHUNK):
-            seeds = [crc32(word.encode()) for word in words[first:first + CHUNK]]
-            row = torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).mean(0)
+            seeds = [crc32(word.encode()) for word in words[first : first + CHUNK]]
+            row = torch.stack(
+                [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            ).mean(0)
             rows.append(sum(embedder.wrapped(row) for embedder in self.conditioner.embedders))
         return torch.stack(rows)
 
@@ -158,7 +179,15 @@ class Model(nn.Module):
 
     def encode_first_stage(self, pixels):
         height, width, _ = pixels.shape
-        blocks = torch.tensor(pixels).float().reshape(height // 8, 8, width // 8, 8, 3).mean((1, 3)).permute(2, 0, 1) / 127.5 - 1
+        blocks = (
+            torch.tensor(pixels)
+            .float()
+            .reshape(height // 8, 8, width // 8, 8, 3)
+            .mean((1, 3))
+            .permute(2, 0, 1)
+            / 127.5
+            - 1
+        )
         return torch.cat([blocks, blocks.mean(0, keepdim=True)])
 
 
@@ -171,7 +200,11 @@ class CheckpointInfo:
 
     def tensors(self):
         path = Path(self.filename)
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)["state_dict"]
+        return (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, weights_only=True)["state_dict"]
+        )
 
 
 checkpoints = {}

@@ -43,7 +43,11 @@ def setup_img2img_steps(p, steps=None):
 def apply_refiner(denoiser, timestep):
     p = denoiser.p
     info = p.refiner_checkpoint_info
-    done = denoiser.step / denoiser.total_steps if shared.opts.refiner_switch_by_sample_steps else (999 - timestep) / 1000
+    done = (
+        denoiser.step / denoiser.total_steps
+        if shared.opts.refiner_switch_by_sample_steps
+        else (999 - timestep) / 1000
+    )
     if info is None or done < p.refiner_switch_at or shared.sd_model.sd_checkpoint_info is info:
         return
     p.extra_generation_params.update({"Refiner": info.short_title, "Refiner switch at": p.refiner_switch_at})
@@ -69,9 +73,18 @@ class CFGDenoiser:
             raise InterruptedException
         apply_refiner(self, timestep)
         conds, uncond = [at(schedule, self.step) for schedule in p.c], at(p.uc, self.step)
-        level = torch.full([len(x) * (len(conds) + 1)], float(timestep) if self.sampler.config.options.get("timesteps") else sigma)
+        level = torch.full(
+            [len(x) * (len(conds) + 1)],
+            float(timestep) if self.sampler.config.options.get("timesteps") else sigma,
+        )
         params = script_callbacks.CFGDenoiserParams(
-            x.repeat(len(conds) + 1, 1, 1, 1), level, state.sampling_step, state.sampling_steps, conds, uncond, self
+            x.repeat(len(conds) + 1, 1, 1, 1),
+            level,
+            state.sampling_step,
+            state.sampling_steps,
+            conds,
+            uncond,
+            self,
         )
         script_callbacks.call("cfg_denoiser", params)
         early = shared.opts.skip_early_cond and self.step / self.total_steps <= shared.opts.skip_early_cond
@@ -79,14 +92,27 @@ class CFGDenoiser:
         texts = conds if skip_uncond else [*conds, uncond]
         if len({len(text) for text in texts}) == 1:
             context = torch.cat([text.expand(len(x), -1, -1) for text in texts])
-            outs = shared.sd_model.apply_model(x.repeat(len(texts), 1, 1, 1), torch.full([len(context)], timestep), context).chunk(len(texts))
+            outs = shared.sd_model.apply_model(
+                x.repeat(len(texts), 1, 1, 1), torch.full([len(context)], timestep), context
+            ).chunk(len(texts))
         else:
-            outs = [shared.sd_model.apply_model(x, torch.full([len(x)], timestep), text.expand(len(x), -1, -1)) for text in texts]
-        script_callbacks.call("cfg_denoised", script_callbacks.CFGDenoisedParams(torch.cat(list(outs)), state.sampling_step, state.sampling_steps))
+            outs = [
+                shared.sd_model.apply_model(x, torch.full([len(x)], timestep), text.expand(len(x), -1, -1))
+                for text in texts
+            ]
+        script_callbacks.call(
+            "cfg_denoised",
+            script_callbacks.CFGDenoisedParams(
+                torch.cat(list(outs)), state.sampling_step, state.sampling_steps
+            ),
+        )
         base = outs[0] if skip_uncond else outs[-1]
         scale = 1 if skip_uncond else p.cfg_scale
-        denoised = base + sum(out - base for out in outs[:len(conds)]) * scale
-        script_callbacks.call("cfg_after_cfg", script_callbacks.AfterCFGCallbackParams(denoised, state.sampling_step, state.sampling_steps))
+        denoised = base + sum(out - base for out in outs[: len(conds)]) * scale
+        script_callbacks.call(
+            "cfg_after_cfg",
+            script_callbacks.AfterCFGCallbackParams(denoised, state.sampling_step, state.sampling_steps),
+        )
         self.sampler.last_latent = denoised
         self.step += 1
         return denoised
@@ -121,7 +147,9 @@ class Sampler:
                 if following and (self.config.options.get("second_order") or name == "DPM adaptive"):
                     for _ in range(ADAPTIVE_CALLS - 1 if name == "DPM adaptive" else 1):
                         middle = (sigma * following) ** 0.5
-                        denoised = denoiser(denoised + (x - denoised) * (middle / sigma), middle, int(timesteps[i + 1]))
+                        denoised = denoiser(
+                            denoised + (x - denoised) * (middle / sigma), middle, int(timesteps[i + 1])
+                        )
                 x = denoised + (x - denoised) * (following / sigma)
                 if name.endswith((" a", "SDE")) and following:
                     x = x + p.rng() * following * 0.3

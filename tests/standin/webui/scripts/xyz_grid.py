@@ -10,13 +10,21 @@ from PIL import Image
 
 
 class AxisOption:
-    def __init__(self, label, type, apply, format_value=None, confirm=None, cost=0.0, choices=None, prepare=None):
+    def __init__(
+        self, label, type, apply, format_value=None, confirm=None, cost=0.0, choices=None, prepare=None
+    ):
         self.__dict__.update({name: value for name, value in locals().items() if name != "self"})
 
     def values(self, p, text, words):
         if self.label == "Nothing":
             return [0]
-        given = words if self.choices else self.prepare(text) if self.prepare else [part.strip() for part in text.split(",") if part.strip()]
+        given = (
+            words
+            if self.choices
+            else self.prepare(text)
+            if self.prepare
+            else [part.strip() for part in text.split(",") if part.strip()]
+        )
         values = [self.type(value) for value in given]
         if self.confirm:
             self.confirm(p, values)
@@ -41,8 +49,21 @@ class Script(scripts.Script):
                 Dropdown(0, label=f"{axis} type", choices=labels), Textbox("", label=f"{axis} values"), Dropdown([], label="choices", choices=[])
             )
         ]  # fmt: skip
-        flags = ("Draw legend", "Include Sub Images", "Include Sub Grids", "Keep -1 for seeds", "Vary seeds for X", "for Y", "for Z")
-        return [*axes, *(Checkbox(False, label=label) for label in flags), Slider(0, label="Margins"), Checkbox(False, label="Use text inputs")]
+        flags = (
+            "Draw legend",
+            "Include Sub Images",
+            "Include Sub Grids",
+            "Keep -1 for seeds",
+            "Vary seeds for X",
+            "for Y",
+            "for Z",
+        )
+        return [
+            *axes,
+            *(Checkbox(False, label=label) for label in flags),
+            Slider(0, label="Margins"),
+            Checkbox(False, label="Use text inputs"),
+        ]
 
     def run(self, p, *args):
         values = [self.current[args[i] or 0].values(p, args[i + 1], args[i + 2]) for i in (0, 3, 6)]
