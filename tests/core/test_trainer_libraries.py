@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from klora.core.deltas import dense
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.lora_reader import LoraReader
 
-peft = pytest.importorskip("peft")
 SDXL = {
     "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q": (
         nn.Linear(16, 16),
