@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -13,8 +14,6 @@ from typing import Any
 from klora.analysis import Analysis, analyze
 from klora.core.score_cache import ScoreCache
 from klora.errors import Cancelled, KLoraError
-from klora.evaluate import evaluate
-from klora.evaluation_tables import GROUPS
 from klora.report import preflight
 from klora.selection_map import draw_map
 from klora.settings import SPECS, Settings, as_text, markdown_table
@@ -22,15 +21,25 @@ from klora.settings import SPECS, Settings, as_text, markdown_table
 PLAN_OPTIONS = ("selector", "schedule", "alpha", "beta", "k_scale", "gamma")
 """The settings that decide what is chosen; the others only matter where a picture is made."""
 
+RESEARCH = {
+    "evaluate": "make and measure pictures of many pairs and seeds under every selector",
+    "demo": "compare the methods on pairs of the miniature, in two minutes",
+}
+"""Commands of the folder `evaluation`, which klora itself never needs: it is there in a clone, not in an installed package."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit status is 0, 1 after a fault of the input (one sentence on stderr), or 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        options.run(options)
+        if given and given[0] in RESEARCH:
+            _research(given)
+        else:
+            options = _parser().parse_args(given)
+            options.run(options)
     except KLoraError as error:
         print(f"klora: {error}", file=sys.stderr)
         return 1
@@ -59,18 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     _generate_command(commands.add_parser("generate", help="make a picture with a diffusers pipeline"))
-    _evaluate_command(
-        commands.add_parser(
-            "evaluate", help="make and measure pictures of many pairs and seeds under every selector"
-        )
-    )
-    command = commands.add_parser(
-        "demo", help="compare the methods on pairs of the miniature, in two minutes"
-    )
-    command.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder for the results (default ./demo)"
-    )
-    command.set_defaults(run=_demo)
+    for name, does in RESEARCH.items():
+        commands.add_parser(name, help=does, add_help=False)
     command = commands.add_parser("settings", help="print the table of all settings, as the README has it")
     command.set_defaults(run=lambda _options: print(markdown_table()))
     return parser
@@ -79,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def _analyze_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("subject", type=Path, metavar="SUBJECT", help="the subject LoRA's file")
     command.add_argument("style", type=Path, metavar="STYLE", help="the style LoRA's file")
-    command.add_argument("--steps", type=_positive, default=30, help="steps of the schedule (default 30)")
+    command.add_argument("--steps", type=positive, default=30, help="steps of the schedule (default 30)")
     command.add_argument("--seed", type=int, default=0, help="for the selector Random (default 0)")
     _add_settings(command, PLAN_OPTIONS)
     command.add_argument("--json", metavar="FILE|-", help="write the plan as JSON")
@@ -101,9 +100,9 @@ def _generate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt", required=True)
     command.add_argument("--negative", default="", help="negative prompt")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--steps", type=_positive, default=30, help="default 30")
+    command.add_argument("--steps", type=positive, default=30, help="default 30")
     command.add_argument(
-        "--size", type=_size, default=(1024, 1024), metavar="WIDTHxHEIGHT", help="default 1024x1024"
+        "--size", type=size, default=(1024, 1024), metavar="WIDTHxHEIGHT", help="default 1024x1024"
     )
     command.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
     command.add_argument(
@@ -113,44 +112,6 @@ def _generate_command(command: argparse.ArgumentParser) -> None:
     _add_settings(command, [name for name in SPECS if name not in ("enabled", "subject", "style", "hires")])
     command.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     command.set_defaults(run=_generate)
-
-
-def _evaluate_command(command: argparse.ArgumentParser) -> None:
-    command.description = "Without --model: pairs of the miniature. With it: one pair of your own, measured with CLIP and DINO models that you have."
-    command.add_argument(
-        "--out",
-        type=Path,
-        default=Path("evaluation"),
-        help="folder for the results; an evaluation that was stopped goes on",
-    )
-    command.add_argument(
-        "--seeds", type=_positive, default=10, help="pictures of each pair and method (default 10)"
-    )
-    command.add_argument("--steps", type=_positive, default=20, help="default 20")
-    command.add_argument("--tables", nargs="+", choices=list(GROUPS), help="default: all")
-    command.add_argument("--pairs", type=_positive, help="only so many pairs of the miniature")
-    command.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
-    command.add_argument(
-        "--model", type=Path, help="an SDXL folder or single file, or a FLUX folder; then also:"
-    )
-    command.add_argument(
-        "--config",
-        type=Path,
-        help="for a single file: a diffusers folder with its configuration, to stay offline",
-    )
-    command.add_argument("--subject", help="the subject LoRA's file")
-    command.add_argument("--style", help="the style LoRA's file")
-    command.add_argument("--subject-weight", type=float, default=1.0, help="default 1")
-    command.add_argument("--style-weight", type=float, default=1.0, help="default 1")
-    command.add_argument("--prompt", help="with the trigger words of both")
-    command.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="default 1024x1024")
-    command.add_argument("--subject-pictures", type=Path, metavar="FOLDER", help="pictures of the subject")
-    command.add_argument("--style-pictures", type=Path, metavar="FOLDER", help="pictures in the style")
-    command.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it")
-    command.add_argument(
-        "--dino", type=Path, metavar="FOLDER", help="a DINO vision transformer as transformers saves it"
-    )
-    command.set_defaults(run=evaluate)
 
 
 def _add_settings(command: argparse.ArgumentParser, names: list[str] | tuple[str, ...]) -> None:
@@ -171,14 +132,14 @@ def _settings(options: argparse.Namespace) -> Settings:
     return Settings.parse({name: str(value) for name, value in given.items() if value is not None})
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
     try:
         return int(width), int(height or width)
@@ -223,16 +184,22 @@ def _print_progress(done: int, total: int) -> None:
     print(f"\rscoring {done} of {total} layers", end=end, file=sys.stderr, flush=True)
 
 
+def _research(arguments: list[str]) -> None:
+    try:
+        command = importlib.import_module("evaluation.command")
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] != "evaluation":
+            raise
+        raise KLoraError(
+            f"`{arguments[0]}` needs the folder `evaluation` of the whole repository: run it in a clone."
+        ) from missing
+    command.run(arguments)
+
+
 def _generate(options: argparse.Namespace) -> None:
     from klora.runner import generate  # diffusers is needed here only
 
     generate(options, _settings(options), ScoreCache(cache_folder()), _print_progress)
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from klora.demo import demo  # diffusers is needed here only
-
-    demo(options.out)
 
 
 if __name__ == "__main__":

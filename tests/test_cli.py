@@ -97,7 +97,7 @@ def test_a_second_analysis_comes_from_the_cache(monkeypatch, capsys):
 
 
 def test_generate_makes_a_picture_from_a_saved_model_and_says_what_is_missing(tmp_path, capsys):
-    from klora.demo_models import sdxl_pipeline, write_kohya, write_peft
+    from small_pipelines import sdxl_pipeline, write_kohya, write_peft
 
     pipeline = sdxl_pipeline()
     model, subject, style, out = (

@@ -46,6 +46,13 @@ def test_only_hosts_webui_and_scripts_know_the_webui():
             assert not {name.split(".")[0] for name in imports(path)} & HOSTS_ONLY, path
 
 
+def test_research_uses_klora_and_never_the_other_way():
+    for path in (ROOT / "klora").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & {"evaluation", "tests"}, path
+    for path in (ROOT / "evaluation").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & {*HOSTS_ONLY, "tests"}, path
+
+
 def test_bare_install_does_nothing():
     import runpy
     import sys

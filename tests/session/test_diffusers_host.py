@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_pipelines import flux_pipeline, sdxl_pipeline, write_kohya, write_peft
 
 from klora.analysis import analyze
 from klora.core.score_cache import ScoreCache
 from klora.core.selectors import Choice
-from klora.demo_models import flux_pipeline, sdxl_pipeline, write_kohya, write_peft
 from klora.errors import PairError
 from klora.hosts.diffusers import DiffusersSwitch, Lora, denoiser_of, weight_change
 from klora.runner import Request, fused_picture

@@ -133,7 +133,7 @@ class Pen:
             (1 - t) ** 2 * np.array(start) + 2 * t * (1 - t) * np.array(bend) + t**2 * np.array(end),
             width,
             colour,
-        )  # type: ignore[arg-type]
+        )
 
     def own_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
         """x and y of every pixel in the thing's own coordinates, each of shape (SIDE, SIDE)."""

@@ -1,4 +1,4 @@
-"""Trains the miniature from nothing, on a CPU: `python tests/miniature/train.py FOLDER`.
+"""Trains the miniature from nothing, on a CPU: `python -m evaluation.miniature.train FOLDER`.
 
 Pictures, autoencoder, latents, then denoiser and text encoders together. Every part keeps a checkpoint in FOLDER and goes on from it, with
 the same result as a run in one go: what a step draws follows from its number. FOLDER/log.txt has the losses and the processor seconds.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from miniature import model, world
+from evaluation.miniature import model, world
 
 VAE_PICTURES, VAE_STEPS, VAE_BATCH = 4000, 3600, 8
 VAE_GUIDED = 300
@@ -206,7 +203,7 @@ def _colour_whitening(pictures: np.ndarray) -> Callable[[Tensor], Tensor]:
     return lambda pixels: torch.einsum("nchw,dc->ndhw", pixels, matrix)
 
 
-def encode_pictures(folder: Path, vae: nn.Module) -> tuple[Tensor, list[Any]]:
+def encode_pictures(folder: Path, vae: Any) -> tuple[Tensor, list[Any]]:
     """Latents of all training pictures, float32 of shape (PICTURES, 4, SIZE / 4, SIZE / 4), and their words."""
     pictures, words = draw_pictures(folder, "pictures", range(PICTURES))
     path = folder / "latents.pt"

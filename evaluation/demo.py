@@ -9,11 +9,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from klora import miniature
+from evaluation.evaluate import Evaluation, Pair, Variant, miniature_pairs, variants
+from evaluation.miniature import shipped
+from evaluation.report import write_report
+from evaluation.tables import as_text, tables
 from klora.analysis import analyze
-from klora.evaluate import Evaluation, Pair, Variant, miniature_pairs, variants
-from klora.evaluation_report import write_report
-from klora.evaluation_tables import as_text, tables
 from klora.selection_map import INK, PAPER, draw_map, font, plain
 from klora.settings import Settings
 
@@ -41,8 +41,8 @@ def demo(folder: Path) -> None:
     shutil.rmtree(folder / "rows", ignore_errors=True)
     pairs = miniature_pairs(PAIRS)
     evaluation = Evaluation(
-        miniature.load_model(), folder / "rows", steps=STEPS, seeds=SEEDS, size=miniature.SIZE, guidance=miniature.GUIDANCE, batch=SEEDS,
-        made_of=miniature.fingerprint(),
+        shipped.load_model(), folder / "rows", steps=STEPS, seeds=SEEDS, size=shipped.SIZE, guidance=shipped.GUIDANCE, batch=SEEDS,
+        made_of=shipped.fingerprint(),
     )  # fmt: skip
     of = {variant.label: variant for variant in variants(["selectors"])}
     methods = [of[label] for label in METHODS]

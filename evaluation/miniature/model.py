@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-from miniature.world import SIZE, VOCABULARY
+from evaluation.miniature.world import SIZE, VOCABULARY
 
 WIDTHS = (32, 64, 96)
 TEXT_WIDTH, TEXT_LENGTH = 64, 16

@@ -16,8 +16,8 @@ from klora.selection_map import draw_map
 from klora.settings import Settings
 
 if TYPE_CHECKING:
-    from klora.evaluate import Evaluation, Pair, Variant
-    from klora.evaluation_tables import Line
+    from evaluation.evaluate import Evaluation, Pair, Variant
+    from evaluation.tables import Line
 
 MAPS = 4
 """Pairs whose selection maps are shown."""
@@ -40,7 +40,7 @@ def write_report(
     """Write the report.
 
     Args:
-        tables: by title, as `klora.evaluation_tables.tables` makes them.
+        tables: by title, as `evaluation.tables.tables` makes them.
     """
     parts = [
         "<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>K-LoRA: evaluation</title>", f"<style>{STYLE_SHEET}</style>",

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from evaluation.miniature import loras, model, train, world
 from klora.core.topology import sdxl_modules
-from miniature import loras, model, train, world
 
 
 def test_a_picture_follows_from_its_seed():

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from klora import miniature
+from evaluation.image_metrics import Measure, clip_similarity, dino_similarity, gram
+from evaluation.miniature import shipped
+from evaluation.tables import GROUPS, Row, as_text, tables
 from klora.analysis import analyze
 from klora.core.plan import Plan
 from klora.core.score_cache import ScoreCache
 from klora.core.selectors import SELECTORS, Choice
 from klora.errors import KLoraError
-from klora.evaluation_tables import GROUPS, Row, as_text, tables
-from klora.measures import Measure, clip_similarity, dino_similarity, gram
 from klora.runner import Request, fused_pictures, load_pipeline
 from klora.settings import Settings
 
@@ -245,7 +245,7 @@ def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
 
 def miniature_pairs(count: int | None = None) -> list[Pair]:
     """All pairs of the miniature, or the first `count` of them, each subject and style as early as can be."""
-    subjects, styles = miniature.loras("subject"), miniature.loras("style")
+    subjects, styles = shipped.loras("subject"), shipped.loras("style")
     order = sorted(
         ((i, j) for i in range(len(subjects)) for j in range(len(styles))),
         key=lambda place: ((place[1] - place[0]) % len(styles), place),
@@ -255,7 +255,7 @@ def miniature_pairs(count: int | None = None) -> list[Pair]:
         subject, style = subjects[i], styles[j]
         found.append(Pair(
             f"{subject.name.removeprefix('subject_')} {style.name.removeprefix('style_')}", subject.path, style.path,
-            f"{subject.words} {style.words}", (subject.weight, style.weight), miniature.measures(subject, style),
+            f"{subject.words} {style.words}", (subject.weight, style.weight), shipped.measures(subject, style),
             (subject.pictures()[0], style.pictures()[0]),
         ))  # fmt: skip
     return found
@@ -312,7 +312,7 @@ def evaluate(options: argparse.Namespace) -> None:
     Raises:
         KLoraError: with the sentence for the user.
     """
-    from klora.evaluation_report import write_report
+    from evaluation.report import write_report
 
     groups = options.tables or list(GROUPS)
     if options.model:
@@ -321,9 +321,9 @@ def evaluate(options: argparse.Namespace) -> None:
         size, guidance, batch = options.size or (1024, 1024), options.guidance, 1
         made_of = f"{options.model} {pairs[0].name}"
     else:
-        pairs, pipeline = miniature_pairs(options.pairs), miniature.load_model()
-        size, guidance, batch = miniature.SIZE, options.guidance or miniature.GUIDANCE, 10
-        made_of = miniature.fingerprint()
+        pairs, pipeline = miniature_pairs(options.pairs), shipped.load_model()
+        size, guidance, batch = shipped.SIZE, options.guidance or shipped.GUIDANCE, 10
+        made_of = shipped.fingerprint()
     evaluation = Evaluation(
         pipeline,
         options.out,

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from klora.measures import Recogniser
-from miniature import loras, measures, model
+from evaluation.image_metrics import Recogniser
+from evaluation.miniature import loras, model, recognisers
 
 
 def make(folder: Path) -> None:
@@ -39,5 +39,5 @@ def make(folder: Path) -> None:
         index |= loras.entry(recipe, words, style)
     (folder / "loras" / "loras.json").write_text(json.dumps(index))
     pipeline.to(torch.float16).save_pretrained(folder / "model")
-    Recogniser(measures.SUBJECT_LABELS, True).save(folder / "measures" / "subject_recogniser.safetensors")
-    Recogniser(measures.STYLE_LABELS, False).save(folder / "measures" / "style_recogniser.safetensors")
+    Recogniser(recognisers.SUBJECT_LABELS, True).save(folder / "measures" / "subject_recogniser.safetensors")
+    Recogniser(recognisers.STYLE_LABELS, False).save(folder / "measures" / "style_recogniser.safetensors")

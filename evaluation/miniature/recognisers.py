@@ -1,4 +1,4 @@
-"""Trains and validates the miniature's measures: `python tests/miniature/measures.py FOLDER`, after train.py has left its model in FOLDER/model.
+"""Trains and validates the miniature's recognisers: `python -m evaluation.miniature.recognisers FOLDER`, after train.py.
 
 One recogniser tells subjects apart across styles, one tells styles apart across subjects; Gram statistics are held against the same renders.
 Half of what they learn from has been through the model's autoencoder, as every picture of the model has.
@@ -7,7 +7,6 @@ Half of what they learn from has been through the model's autoencoder, as every 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +16,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from klora.measures import Recogniser, gram
-from miniature import train, world
+from evaluation.image_metrics import Recogniser, gram
+from evaluation.miniature import train, world
 
 RENDERS, HELD_OUT, PASSES, BATCH = 14000, 2000, 14, 32
 SUBJECT_LABELS = [*world.CLASSES, *(f"subject_{name}" for name in world.SUBJECTS)]

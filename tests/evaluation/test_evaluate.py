@@ -5,23 +5,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from miniature import standin
+import untrained as untrained_miniature
 from PIL import Image
 
-from klora import evaluate, evaluation_tables, measures, miniature
+from evaluation import evaluate, image_metrics, tables
+from evaluation.miniature import shipped
 from klora.__main__ import main
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("untrained") / "miniature"
-    standin.make(made)
+    untrained_miniature.make(made)
     return made
 
 
 @pytest.fixture
 def untrained(folder, monkeypatch):
-    monkeypatch.setattr(miniature, "FOLDER", folder)
+    monkeypatch.setattr(shipped, "FOLDER", folder)
 
 
 QUICK = ["--seeds", "2", "--steps", "2", "--pairs", "1"]
@@ -72,8 +73,8 @@ def test_one_lora_on_a_share_of_the_layers_leaves_the_others_to_the_base_model(u
 
 
 def test_the_interval_of_a_mean_is_as_broad_as_pairs_differ():
-    like = evaluation_tables.mean_over_pairs({str(pair): [0.5, 0.6] * 5 for pair in range(9)})
-    unlike = evaluation_tables.mean_over_pairs({str(pair): [pair / 8] * 10 for pair in range(9)})
+    like = tables.mean_over_pairs({str(pair): [0.5, 0.6] * 5 for pair in range(9)})
+    unlike = tables.mean_over_pairs({str(pair): [pair / 8] * 10 for pair in range(9)})
     assert like.value == pytest.approx(0.55)
     assert 0.5 < like.low < 0.55 < like.high < 0.6
     assert unlike.value == pytest.approx(0.5)
@@ -81,7 +82,7 @@ def test_the_interval_of_a_mean_is_as_broad_as_pairs_differ():
 
 
 def test_both_is_nothing_where_one_is_missing():
-    row = evaluation_tables.Row("selectors", "K-LoRA S", "a b", 0, 1.0, 0.5, {"subject": 0.9, "style": 0.0})
+    row = tables.Row("selectors", "K-LoRA S", "a b", 0, 1.0, 0.5, {"subject": 0.9, "style": 0.0})
     assert row.both == 0
     assert replace(row, values={"subject": 0.5, "style": 1.0}).both == pytest.approx(2 / 3)
 
@@ -91,7 +92,7 @@ def test_gram_statistics_tell_texture_and_colour_at_any_size():
     lines = np.tile(np.repeat([[0], [255]], 4, 0), (16, 96)).astype(np.uint8)
     horizontal, vertical = (Image.fromarray(values).convert("RGB") for values in (lines[:96], lines[:96].T))
     noise = Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8))
-    like = measures.gram([horizontal])
+    like = image_metrics.gram([horizontal])
     same, turned, other = like([horizontal.crop((0, 0, 80, 64)), vertical, noise])
     assert same > 0.95 > turned > other
 
@@ -113,7 +114,7 @@ def test_a_picture_model_of_the_users_own_measures_real_pairs(tmp_path):
         tmp_path
     )
     pictures = [Image.new("RGB", (40, 50), colour) for colour in ("red", "blue")]
-    values = measures.clip_similarity(tmp_path, pictures[:1])(pictures)
+    values = image_metrics.clip_similarity(tmp_path, pictures[:1])(pictures)
     assert values[0] == pytest.approx(1, abs=1e-5)
     assert values[1] < values[0]
 
@@ -127,7 +128,7 @@ def test_what_an_evaluation_of_ones_own_pair_needs_is_named(tmp_path, capsys):
 
 
 def test_a_demo_shows_pictures_maps_and_a_table(untrained, tmp_path, monkeypatch, capsys):
-    from klora import demo
+    from evaluation import demo
 
     monkeypatch.setattr(demo, "PAIRS", 1)
     monkeypatch.setattr(demo, "SEEDS", 2)

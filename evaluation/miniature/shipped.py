@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
+from evaluation.image_metrics import Measure, Recogniser, gram, recognised
 from klora.errors import HostError
-from klora.measures import Measure, Recogniser, gram, recognised
 
-FOLDER = Path(__file__).resolve().parents[1] / "tests" / "data" / "miniature"
+FOLDER = Path(__file__).resolve().parent / "data"
 SIZE = (64, 64)
 GUIDANCE = 3.0
 

@@ -1,4 +1,4 @@
-"""Trains the miniature's LoRAs: `python tests/miniature/loras.py FOLDER`, after train.py has left its model in FOLDER/model.
+"""Trains the miniature's LoRAs: `python -m evaluation.miniature.loras FOLDER`, after train.py has left its model in FOLDER/model.
 
 Each subject from five plain pictures, each style from a few pictures of ordinary things, both with a rare word, UNet only, by PEFT.
 The files differ as those of a community do: in dialect, rank, network alpha, layers, and by how much they change the model.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +21,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from evaluation.miniature import train, world
 from klora.core.topology import sdxl_modules
-from miniature import train, world
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -182,7 +179,7 @@ def main() -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(options.folder / "model", torch_dtype=torch.float32)
     out = options.folder / "loras"
     out.mkdir(exist_ok=True)
-    index = {}
+    index: dict[str, Any] = {}
     for recipe in (replace(recipe, steps=options.steps or recipe.steps) for recipe in RECIPES):
         pictures, words, style = examples(recipe)
         for number, shown in enumerate(pictures):
