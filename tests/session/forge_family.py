@@ -117,7 +117,7 @@ class LoraLoader:
                 self.online_backup.append(layer)
                 continue
             if self.model.fail_at == key:
-                raise torch.OutOfMemoryError("merge")
+                raise torch.cuda.OutOfMemoryError("merge")
             weight = getattr(layer, name)
             if self.model.packed:
                 self.backup[key] = nn.Parameter(weight.data, requires_grad=False)
@@ -205,7 +205,7 @@ class ComfyPatcher(Patcher):
 
     def patch_weight_to_device(self, key, device_to=None):
         if self.model.fail_at == key:
-            raise torch.OutOfMemoryError("merge")
+            raise torch.cuda.OutOfMemoryError("merge")
         weight = attrgetter(key)(self.model)
         if key not in self.backup:
             self.backup[key] = SimpleNamespace(weight=weight, inplace_update=False)
@@ -236,7 +236,7 @@ class ClassicPatcher(Patcher):
 
     def calculate_weight(self, patches, weight, key):
         if self.model.fail_at == key:
-            raise torch.OutOfMemoryError("merge")
+            raise torch.cuda.OutOfMemoryError("merge")
         return merged(patches, weight)
 
     def load_it(self):
@@ -382,7 +382,7 @@ def real_kind(folder):
 
         def fail_at(self, key):
             if self.model.fail_at == key:
-                raise torch.OutOfMemoryError("merge")
+                raise torch.cuda.OutOfMemoryError("merge")
 
         if not fused:
             del patch_weight_to_device

@@ -123,7 +123,7 @@ def test_pipeline_is_bit_identical_afterwards(bench):
     assert_untouched(weights)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.cuda.OutOfMemoryError])
 def test_pipeline_is_bit_identical_after_a_broken_run(sdxl, monkeypatch, error):
     weights = sdxl.weights()
     step = Session.step
@@ -145,11 +145,11 @@ def test_pipeline_is_bit_identical_when_a_merge_runs_out_of_memory(sdxl, monkeyp
     def failing(*arguments):
         calls.append(arguments)
         if len(calls) == 100:
-            raise torch.OutOfMemoryError("out of memory")
+            raise torch.cuda.OutOfMemoryError("out of memory")
         return weight_change(*arguments)
 
     monkeypatch.setattr("klora.hosts.diffusers.weight_change", failing)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         sdxl.picture()
     assert_untouched(weights)
 

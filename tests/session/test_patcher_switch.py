@@ -202,12 +202,12 @@ def test_what_runs_after_a_merge_that_died_finds_the_original_weights(host, wher
     host.plain()
     if where == "loading":
         unet.fail_at = NORM
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(torch.cuda.OutOfMemoryError):
             host.begin()
     else:
         host.begin(proj=Choice.STYLE)
         unet.fail_at = PROJ
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(torch.cuda.OutOfMemoryError):
             host.switch.apply({LAYERS[0]: Choice.SUBJECT})
     unet.fail_at = None
     if where == "loading" and isinstance(host.model.forge_objects.unet, ComfyPatcher):

@@ -21,7 +21,7 @@ from fastapi import Body
 from modules import script_callbacks, shared
 
 STARTED = time.time()
-ERRORS = {"RuntimeError": RuntimeError, "OutOfMemoryError": torch.OutOfMemoryError}
+ERRORS = {"RuntimeError": RuntimeError, "OutOfMemoryError": torch.cuda.OutOfMemoryError}
 LAYERS_KEEP_NAMES = not hasattr(networks, "load_lora_for_models")
 
 calls = []
