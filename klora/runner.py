@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from klora.analysis import BASE_NAMES, Analysis, Progress, analyze
+from klora.analysis import BASE_NAMES, Analysis, Progress, analyze, check_pair
+from klora.core.lora_file import read_lora
 from klora.core.score_cache import ScoreCache
 from klora.errors import HostError, KLoraError, PairError
 from klora.hosts.diffusers import DiffusersSwitch, Lora, base_of, denoiser_of, text_encoders_with
@@ -46,7 +47,7 @@ def fused_picture(pipeline: Any, analysis: Analysis, settings: Settings, request
         analysis: its plan has `request.steps` steps.
 
     Raises:
-        PairError: the LoRAs are made for another base model than the pipeline's.
+        PairError: the LoRAs are made for another base model than the pipeline's, or for other sizes.
         HostError: the pipeline lacks layers that the LoRAs change.
     """
     return fused_pictures(pipeline, analysis, settings, request, 1)[0]
@@ -58,13 +59,8 @@ def fused_pictures(
     """`count` pictures with the seeds that follow `request.seed`, in one batch under one plan; otherwise as `fused_picture`."""
     subject = Lora(analysis.subject, settings.subject_weight)
     style = Lora(analysis.style, settings.style_weight)
-    if base_of(pipeline) != analysis.subject.base:
-        raise PairError(
-            f"The LoRAs {analysis.subject.path.name} and {analysis.style.path.name} are made for {BASE_NAMES[analysis.subject.base]} but the "
-            f"model is {BASE_NAMES[base_of(pipeline)]}: choose a model or LoRAs that fit."
-        )
+    switch = _switch(pipeline, subject, style)
     encoding = [{"subject": subject, "style": style}[role] for role in settings.text_encoder_roles()]
-    switch = DiffusersSwitch(denoiser_of(pipeline), analysis.subject.base, subject, style)
     with ExitStack() as stack:
         stack.enter_context(text_encoders_with(pipeline, encoding))
         session = stack.enter_context(Session(analysis.plan, switch))
@@ -75,6 +71,17 @@ def fused_pictures(
             return values
 
         return pipeline(**_arguments(pipeline, request, count), callback_on_step_end=at_step_end).images
+
+
+def _switch(pipeline: Any, subject: Lora, style: Lora) -> DiffusersSwitch:
+    """The hold on the pipeline's denoiser, if both LoRAs are for its base model and have its sizes."""
+    base, loaded = subject.file.base, base_of(pipeline)
+    if base != loaded:
+        raise PairError(
+            f"The LoRAs {subject.file.path.name} and {style.file.path.name} are made for {BASE_NAMES[base]} but the model is "
+            f"{BASE_NAMES[loaded]}: choose a model or LoRAs that fit."
+        )
+    return DiffusersSwitch(denoiser_of(pipeline), base, subject, style)
 
 
 def _arguments(pipeline: Any, request: Request, count: int) -> dict[str, Any]:
@@ -92,11 +99,15 @@ def _arguments(pipeline: Any, request: Request, count: int) -> dict[str, Any]:
 
 
 def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache, progress: Progress) -> None:
-    """`python -m klora generate`: load, score, make the picture, save it with its settings in the PNG's text.
+    """`python -m klora generate`: load, check that the LoRAs fit, score, make the picture, save it with its settings in the PNG's text.
 
     Raises:
         KLoraError: with the sentence for the user.
     """
+    files = read_lora(options.subject), read_lora(options.style)
+    check_pair(*files)
+    pipeline = load_pipeline(options.model, options.config)
+    _switch(pipeline, *(Lora(file, 1.0) for file in files))
     analysis = analyze(
         Path(options.subject),
         Path(options.style),
@@ -108,7 +119,6 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
     )
     for warning in analysis.warnings:
         print(f"warning: {warning}")
-    pipeline = load_pipeline(options.model, options.config)
     if options.scheduler:
         pipeline.scheduler = _scheduler(options.scheduler).from_config(pipeline.scheduler.config)
     request = Request(

@@ -204,7 +204,8 @@ class Settings:
     ) -> Settings:
         """Settings from the arguments of the always-on script: one dict, or values in the order of the fields.
 
-        A dict means enabled unless it says `"enabled": false`. What else the arguments of a run without K-LoRA say does not matter.
+        A dict means enabled unless it says `"enabled": false`; it is the first value and the only dict. What else the arguments of a
+        run without K-LoRA say does not matter.
 
         Args:
             overrides: values by name that win over the arguments before anything is checked (the X/Y/Z plot's).
@@ -221,10 +222,18 @@ class Settings:
                 }
             )
         named = args and isinstance(args[0], Mapping)
+        more = [place for place, value in enumerate(args[1:], 2) if isinstance(value, Mapping)]
         values = {"enabled": True, **args[0]} if named else dict(zip(SPECS, args, strict=False))
         merged = {**(defaults or {}), **values, **(overrides or {})}
         if merged.get("enabled", False) is False:
             return cls()
+        if more:
+            raise SettingsError(
+                {
+                    "args": f"Value {more[0]} of 'args' is a dict: K-LoRA takes its settings by name in one dict, which is the first value, "
+                    "or by position without any dict; put all names into the first value."
+                }
+            )
         return cls.parse(merged)
 
     def changed(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from modules import script_callbacks, scripts
 from klora.errors import Cancelled
 from klora.hosts.detect import UnknownHost
 from klora.settings import Settings
-from klora.webui import api, options, preview, ui, xyz
+from klora.webui import api, api_arguments, options, preview, ui, xyz
 from klora.webui.generation import (
     WITHOUT_THE_PAIR,
     Run,
@@ -63,6 +63,7 @@ def on_cfg_denoiser(params):
 def on_app_started(_demo, app):
     """One for all routes: the host inspects the whole stack for every callback, 50 ms of its start-up each."""
     api.register(app)
+    api_arguments.register(app)
     preview.register(app)
 
 

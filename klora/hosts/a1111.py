@@ -17,10 +17,13 @@ from weakref import ref
 from klora.core.blocks import leader_of
 from klora.core.lora_file import LoraFile
 from klora.core.selectors import Choice
+from klora.core.topology import sdxl_modules
 from klora.errors import HostError
 from klora.hosts.base import Member, Pair
+from klora.hosts.sizes import Padded, Sizes, native_sizes
 
 DENOISER = "diffusion_model"
+LATENT_CHANNELS, INPAINTING_CHANNELS = 4, 9
 
 
 class A1111:
@@ -35,6 +38,12 @@ class A1111:
 
     def base_of(self, model: Any) -> str | None:
         return "sdxl" if getattr(model, "is_sdxl", False) else None
+
+    def sizes_of(self, model: Any) -> Sizes:
+        known = dict(model.model.diffusion_model.named_modules())
+        return native_sizes(
+            sdxl_modules(), lambda path: getattr(known.get(path), "weight", None), _padded_for_inpainting
+        )
 
     def switch(self, model: Any, pair: Pair) -> A1111Switch:
         return A1111Switch(self._networks, model, pair)
@@ -229,6 +238,13 @@ class A1111Switch:
 def host_reads(lora: LoraFile) -> bool:
     """Whether A1111's loader understands a file's keys as they are: it knows kohya's underscore names, and no scale in the header."""
     return lora.dialect.startswith("kohya") and not lora.scale_from_metadata
+
+
+def _padded_for_inpainting(shape: tuple[int, ...]) -> Padded:
+    """The host gives a change of the 4 latent channels the 5 more that an inpainting model's first layer has (network_apply_weights)."""
+    if len(shape) != 4 or shape[1] != INPAINTING_CHANNELS:
+        return {}
+    return dict.fromkeys(("LoCon", "full diff"), (LATENT_CHANNELS * shape[2] * shape[3],))
 
 
 def _network_name(layer: str) -> str:

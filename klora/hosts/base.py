@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from klora.core.lora_file import LoraFile
 from klora.core.selectors import Choice
+from klora.hosts.sizes import Sizes
 
 
 class LayerSwitch(Protocol):
@@ -91,6 +92,13 @@ class WebUI(Protocol):
 
     def base_of(self, model: Any) -> str | None:
         """ "sdxl" or "flux", None for a checkpoint of any other kind."""
+
+    def sizes_of(self, model: Any) -> Sizes:
+        """The sizes of the layers of an SDXL or FLUX checkpoint's denoiser, without any LoRA.
+
+        Raises:
+            HostError: as `switch`.
+        """
 
     def switch(self, model: Any, pair: Pair) -> PairSwitch:
         """The pair's hold on the loaded checkpoint.

@@ -10,11 +10,16 @@ from typing import Any
 
 import torch
 
-from klora.hosts.patchers import OnePatchDict, Patches
+from klora.hosts.patchers import OnePatchDict, Patches, padded_convolution
+from klora.hosts.sizes import Padded
 
 
 class ClassicSwitch(OnePatchDict):
     """`PairSwitch` of forge-classic, which has no FLUX and so no fused weights."""
+
+    @staticmethod
+    def padded(shape: tuple[int, ...]) -> Padded:
+        return padded_convolution(shape)
 
     @property
     def _online(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from klora.core.topology import DOUBLE_BLOCKS, SINGLE_BLOCKS
+from klora.core.topology import DOUBLE_BLOCKS, SINGLE_BLOCKS, flux_modules, sdxl_modules
 from klora.errors import HostError
 from klora.hosts.a1111 import A1111
 from klora.hosts.base import Pair, PairSwitch, WebUI
@@ -12,6 +12,21 @@ from klora.hosts.classic import ClassicSwitch
 from klora.hosts.forge import ForgeSwitch
 from klora.hosts.neo import NeoSwitch
 from klora.hosts.patchers import PatcherSwitch
+from klora.hosts.sizes import Sizes, native_sizes
+
+ENGINES = {
+    "Anima": "Anima", "Chroma": "Chroma", "ErnieImage": "ERNIE-Image", "Flux2": "FLUX.2 Klein", "Krea2": "Krea 2", "Lumina2": "Lumina 2",
+    "PiD": "PiD", "QwenImage": "Qwen-Image", "Wan": "Wan", "ZImage": "Z-Image",
+}  # fmt: skip
+"""Name of the class of a loaded checkpoint in Forge and Forge Neo -> what people call its base model."""
+
+FLAGS = {
+    "is_sd1": "Stable Diffusion 1.x",
+    "is_sd2": "Stable Diffusion 2.x",
+    "is_sd3": "Stable Diffusion 3",
+    "is_sdxl": "SDXL",
+}
+"""What every host sets on a checkpoint of one of the older base models."""
 
 
 class UnknownHost(HostError):
@@ -37,12 +52,31 @@ class ForgeLike:
         depths = [len(getattr(denoiser, name, ())) for name in ("double_blocks", "single_blocks")]
         return "flux" if depths == [DOUBLE_BLOCKS, SINGLE_BLOCKS] and hasattr(denoiser, "vector_in") else None
 
+    def sizes_of(self, model: Any) -> Sizes:
+        self._refuse_nunchaku(model)
+        modules = sdxl_modules() if self.base_of(model) == "sdxl" else flux_modules()
+        return native_sizes(
+            modules,
+            lambda path: self._kind.original_weight(model.forge_objects.unet, path),
+            self._kind.padded,
+        )
+
     def switch(self, model: Any, pair: Pair) -> PairSwitch:
+        self._refuse_nunchaku(model)
+        return self._kind(self._networks, model, pair)
+
+    @staticmethod
+    def _refuse_nunchaku(model: Any) -> None:
         if hasattr(model.forge_objects.unet.model.diffusion_model, "loras"):
             raise HostError(
                 "This checkpoint is stored for Nunchaku, which takes LoRAs whole and not layer by layer: load another format of it."
             )
-        return self._kind(self._networks, model, pair)
+
+
+def name_of_base(model: Any) -> str | None:
+    """What people call the base model of a loaded checkpoint that `WebUI.base_of` knows or not; None if nothing tells."""
+    flagged = (name for flag, name in FLAGS.items() if getattr(model, flag, False))
+    return next(flagged, ENGINES.get(type(model).__name__))
 
 
 def find_webui(networks: Any, model: Any) -> WebUI:

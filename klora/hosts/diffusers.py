@@ -17,6 +17,7 @@ from klora.core.lora_reader import LoraReader
 from klora.core.selectors import Choice
 from klora.core.topology import Module, flux_modules, sdxl_modules
 from klora.errors import HostError
+from klora.hosts.sizes import LayerSize, check_fit, matrix_of, true_shape
 
 TEXT_ENCODERS = {
     "sdxl": {"te1": "text_encoder", "te2": "text_encoder_2"},
@@ -131,7 +132,12 @@ class Merger:
 
 
 class DiffusersSwitch:
-    """`LayerSwitch` of a diffusers denoiser: a switched layer is merged anew from its original, the others are not touched."""
+    """`LayerSwitch` of a diffusers denoiser: a switched layer is merged anew from its original, the others are not touched.
+
+    Raises:
+        HostError: the denoiser lacks layers that the LoRAs change.
+        PairError: it has other sizes than they.
+    """
 
     def __init__(self, denoiser: nn.Module, base: str, subject: Lora, style: Lora) -> None:
         self._modules = dict(_layers(denoiser, base))
@@ -146,6 +152,12 @@ class DiffusersSwitch:
                 f"The model has no layer {missing[0]} ({len(missing)} of {len(names)} layers are missing), which the LoRAs "
                 f"{subject.file.path.name} and {style.file.path.name} change: choose LoRAs made for this model."
             )
+        sizes = {name: true_shape(getattr(module, "weight", None)) for name, module in self._modules.items()}
+        check_fit(
+            (subject.file, style.file),
+            {name: LayerSize(matrix_of(shape)) for name, shape in sizes.items() if shape is not None},
+            "the model",
+        )
         self._followers: dict[str, list[str]] = {}
         for name in sorted({*subject.file.carried, *style.file.carried} - set(names)):
             if name in self._modules:

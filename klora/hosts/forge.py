@@ -15,7 +15,8 @@ from uuid import uuid4
 import torch
 
 from klora.hosts.base import Pair
-from klora.hosts.patchers import PatcherSwitch, Patches
+from klora.hosts.patchers import PatcherSwitch, Patches, padded_convolution
+from klora.hosts.sizes import Padded
 
 MERGED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,6 +27,11 @@ class ForgeSwitch(PatcherSwitch):
     def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
         super().__init__(networks, model, pair)
         self._name = ""
+
+    @staticmethod
+    def padded(shape: tuple[int, ...]) -> Padded:
+        """Its merge gives a LoRA of a linear layer the inputs it lacks: FLUX Fill's and Control's `img_in` is wider than FLUX's."""
+        return {"LoRA": range(1, shape[1])} if len(shape) == 2 else padded_convolution(shape)
 
     @property
     def _online(self) -> bool:

@@ -24,6 +24,7 @@ from klora.core.selectors import Choice
 from klora.core.topology import flux_modules
 from klora.errors import HostError
 from klora.hosts.base import Member, Pair
+from klora.hosts.sizes import Padded
 
 DENOISER = "diffusion_model."
 FUSED = {module.native: module.layers for module in flux_modules() if module.pieces}
@@ -108,6 +109,26 @@ class PatcherSwitch(ABC):
 
     def detach(self) -> None:
         self._choices.clear()
+
+    @staticmethod
+    def original_weight(unet: Any, path: str) -> Any:
+        """The checkpoint's own weight of the denoiser's module at `path`, None if it has none.
+
+        What is in the module may have been merged by the last generation, and some LoRAs widen a weight.
+        """
+        key = f"{DENOISER}{path}.weight"
+        backups = unet.lora_loader.backup if hasattr(unet, "lora_loader") else unet.backup
+        if key in backups:
+            return getattr(backups[key], "weight", backups[key])
+        layer = unet.model
+        for name in key.split(".")[:-1]:
+            layer = getattr(layer, name, None)
+        return getattr(layer, "weight", None)
+
+    @staticmethod
+    def padded(shape: tuple[int, ...]) -> Padded:
+        """Which narrower LoRAs the host takes for a weight of this shape (`LayerSize.padded`): ComfyUI's merge takes none."""
+        return {}
 
     @property
     @abstractmethod
@@ -263,6 +284,14 @@ class PatcherSwitch(ABC):
                     "two LoRAs: export it in the split keys of diffusers, or take the selector LoRA Switch or Fixed."
                 )
             return dense(reader(layer))
+
+
+def padded_convolution(shape: tuple[int, ...]) -> Padded:
+    """The first Forge's merge and those made after it give a full difference of a convolution the channels it lacks."""
+    if len(shape) != 4:
+        return {}
+    taps = shape[2] * shape[3]
+    return {"full diff": range(taps, shape[1] * taps, taps)}
 
 
 def _state_of(path: str | Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,7 @@ def card(names: Mapping[str, str]) -> dict[str, Any]:
             "style": len(style - subject),
         }
         _try(answer, lambda: loras.check_pair(files["subject"], files["style"]))
-    _try(answer, lambda: answer.update(checkpoint=_checkpoint()))
-    if files and answer["checkpoint"] and len({file.base for file in files.values()}) == 1:
-        _try(answer, lambda: loras.check_checkpoint(list(files.values()), answer["checkpoint"]["base"]))
+    _try(answer, lambda: _add_checkpoint(answer, list(files.values())))
     return answer
 
 
@@ -171,11 +169,12 @@ def _preview(lora: loras.HostLora) -> str | None:
     return page.find_preview(str(lora.path.with_suffix(""))) if page else None
 
 
-def _checkpoint() -> dict[str, str | None] | None:
-    """Name and base of the loaded checkpoint, without having the host load one; None while none is, or another is to take its place.
+def _add_checkpoint(answer: dict[str, Any], files: Sequence[LoraFile]) -> None:
+    """Name and base of the loaded checkpoint, without having the host load one; none while none is, or another is to take its place.
 
     Raises:
         HostError: this WebUI is unknown.
+        PairError: the files do not fit the checkpoint.
     """
     import networks
     from modules import sd_models
@@ -186,5 +185,8 @@ def _checkpoint() -> dict[str, str | None] | None:
     info = getattr(data.sd_model, "sd_checkpoint_info", None)
     wanted = getattr(data, "forge_loading_parameters", {}).get("checkpoint_info")
     if info is None or (wanted is not None and wanted.filename != info.filename):
-        return None
-    return {"name": info.name_for_extra, "base": find_webui(networks, data.sd_model).base_of(data.sd_model)}
+        return
+    webui = find_webui(networks, data.sd_model)
+    answer["checkpoint"] = {"name": info.name_for_extra, "base": webui.base_of(data.sd_model)}
+    if len({file.base for file in files}) == 1:
+        loras.check_checkpoint(files, webui, data.sd_model)

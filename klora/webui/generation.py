@@ -9,8 +9,9 @@ from klora.analysis import pair_warnings
 from klora.core.lora_file import LoraFile
 from klora.core.scores import PairScores, score_pair
 from klora.errors import KLoraError
-from klora.hosts.base import Member, Pair
+from klora.hosts.base import Member, Pair, WebUI
 from klora.hosts.detect import find_webui
+from klora.hosts.sizes import left_out
 from klora.settings import Settings
 from klora.webui import infotext, loras, options
 from klora.webui.applied import AppliedMaps
@@ -43,7 +44,7 @@ class Run:
         self._files: dict[str, LoraFile] = {role: loras.read(lora.path) for role, lora in self._loras.items()}
         model = shared.sd_model
         webui = find_webui(networks, model)
-        self._check(webui.base_of(model))
+        self._check(webui, model)
         scores = self._scored()
         self._passes = Passes(p, settings, webui, model, self._pair(scores), scores)
         p.extra_generation_params.update(
@@ -57,17 +58,21 @@ class Run:
             self._options.accelerator_words(),
         ):
             self._hold.warn(warning)
+        sizes = webui.sizes_of(model)
+        for role, file in self._files.items():
+            if (sentence := left_out(role, file, sizes)) is not None:
+                self._hold.warn(sentence)
         p.klora_run = self
         _under_way.add(self)
 
-    def _check(self, loaded: str | None) -> None:
+    def _check(self, webui: WebUI, model: Any) -> None:
         subject, style = self._files["subject"], self._files["style"]
         if self.p.disable_extra_networks:
             raise KLoraError(
                 "This run has extra networks switched off, which K-LoRA needs: switch them on, or K-LoRA off."
             )
         loras.check_pair(subject, style)
-        loras.check_checkpoint((subject, style), loaded)
+        loras.check_checkpoint((subject, style), webui, model)
 
     def _scored(self) -> PairScores:
         """The scores of the pair, from the cache if it was seen before."""

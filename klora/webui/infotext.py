@@ -77,6 +77,11 @@ def _restored_name(text: str, shorthash: str) -> str:
     if listed and (not shorthash or listed.shorthash in ("", shorthash)):
         return name
     renamed = loras.find_by_hash(shorthash, like=name)
+    if renamed is None and listed:
+        print(
+            f"K-LoRA: the pasted text was made with another LoRA named {name!r} (hash {shorthash}) than the one that the WebUI lists (hash "
+            f"{listed.shorthash}): if yours is in another folder, rename one of the two files, press the refresh button, and choose the new name."
+        )
     return renamed.name if renamed else name
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -11,9 +12,15 @@ from typing import Any
 
 from klora import analysis
 from klora.core.lora_file import LoraFile, read_lora
-from klora.errors import PairError, SettingsError
+from klora.errors import PairError, SettingsError, printable
+from klora.file_notes import trained_on
+from klora.hosts.base import WebUI
+from klora.hosts.detect import name_of_base
+from klora.hosts.sizes import check_fit
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt")
+PRECISE_NAMES = {**analysis.BASE_NAMES, "flux": "FLUX.1"}
+"""Of the base models where others of nearly the same name are about."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ def refresh() -> None:
 
 
 def find(name: str, field: str) -> HostLora:
-    """The LoRA that `name` means: its name, else its alias, else either without regard to case, extension and subfolder.
+    """The LoRA that `name` means: its name, else its alias, else either as `/klora/v1/loras` writes what cannot be printed, else either
+    without regard to case, extension and subfolder.
 
     Args:
         field: the setting that `name` is the value of.
@@ -59,7 +67,12 @@ def find(name: str, field: str) -> HostLora:
         SettingsError: there is none, or several.
     """
     known = list_loras()
-    for matches in (_named(name, known), [lora for lora in known if lora.alias == name], _alike(name, known)):
+    for matches in (
+        _named(name, known),
+        [lora for lora in known if lora.alias == name],
+        [lora for lora in known if name in (printable(lora.name), printable(lora.alias))],
+        _alike(name, known),
+    ):
         if len(matches) == 1:
             return matches[0]
         if matches:
@@ -69,7 +82,7 @@ def find(name: str, field: str) -> HostLora:
                     field: f"{name!r} ({field}) could be any of the LoRAs {names}: give the one you mean by its file name."
                 }
             )
-    raise SettingsError({field: _missing(name, field, known)})
+    raise SettingsError({field: _hidden(name, field, known) or _missing(name, field, known)})
 
 
 def exactly(name: str) -> HostLora | None:
@@ -130,27 +143,46 @@ def check_pair(subject: LoraFile, style: LoraFile) -> None:
     analysis.check_pair(subject, style)
 
 
-def check_checkpoint(files: Sequence[LoraFile], loaded: str | None) -> None:
-    """Refuse files that were made for another base model than the loaded checkpoint's.
+def check_checkpoint(files: Sequence[LoraFile], webui: WebUI, model: Any) -> None:
+    """Refuse files that were made for another base model than the loaded checkpoint's, or for other sizes of its layers.
 
     Args:
         files: one, or two of the same base model.
-        loaded: base of the checkpoint, None if it is no base that K-LoRA knows.
+        webui: the host's adapter.
+        model: the loaded checkpoint.
 
     Raises:
         PairError: with the sentence for the user.
+        HostError: LoRAs cannot be put on single layers of this checkpoint.
     """
-    base = files[0].base
-    if base != loaded:
-        wanted, found = (
-            analysis.BASE_NAMES[base],
-            analysis.BASE_NAMES.get(loaded or "", "neither SDXL nor FLUX"),
-        )
-        names = " and ".join(file.path.name for file in files)
+    base, loaded = files[0].base, webui.base_of(model)
+    if base == loaded:
+        check_fit(files, webui.sizes_of(model))
+    elif loaded is None:
+        raise PairError(_of_another_base(files, name_of_base(model)))
+    else:
+        wanted = analysis.BASE_NAMES[base]
         raise PairError(
-            f"{'The LoRA' if len(files) == 1 else 'The LoRAs'} {names} {'is' if len(files) == 1 else 'are'} for {wanted} and the loaded "
-            f"checkpoint is {found}: load a checkpoint of {wanted}, or choose LoRAs made for this one."
+            f"{_named_together(files)} {'is' if len(files) == 1 else 'are'} for {wanted} and the loaded checkpoint is "
+            f"{analysis.BASE_NAMES[loaded]}: load a checkpoint of {wanted}, or choose LoRAs made for this one."
         )
+
+
+def _of_another_base(files: Sequence[LoraFile], checkpoint: str | None) -> str:
+    """What to tell where K-LoRA knows no such checkpoint: LoRAs of Chroma and some of FLUX.2 have FLUX.1's keys and may well be for it."""
+    wanted = PRECISE_NAMES[files[0].base]
+    notes = ", ".join(dict.fromkeys(filter(None, (trained_on(file.metadata) for file in files))))
+    one = len(files) == 1
+    return (
+        f"K-LoRA fuses on checkpoints of {' and '.join(PRECISE_NAMES.values())}, and the loaded one is {checkpoint or 'of another kind'}. "
+        f"{_named_together(files)} {'has' if one else 'have'} the keys of {wanted}{f' (and in the header: {notes})' if notes else ''}: load a "
+        f"checkpoint of {wanted} if that is what {'it was' if one else 'they were'} made for; otherwise use "
+        f"{'it' if one else 'them'} in the prompt, with K-LoRA off."
+    )
+
+
+def _named_together(files: Sequence[LoraFile]) -> str:
+    return f"The LoRA{'' if len(files) == 1 else 's'} {' and '.join(file.path.name for file in files)}"
 
 
 def hash_of(lora: HostLora) -> str:
@@ -171,11 +203,13 @@ def _named(name: str, known: list[HostLora]) -> list[HostLora]:
 
 
 def _alike(name: str, known: list[HostLora]) -> list[HostLora]:
-    wanted = PurePosixPath(_bare(name.replace("\\", "/"))).parts
+    wanted = _wanted(name)
 
     def fits(lora: HostLora) -> bool:
-        place = tuple(part.casefold() for part in (*lora.path.parent.parts, lora.path.stem))
-        return place[-len(wanted) :] == wanted or wanted in ((_bare(lora.name),), (_bare(lora.alias),))
+        return _place(lora.path)[-len(wanted) :] == wanted or wanted in (
+            (_bare(lora.name),),
+            (_bare(lora.alias),),
+        )
 
     return [lora for lora in known if fits(lora)] if wanted else []
 
@@ -183,6 +217,43 @@ def _alike(name: str, known: list[HostLora]) -> list[HostLora]:
 def _bare(name: str) -> str:
     low = name.strip().casefold()
     return next((low.removesuffix(extension) for extension in EXTENSIONS if low.endswith(extension)), low)
+
+
+def _hidden(name: str, field: str, known: list[HostLora]) -> str | None:
+    """What to tell of a file of this name that is there but not listed: of several files of one name the hosts list the last one only."""
+    wanted = _wanted(name)
+    listed = next((lora for lora in known if lora.path.stem.casefold() in wanted[-1:]), None)
+    if listed is None or len(wanted) == 1:
+        return None
+    if not any(_place(path)[-len(wanted) :] == wanted for path in _files()):
+        return None
+    return (
+        f"The WebUI lists only one LoRA named {listed.name!r}, the one in the folder {listed.path.parent.name!r}, and it hides {name!r} "
+        f"({field}): rename one of the two files, press the refresh button, and choose the new name."
+    )
+
+
+def _files() -> Iterator[Path]:
+    """All LoRA files in the folders where the hosts look for them."""
+    from modules import shared
+
+    given = shared.cmd_opts
+    folders = [
+        getattr(given, "lora_dir", None),
+        getattr(given, "lyco_dir_backcompat", None),
+        *(getattr(given, "lora_dirs", None) or ()),
+    ]
+    for top in filter(None, folders):
+        for folder, _, names in os.walk(top, followlinks=True):
+            yield from (Path(folder, name) for name in names if name.casefold().endswith(EXTENSIONS))
+
+
+def _place(path: Path) -> tuple[str, ...]:
+    return tuple(part.casefold() for part in (*path.parent.parts, path.stem))
+
+
+def _wanted(name: str) -> tuple[str, ...]:
+    return PurePosixPath(_bare(name.replace("\\", "/"))).parts
 
 
 def _missing(name: str, field: str, known: list[HostLora]) -> str:

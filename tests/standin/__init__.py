@@ -107,6 +107,7 @@ class StandIn(Host):
             importlib.import_module("modules.sd_models"),
         )
         shared.cmd_opts.folder = self.folder
+        shared.cmd_opts.lora_dir = str(self.folder / "models" / "Lora")
         shared.opts.sd_model_checkpoint = self.checkpoint
         sd_models.list_models()
         sd_models.reload_model_weights()

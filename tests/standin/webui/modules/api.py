@@ -84,8 +84,8 @@ class Api:
             script = runner.named(title)
             if script is None:
                 raise HTTPException(422, f"always on script {title} not found")
-            count = min(script.args_to - script.args_from, len(given["args"]))
-            args[script.args_from : script.args_from + count] = given["args"][:count]
+            for index in range(min(script.args_to - script.args_from, len(given["args"]))):
+                args[script.args_from + index] = given["args"][index]
         if is_img2img:
             request["init_images"] = [
                 Image.open(io.BytesIO(base64.b64decode(image))) for image in request["init_images"]
