@@ -46,6 +46,15 @@ def test_positional_equals_dict():
     )
 
 
+@pytest.mark.parametrize("args", [[PAIR, {"alpha": 2}], [True, PAIR], [PAIR, "None", PAIR]])
+def test_a_dict_that_is_not_the_first_value_is_refused(args):
+    with pytest.raises(
+        SettingsError, match=r"Value [23] of 'args' is a dict: .* put all names into the first value"
+    ) as caught:
+        Settings.parse_api(args)
+    assert list(caught.value.problems) == ["args"]
+
+
 def test_too_many_positional_values_are_refused():
     with pytest.raises(SettingsError, match="13 values at most"):
         Settings.parse_api([None] * 14)

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from contextlib import contextmanager
+from shutil import rmtree
 
 import pytest
 from host import LISTS, complaint, pixels, same, tag
@@ -89,6 +90,69 @@ def test_infotext_given_to_the_api_makes_the_same_picture(host):
     status, answer = host.call("/sdapi/v1/txt2img", {"infotext": info, **LISTS})
     assert status == 200
     assert same(arrays[0], pixels(answer["images"][0]))
+
+
+@pytest.mark.parametrize("args", [{"subject": "any"}, {}, "any"])
+@pytest.mark.parametrize("name", ["K-LoRA", "k-lora"])
+def test_arguments_that_are_no_list_answer_422_with_the_sentence(host, args, name):
+    """The host itself fails on them (KeyError: 0), or takes one letter as one value."""
+    for path in ("txt2img", "img2img"):
+        status, answer = host.call(
+            f"/sdapi/v1/{path}", {"prompt": "", "alwayson_scripts": {name: {"args": args}}}
+        )
+        assert status == 422
+        assert "'args' of K-LoRA is a list" in answer["detail"]
+
+
+def test_a_second_dict_is_refused(host):
+    status, answer = host.request([host.pair, {"alpha": 2}])
+    assert status == 422
+    assert "Value 2 of 'args' is a dict" in answer["detail"]
+
+
+def test_a_name_with_a_tab_is_found_as_it_is_listed(host):
+    with host.more_loras(**{"klora test\ttab": load_file(host.file(host.style))}):
+        listed = next(
+            lora["name"] for lora in host.call("/klora/v1/loras")[1] if "test\\ttab" in lora["name"]
+        )
+        expected = host.picture(host.pair)
+        assert same(host.picture({**host.pair, "style": listed}), expected)
+        arrays, info = host.pictures({**host.pair, "style": "klora test\ttab"})
+        assert same(arrays[0], expected)
+        assert "K-LoRA style: klora test%09tab" in info
+
+
+@contextmanager
+def namesakes(host):
+    """With two files of one name in two folders."""
+    folders = [host.file(host.style).parent / f"klora_test_{name}" for name in "ab"]
+    try:
+        for folder in folders:
+            folder.mkdir()
+            (folder / "klora_test_namesake.safetensors").write_bytes(host.file(host.style).read_bytes())
+        host.call("/sdapi/v1/refresh-loras", {})
+        yield
+    finally:
+        for folder in folders:
+            rmtree(folder, ignore_errors=True)
+        host.call("/sdapi/v1/refresh-loras", {})
+
+
+def test_a_file_hidden_by_its_namesake_in_another_folder_is_said(host):
+    """The hosts list the last one only."""
+    with namesakes(host):
+        answers = [
+            host.request({**host.pair, "style": f"klora_test_{name}/klora_test_namesake"}) for name in "ab"
+        ]
+        plot = host.grid(
+            "[K-LoRA] Style", ["klora_test_a/klora_test_namesake", "klora_test_b/klora_test_namesake"]
+        )
+        status, answer = host.request(host.pair, **plot)
+    said = "only one LoRA named 'klora_test_namesake', the one in the folder 'klora_test_"
+    assert sorted(status for status, _ in answers) == [200, 422]
+    assert said in next(answer["detail"] for status, answer in answers if status == 422)
+    assert status >= 400
+    assert said in complaint(answer)
 
 
 REFUSED = [

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from klora.core.lora_file import read_lora
 from klora.core.topology import flux_modules, sdxl_modules
 
-
 UP, DOWN = ("lora_up", "lora_B"), ("lora_down", "lora_A")
 
 

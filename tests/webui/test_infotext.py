@@ -155,6 +155,15 @@ def test_a_lora_that_is_gone_keeps_its_name_in_the_control(pair):
     )
 
 
+def test_a_lora_that_its_namesake_hides_is_said(pair, capsys):
+    pasted = {"K-LoRA subject": "dog", "K-LoRA subject hash": "0ther", "K-LoRA style": "ink"}
+    assert restored(pasted)["subject"] == "dog"
+    assert (
+        "another LoRA named 'dog' (hash 0ther) than the one that the WebUI lists (hash d0)"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_value_of_another_version_leaves_the_control_alone_and_is_said(pair, capsys):
     controls = restored(
         {"K-LoRA subject": "dog", "K-LoRA style": "ink", "K-LoRA selector": "Oracle", "K-LoRA alpha": "2"}

@@ -10,7 +10,7 @@ from klora.webui import loras
 
 
 @pytest.fixture(autouse=True)
-def registry(networks):
+def registry(networks, shared):
     return networks.put(
         NetworkOnDisk("zebra", digest="aa11"),
         NetworkOnDisk("My Dog v2", folder="/models/Lora/pets", alias="sks_dog", digest="bb22", hashed=False),
@@ -89,6 +89,30 @@ def test_a_file_not_hashed_yet_is_hashed_to_find_it(networks):
     assert [entry.reads for entry in networks.on_disk] == [0, 1, 0]
     assert loras.find_by_hash("none of them") is None
     assert loras.find_by_hash("") is None
+
+
+def test_found_as_the_list_of_the_api_writes_what_cannot_be_printed(networks):
+    networks.put(NetworkOnDisk("my\tdog", alias="the\ndog"), NetworkOnDisk("my dog"))
+    assert loras.find("my\\tdog", "subject").name == "my\tdog"
+    assert loras.find("the\\ndog", "subject").name == "my\tdog"
+    assert loras.find("my\tdog", "subject").name == "my\tdog"
+
+
+def test_a_file_hidden_by_its_namesake_in_another_folder_is_said(networks, shared, tmp_path):
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "Ink.safetensors").touch()
+    shared.cmd_opts.lora_dirs = [str(tmp_path)]
+    networks.put(NetworkOnDisk("Ink", folder=tmp_path / "new"))
+    assert loras.find("new/Ink", "style").path == tmp_path / "new" / "Ink.safetensors"
+    for name in ("old/Ink", "OLD\\ink.safetensors", str(tmp_path / "old" / "Ink")):
+        with pytest.raises(
+            SettingsError, match=r"only one LoRA named 'Ink', the one in the folder 'new'.*rename"
+        ) as error:
+            loras.find(name, "style")
+        assert list(error.value.problems) == ["style"]
+    with pytest.raises(SettingsError, match="lists no LoRA named 'other/Ink'"):
+        loras.find("other/Ink", "style")
 
 
 def test_hash_is_the_hosts(registry):

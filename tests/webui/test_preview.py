@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from webui_host import NetworkOnDisk, module
 
 from klora.analysis import analyze
 from klora.core.blocks import block_of, forward_order
+from klora.core.lora_file import read_lora
 from klora.settings import Settings
 from klora.webui import card, paths, preview, turns
 
@@ -22,10 +24,25 @@ PAIR = GOLDEN / "sdxl_layers_missing"
 NAMES = {"subject": "subject", "style": "style"}
 
 
-def model(base="sdxl", name="tiny", filename="/models/tiny.safetensors"):
+def model(base="sdxl", name="tiny", filename="/models/tiny.safetensors", higher=()):
+    """A checkpoint of the sizes of the pair; layers in `higher` are twice as high."""
+    shapes = {
+        layer: (rows * (2 if layer in higher else 1), columns)
+        for role in NAMES
+        for layer, (rows, columns) in layers_of(role)
+    }
+    modules = {
+        layer: SimpleNamespace(weight=torch.empty(shape, device="meta")) for layer, shape in shapes.items()
+    }
+    denoiser = SimpleNamespace(named_modules=modules.items)
     return SimpleNamespace(
-        is_sdxl=base == "sdxl", sd_checkpoint_info=SimpleNamespace(name_for_extra=name, filename=filename)
-    )
+        is_sdxl=base == "sdxl", is_sd1=base == "sd1", model=SimpleNamespace(diffusion_model=denoiser),
+        sd_checkpoint_info=SimpleNamespace(name_for_extra=name, filename=filename),
+    )  # fmt: skip
+
+
+def layers_of(role):
+    return [(name, info.shape) for name, info in read_lora(PAIR / f"{role}.safetensors").layers.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -128,9 +145,17 @@ def test_a_file_that_cannot_be_used_has_its_sentence_and_the_other_its_card(name
     assert found["style"]["base"] == "SDXL"
 
 
-def test_a_checkpoint_that_is_neither_is_said(host, monkeypatch):
+def test_a_checkpoint_that_is_neither_is_said(host):
     host.models.model_data.sd_model = model(base="sd1")
-    assert "the loaded checkpoint is neither SDXL nor FLUX:" in the_card(**NAMES)["problems"][0]
+    assert "SDXL and FLUX.1, and the loaded one is Stable Diffusion 1.x. " in the_card(**NAMES)["problems"][0]
+
+
+def test_a_pair_that_does_not_fit_the_checkpoint_is_said(host):
+    layer, (rows, columns) = layers_of("style")[-1]
+    host.models.model_data.sd_model = model(higher=[layer])
+    found = the_card(style="style")
+    assert found["checkpoint"]["base"] == "sdxl"
+    assert f"{layer} is {rows} × {columns} and there it is {2 * rows} × {columns}" in found["problems"][0]
 
 
 @pytest.mark.parametrize(
