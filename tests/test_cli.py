@@ -130,3 +130,15 @@ def test_generate_makes_a_picture_from_a_saved_model_and_says_what_is_missing(tm
     shutil.rmtree(model)
     assert main(["generate", "--model", str(model), *options]) == 1
     assert "There is no model at" in capsys.readouterr().err
+
+
+def test_generate_refuses_loras_of_other_sizes_before_it_scores(monkeypatch, capsys):
+    from small_pipelines import sdxl_pipeline
+
+    from klora import runner
+
+    monkeypatch.setattr(runner, "load_pipeline", lambda *_: sdxl_pipeline())
+    monkeypatch.setattr(runner, "analyze", lambda *_, **__: pytest.fail("it scores"))
+    options = ["--subject", PAIR[0], "--style", PAIR[1], "--prompt", "a cat"]
+    assert main(["generate", "--model", "tiny", *options]) == 1
+    assert "The LoRA subject.safetensors does not fit the model: its layer " in capsys.readouterr().err

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from small_pipelines import flux_pipeline, sdxl_pipeline, write_kohya, write_peft
 
 from klora.analysis import analyze
+from klora.core.lora_file import read_lora
 from klora.core.score_cache import ScoreCache
 from klora.core.selectors import Choice
 from klora.errors import PairError
@@ -262,3 +263,18 @@ def test_loras_of_another_base_are_refused_in_one_sentence(sdxl, flux):
         PairError, match=r"subject.safetensors is made for FLUX but the style LoRA style.safetensors for SDXL"
     ):
         analyze(flux.subject, sdxl.style, replace(settings), steps=2)
+
+
+def test_loras_of_other_sizes_are_refused_before_anything_is_scored(flux, tmp_path):
+    tensors = load_file(flux.style)
+    key = next(key for key in tensors if key.startswith("transformer.transformer_blocks.0.attn.to_k.lora_B"))
+    tensors[key] = torch.cat([tensors[key], torch.full_like(tensors[key], torch.nan)])
+    save_file(tensors, tmp_path / "style.safetensors")
+    subject, style = (Lora(read_lora(path), 1.0) for path in (flux.subject, tmp_path / "style.safetensors"))
+    rows, columns = subject.file.layers["double_blocks.0.img_attn.qkv:k"].shape
+    with pytest.raises(
+        PairError,
+        match=rf"LoRA style.safetensors does not fit the model: its layer double_blocks.0.img_attn.qkv:k is {2 * rows} × {columns} and "
+        rf"there it is {rows} × {columns} ",
+    ):
+        DiffusersSwitch(flux.denoiser, "flux", subject, style)
