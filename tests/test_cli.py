@@ -139,6 +139,6 @@ def test_generate_refuses_loras_of_other_sizes_before_it_scores(monkeypatch, cap
 
     monkeypatch.setattr(runner, "load_pipeline", lambda *_: sdxl_pipeline())
     monkeypatch.setattr(runner, "analyze", lambda *_, **__: pytest.fail("it scores"))
-    options = ["--subject", PAIR[0], "--style", PAIR[1], "--prompt", "a cat"]
+    options = ["--subject", PAIR[0], "--style", PAIR[1], "--prompt", "a cat", "--out", "never.png"]
     assert main(["generate", "--model", "tiny", *options]) == 1
     assert "The LoRA subject.safetensors does not fit the model: its layer " in capsys.readouterr().err
