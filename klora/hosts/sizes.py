@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -114,15 +114,19 @@ def check_fit(files: Sequence[LoraFile], sizes: Sizes, model: str = "the loaded 
             )
 
 
-def left_out(role: str, file: LoraFile, sizes: Sizes) -> str | None:
-    """What to tell of a file with layers that the denoiser has not: the WebUIs leave such layers out without a word."""
-    missing = [name for name in file.layers if name not in sizes]
-    if not missing:
-        return None
-    return (
-        f"The loaded checkpoint has no layer {missing[0]} ({len(missing)} of {len(file.layers)} layers of the {role} LoRA "
-        f"{file.path.name} are not there): the WebUI leaves them out, as it does under the LoRA's own tag."
-    )
+def left_out(files: Mapping[str, LoraFile], sizes: Sizes) -> Iterator[str]:
+    """What to tell of files with layers that the denoiser has not: the WebUIs leave such layers out without a word.
+
+    Args:
+        files: by role.
+    """
+    for role, file in files.items():
+        missing = [name for name in file.layers if name not in sizes]
+        if missing:
+            yield (
+                f"The loaded checkpoint has no layer {missing[0]} ({len(missing)} of {len(file.layers)} layers of the {role} LoRA "
+                f"{file.path.name} are not there): the WebUI leaves them out, as it does under the LoRA's own tag."
+            )
 
 
 def _written(shape: tuple[int, int]) -> str:

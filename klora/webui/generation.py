@@ -58,10 +58,8 @@ class Run:
             self._options.accelerator_words(),
         ):
             self._hold.warn(warning)
-        sizes = webui.sizes_of(model)
-        for role, file in self._files.items():
-            if (sentence := left_out(role, file, sizes)) is not None:
-                self._hold.warn(sentence)
+        for sentence in left_out(self._files, webui.sizes_of(model)):
+            self._hold.warn(sentence)
         p.klora_run = self
         _under_way.add(self)
 
