@@ -150,6 +150,36 @@ def test_a_checkpoint_that_is_neither_is_said(host):
     assert "SDXL and FLUX.1, and the loaded one is Stable Diffusion 1.x. " in the_card(**NAMES)["problems"][0]
 
 
+class Chroma:
+    """As Forge and Forge Neo call a loaded checkpoint of it: FLUX.1's blocks without modulation."""
+
+    sd_checkpoint_info = SimpleNamespace(name_for_extra="chroma", filename="/models/chroma.safetensors")
+    _denoiser = SimpleNamespace(double_blocks=[None] * 19, single_blocks=[None] * 38)
+    forge_objects = SimpleNamespace(
+        unet=SimpleNamespace(
+            patches_uuid=1, patch_weight_to_device=None, model=SimpleNamespace(diffusion_model=_denoiser)
+        )
+    )
+
+
+def test_loras_with_the_keys_of_flux_are_not_sent_away_from_their_own_checkpoint(host, tmp_path):
+    """A LoRA for Chroma without the guidance layer looks like one for FLUX.1: only its header may tell."""
+    host.models.model_data.sd_model = Chroma()
+    found = the_card(subject="flux")
+    assert found["checkpoint"] == {"name": "chroma", "base": None}
+    assert found["problems"] == [
+        "K-LoRA fuses on checkpoints of SDXL and FLUX.1, and the loaded one is Chroma. The LoRA style.safetensors has the keys of FLUX.1: "
+        "load a checkpoint of FLUX.1 if that is what it was made for; otherwise use it in the prompt, with K-LoRA off."
+    ]
+    tensors = load_file(GOLDEN / "flux_fused_split" / "style.safetensors")
+    save_file(tensors, tmp_path / "ink.safetensors", metadata={"modelspec.architecture": "chroma/lora"})
+    host.networks.put(*host.networks.on_disk, NetworkOnDisk("ink", folder=tmp_path))
+    assert (
+        "The LoRA ink.safetensors has the keys of FLUX.1 (and in the header: chroma): load"
+        in the_card(subject="ink")["problems"][0]
+    )
+
+
 def test_a_pair_that_does_not_fit_the_checkpoint_is_said(host):
     layer, (rows, columns) = layers_of("style")[-1]
     host.models.model_data.sd_model = model(higher=[layer])
