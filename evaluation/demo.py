@@ -7,14 +7,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from evaluation.evaluate import Evaluation, Pair, Variant, miniature_pairs, variants
 from evaluation.miniature import shipped
 from evaluation.report import write_report
 from evaluation.tables import as_text, tables
 from klora.analysis import analyze
-from klora.selection_map import INK, PAPER, draw_map, font, plain
+from klora.lettering import Pen
+from klora.selection_map import INK, PAPER, draw_map
 from klora.settings import Settings
 
 METHODS = (
@@ -69,14 +70,13 @@ def side_by_side(evaluation: Evaluation, pair: Pair, methods: Sequence[Variant])
     count = strips[0].width // strips[0].height
     columns = -(-len(methods) // 4)
     width, height = columns * (count * CELL + 16) + 16 + CELL, 4 * (CELL + CAPTION) + 16
-    sheet = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(sheet)
+    sheet, pen = Image.new("RGB", (width, height), PAPER), Pen()
     for row, (word, picture) in enumerate(zip(("subject", "style"), pair.references, strict=True)):
         top = 8 + row * (CELL + CAPTION)
-        draw.text((8, top + 3), word, INK, font(13))
+        pen.write(sheet, 8, top + CAPTION // 2, word, 13, INK)
         sheet.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (8, top + CAPTION))
     for index, (method, strip) in enumerate(zip(methods, strips, strict=True)):
         left, top = 24 + CELL + index // 4 * (count * CELL + 16), 8 + index % 4 * (CELL + CAPTION)
-        draw.text((left, top + 3), plain(method.label), INK, font(13))
+        pen.write(sheet, left, top + CAPTION // 2, method.label, 13, INK)
         sheet.paste(strip.resize((count * CELL, CELL), Image.Resampling.NEAREST), (left, top + CAPTION))
     return sheet

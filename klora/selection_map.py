@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from klora.core.blocks import block_of, forward_order
 from klora.core.plan import Plan
 from klora.core.schedule import ALPHA_M
 from klora.core.selectors import Choice
+from klora.lettering import Fonts, Pen, own_font
 
 SUBJECT, STYLE, BOTH, NOT_RUN = (31, 95, 191), (124, 205, 108), (226, 164, 60), (232, 232, 232)
 """Told apart by lightness as well as by hue, so that colour-blind people can."""
 INK, FAINT, PAPER = (40, 40, 40), (150, 150, 150), (255, 255, 255)
 
 LEFT, TOP, GAP, SHARE_WIDTH, SHARE_LEFT = 64, 58, 3, 120, 24
-MAP_WIDTH, ROWS_HEIGHT, BLOCK_LABELS = 1400, 420, 74
+MAP_WIDTH, ROWS_HEIGHT, BLOCK_LABELS, MARGIN = 1400, 420, 74, 16
+SUBTITLE_MIDDLE, TEXT_LEFT, ENTRY_GAP = 43, 20, 28
+LONGEST_NAME = 48
 
 
 @dataclass(frozen=True)
@@ -33,31 +36,39 @@ class Column:
 
 
 def draw_map(
-    plan: Plan, subject: str, style: str, selection: np.ndarray | None = None, note: str = ""
+    plan: Plan,
+    subject: str,
+    style: str,
+    selection: np.ndarray | None = None,
+    note: str = "",
+    fonts: Fonts = own_font,
 ) -> Image.Image:
-    """The selection map of a plan, or of what was really applied.
+    """The selection map of a plan, or of what was really applied, as wide as its layers and its texts need.
 
     Args:
-        subject, style: names for the legend.
+        subject, style: names for the legend; the middle of very long ones is left out.
         selection: recorded rows instead of the plan's, int of shape (steps, layers); -1 where a step did not run.
         note: what the title says beside the names.
     """
+    pen = Pen(fonts)
     rows = plan.selection.astype(np.int16) if selection is None else selection
     columns, cell = _columns(plan)
     height = max(3, min(24, ROWS_HEIGHT // len(rows)))
     width = columns[-1].left + cell
-    image = Image.new(
-        "RGB",
-        (LEFT + width + SHARE_LEFT + SHARE_WIDTH + 16, TOP + height * len(rows) + BLOCK_LABELS + 40),
-        PAPER,
-    )
+    bottom = TOP + height * len(rows)
+    subject, style = _shortened(subject), _shortened(style)
+    title, subtitle = f"{subject} in the style of {style}{', ' * bool(note)}{note}", _subtitle(plan)
+    entries = _legend_entries(plan, rows, subject, style, pen)
+    shares_left = LEFT + max(width, pen.width(subtitle, 13)) + SHARE_LEFT
+    right = max(shares_left + SHARE_WIDTH, LEFT + pen.width(title, 18), entries[-1].left + entries[-1].width)
+    image = Image.new("RGB", (right + MARGIN, bottom + BLOCK_LABELS + 40), PAPER)
     image.paste(Image.fromarray(_cells(rows, columns, cell, height, width)), (LEFT, TOP))
-    draw = ImageDraw.Draw(image)
-    _title(draw, plan, f"{subject} in the style of {style}{', ' * bool(note)}{note}")
-    _steps_axis(draw, len(rows), height)
-    _block_names(image, columns, cell, TOP + height * len(rows) + 6)
-    _shares(draw, rows, height, LEFT + width + SHARE_LEFT)
-    _legend(image, plan, rows, subject, style)
+    pen.write(image, LEFT, 22, title, 18, INK)
+    pen.write(image, LEFT, SUBTITLE_MIDDLE, subtitle, 13, INK)
+    _steps_axis(image, len(rows), height, pen)
+    _block_names(image, columns, cell, bottom + 6, pen)
+    _shares(image, rows, height, shares_left, pen)
+    _legend(image, entries, bottom + BLOCK_LABELS + 19, pen)
     return image
 
 
@@ -100,26 +111,31 @@ def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, 
     return pixels
 
 
-def _title(draw: ImageDraw.ImageDraw, plan: Plan, title: str) -> None:
+def _shortened(name: str) -> str:
+    """The name, without its middle if it is very long: trainers tell their files apart at the end."""
+    kept = LONGEST_NAME // 2 - 1
+    return name if len(name) <= LONGEST_NAME else f"{name[:kept]}...{name[-kept:]}"
+
+
+def _subtitle(plan: Plan) -> str:
     s = plan.schedule
-    draw.text((LEFT, 10), plain(title), INK, font(18))
     schedule = (
         f"S = {s.alpha:g} t/T + {s.beta:g}"
         if s.name == "s"
         else f"S* = ({s.alpha:g} t/T + {s.beta:g}) mod {ALPHA_M:g}"
     )
-    text = f"{plan.selector}    {schedule}    gamma = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
-    draw.text((LEFT, 34), plain(text), INK, font(13))
+    return f"{plan.selector}    {schedule}    γ = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
 
 
-def _steps_axis(draw: ImageDraw.ImageDraw, steps: int, height: int) -> None:
+def _steps_axis(image: Image.Image, steps: int, height: int, pen: Pen) -> None:
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, steps) if n * height >= 14)
+    pen.write(image, LEFT - 8, SUBTITLE_MIDDLE, "step", 12, FAINT, ends=True)
     for step in range(0, steps, every):
-        draw.text((LEFT - 8, TOP + step * height + height // 2), str(step), FAINT, font(12), anchor="rm")
-    draw.text((8, 34), "step", FAINT, font(12))
+        middle = TOP + step * height + height // 2
+        pen.write(image, LEFT - 8, middle, str(step), 12, FAINT, ends=True)
 
 
-def _block_names(image: Image.Image, columns: Sequence[Column], cell: int, top: int) -> None:
+def _block_names(image: Image.Image, columns: Sequence[Column], cell: int, top: int, pen: Pen) -> None:
     """Each block's name, upright, under the middle of its columns; names that would overlap are left out."""
     last_right = -100
     for name, group in groupby(columns, key=lambda column: column.block):
@@ -128,55 +144,60 @@ def _block_names(image: Image.Image, columns: Sequence[Column], cell: int, top: 
         if middle - 8 < last_right:
             continue
         label = Image.new("RGB", (BLOCK_LABELS - 8, 16), PAPER)
-        ImageDraw.Draw(label).text((label.width - 2, 8), name, INK, font(12), anchor="rm")
+        pen.write(label, label.width - 2, 8, name, 12, INK, ends=True)
         image.paste(label.rotate(90, expand=True), (middle - 8, top))
         last_right = middle + 8
 
 
-def _shares(draw: ImageDraw.ImageDraw, rows: np.ndarray, height: int, left: int) -> None:
-    draw.text((left, 34), "subject's share", FAINT, font(12))
+def _shares(image: Image.Image, rows: np.ndarray, height: int, left: int, pen: Pen) -> None:
+    draw = ImageDraw.Draw(image)
+    pen.write(image, left, SUBTITLE_MIDDLE, "subject's share", 12, FAINT)
     for step, row in enumerate(rows):
         if (row < 0).any():
             continue
         share = float(np.select([row == Choice.SUBJECT, row == Choice.BOTH], [1.0, 0.5], 0.0).mean())
         top = TOP + step * height
         right = left + round(share * SHARE_WIDTH)
-        draw.rectangle((left, top, left + SHARE_WIDTH, top + height - 2), STYLE)
+        draw.rectangle((left, top, left + SHARE_WIDTH - 1, top + height - 2), STYLE)
         if right > left:
-            draw.rectangle((left, top, right, top + height - 2), SUBJECT)
+            draw.rectangle((left, top, right - 1, top + height - 2), SUBJECT)
 
 
-def _legend(image: Image.Image, plan: Plan, rows: np.ndarray, subject: str, style: str) -> None:
-    draw, left, top = ImageDraw.Draw(image), LEFT, image.height - 28
-    entries = [(SUBJECT, f"subject: {subject}"), (STYLE, f"style: {style}")]
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the legend; `width` is that of swatch and text in pixels."""
+
+    colour: tuple[int, int, int]
+    text: str
+    left: int
+    width: int
+
+
+def _legend_entries(plan: Plan, rows: np.ndarray, subject: str, style: str, pen: Pen) -> list[Entry]:
+    said = [(SUBJECT, f"subject: {subject}"), (STYLE, f"style: {style}")]
     if (plan.selection == Choice.BOTH).any():
-        entries.append((BOTH, "both"))
+        said.append((BOTH, "both"))
     if (rows < 0).any():
-        entries.append((NOT_RUN, "did not run"))
+        said.append((NOT_RUN, "did not run"))
     if any(layer.only for layer in plan.scores.layers):
-        entries.append((PAPER, "hatched: only one LoRA changes this layer"))
-    for colour, text in entries:
-        swatch = np.full((14, 14, 3), colour, np.uint8)
-        if colour == PAPER:
+        said.append((PAPER, "hatched: only one LoRA changes this layer"))
+    entries: list[Entry] = []
+    left = LEFT
+    for colour, text in said:
+        entries.append(Entry(colour, text, left, TEXT_LEFT + pen.width(text, 13)))
+        left += entries[-1].width + ENTRY_GAP
+    return entries
+
+
+def _legend(image: Image.Image, entries: Sequence[Entry], middle: int, pen: Pen) -> None:
+    for entry in entries:
+        swatch = np.full((14, 14, 3), entry.colour, np.uint8)
+        if entry.colour == PAPER:
             swatch[_hatch(14, 14)] = FAINT
-        image.paste(Image.fromarray(swatch), (left, top))
-        draw.text((left + 20, top + 7), plain(text), INK, font(13), anchor="lm")
-        left += int(draw.textlength(plain(text), font(13))) + 48
+        image.paste(Image.fromarray(swatch), (entry.left, middle - 7))
+        pen.write(image, entry.left + TEXT_LEFT, middle, entry.text, 13, INK)
 
 
 def _hatch(height: int, width: int) -> np.ndarray:
     """Where a one-sided layer is struck through, bool of shape (height, width)."""
     return np.add.outer(np.arange(height), np.arange(width)) % 8 < 2
-
-
-def plain(text: str) -> str:
-    """Text as Pillow's own font can write it."""
-    return text.replace("γ", "gamma").encode("latin-1", "replace").decode("latin-1")
-
-
-def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's own font; before 10.1 it has one size only."""
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:
-        return ImageFont.load_default()

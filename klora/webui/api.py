@@ -17,6 +17,7 @@ from klora.errors import Cancelled, KLoraError, SettingsError, printable
 from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
 from klora.webui import loras, options
+from klora.webui.fonts import host_font
 from klora.webui.turns import Busy, turn, while_connected
 
 WHOLE_NUMBERS = {"steps": (20, 1, 1000), "seed": (0, 0, 2**63 - 1)}
@@ -124,7 +125,8 @@ def _written(analysis: Analysis, form: str) -> Response:
     if form == "json":
         return JSONResponse(analysis.to_json())
     picture = io.BytesIO()
-    draw_map(analysis.plan, analysis.subject.path.stem, analysis.style.path.stem).save(picture, "PNG")
+    names = analysis.subject.path.stem, analysis.style.path.stem
+    draw_map(analysis.plan, *names, fonts=host_font).save(picture, "PNG")
     return Response(picture.getvalue(), media_type="image/png")
 
 

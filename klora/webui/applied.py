@@ -12,6 +12,7 @@ from PIL import Image
 
 from klora.core.plan import Plan
 from klora.selection_map import draw_map, stacked
+from klora.webui.fonts import host_font
 
 FIRST, HIRES = "first", "hires"
 SUFFIX = "-klora-map.png"
@@ -83,7 +84,10 @@ class AppliedMaps:
     def _drawn(self, batch: Sequence[AppliedPass]) -> Image.Image:
         notes = {FIRST: "as applied", HIRES: "as applied in the hires pass"}
         return stacked(
-            [draw_map(one.plan, *self._names, selection=one.rows, note=notes[one.name]) for one in batch]
+            [
+                draw_map(one.plan, *self._names, selection=one.rows, note=notes[one.name], fonts=host_font)
+                for one in batch
+            ]
         )
 
 
