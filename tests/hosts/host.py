@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -19,12 +20,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from klora.core.lora_file import read_lora
+from klora.webui.options import Options
 
 SMALL = {"prompt": "a cat", "steps": 4, "width": 128, "height": 128, "seed": 42}
 SAME_MODULES = {"hr_additional_modules": ["Use same choices"]}
 """What Forge must be told for a hires pass; others ignore it."""
 LISTS = {**SAME_MODULES, "styles": []}
 """The fields that the API of Forge cannot read from an infotext (TypeError), with or without K-LoRA."""
+DECLARED = {
+    **{f"klora_{name}": value for name, value in vars(Options()).items()},
+    "ad_script_names": "dynamic_prompting,dynamic_thresholding,lora_block_weight,negpip,wildcard_recursive,wildcards",
+}
+"""What options of extensions are until they are changed: the APIs of Neo and, for ADetailer, of A1111 do not tell."""
 PROBE_MISSING = "link tests/hosts/probe into the WebUI's extensions and start it again"
 
 
@@ -54,6 +61,11 @@ class Host(ABC):
     @property
     def clocks(self):
         return self.facts.clocks[self.base]
+
+    @property
+    def configuration(self):
+        """The file of its options."""
+        return self.folder / "config.json"
 
     def file(self, name):
         return next((self.folder / "models" / "Lora").rglob(f"{name}.safetensors"))
@@ -122,12 +134,18 @@ class Host(ABC):
     @contextmanager
     def options(self, **values):
         """With some of the host's options set otherwise."""
-        before = self.call("/sdapi/v1/options")[1]
-        assert self.call("/sdapi/v1/options", values)[0] == 200
+        before = self.values_of(values)
         try:
+            assert self.call("/sdapi/v1/options", values)[0] == 200
             yield
         finally:
-            self.call("/sdapi/v1/options", {name: before[name] for name in values})
+            self.call("/sdapi/v1/options", before)
+
+    def values_of(self, names):
+        """{option: its value}; what the API does not tell is as the file has it, or as it was declared."""
+        kept = json.loads(self.configuration.read_bytes()) if self.configuration.exists() else {}
+        values = {**DECLARED, **kept, **self.call("/sdapi/v1/options")[1]}
+        return {name: values[name] for name in names}
 
     @contextmanager
     def storing(self, storage):
@@ -250,12 +268,39 @@ class RunningHost(Host):
 
     @contextmanager
     def ready(self):
-        """With the checkpoint and the options of these tests."""
+        """With the checkpoint and the options of these tests; in the end its configuration is as it was found."""
         loaded = (self.call("/sdapi/v1/options")[1]["sd_model_checkpoint"] or "").startswith(self.checkpoint)
-        with self.options(
-            **self.facts.options, **({} if loaded else {"sd_model_checkpoint": self.checkpoint})
+        checkpoint = {} if loaded else {"sd_model_checkpoint": self.checkpoint}
+        with (
+            terminated_as_interrupted(),
+            self.configuration_kept(),
+            self.options(**self.facts.options, **checkpoint),
         ):
             yield
+
+    @contextmanager
+    def configuration_kept(self):
+        """With a spare copy of its configuration file, which is put back byte for byte: the host writes all options that were ever set.
+
+        Raises:
+            RuntimeError: the run before was killed; its copy has been put back.
+        """
+        spare = self.configuration.with_name("config.json.before-klora-tests")
+        if spare.exists():
+            spare.replace(self.configuration)
+            raise RuntimeError(
+                f"The tests before these were killed. {self.configuration} is put back as they found it: "
+                "start the WebUI again, which still has their options, and then the tests."
+            )
+        if self.configuration.exists():
+            spare.write_bytes(self.configuration.read_bytes())
+        try:
+            yield
+        finally:
+            if spare.exists():
+                spare.replace(self.configuration)
+            else:
+                self.configuration.unlink(missing_ok=True)
 
     def call(self, path, body=None):
         data = None if body is None else json.dumps(body).encode()
@@ -265,6 +310,22 @@ class RunningHost(Host):
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
+
+
+@contextmanager
+def terminated_as_interrupted():
+    """With SIGTERM and SIGHUP handled as Ctrl-C, at which everything is put back."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def pixels(image):
