@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from klora.accelerators import ACCELERATORS, is_accelerator
-from klora.core.families import is_control_lora
+from klora.core.families import is_control_lora, other_base_by_metadata
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
@@ -110,6 +110,11 @@ def pair_warnings(
             warnings.append(
                 f"The {role} LoRA {name} is a control LoRA (FLUX.1 Depth or Canny, or for FLUX.1 Fill), which follows an image given beside the "
                 "prompt and is neither a subject nor a style: choose another LoRA here."
+            )
+        elif (other := other_base_by_metadata(lora.base, lora.metadata)) is not None:
+            warnings.append(
+                f"The header of the {role} LoRA {name} says that it was made for {other}, whose names and sizes are those of FLUX.1 where it is "
+                "trained: fuse it with LoRAs for that model only."
             )
         elif lora.unknown_keys:
             few = ", ".join(printable(key, 80) for key in lora.unknown_keys[:3]) + (

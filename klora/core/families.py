@@ -155,8 +155,10 @@ def _sdxl_by_size(name: str, rows: int, columns: int) -> str | None:
     return _CONTEXTS.get(columns) if name.endswith((".attn2.to_k", ".attn2.to_v")) else None
 
 
-def other_base_by_metadata(metadata: Mapping[str, str]) -> str | None:
-    """The base model that the header of a LoRA with FLUX.1's names gives, where it is another one; None if it gives none."""
+def other_base_by_metadata(base: str, metadata: Mapping[str, str]) -> str | None:
+    """The base model that the header of a LoRA with the names of `base` gives, where it is known as another one of these names."""
+    if base != "flux":
+        return None
     given = (metadata.get(key, "").lower() for key in ("modelspec.architecture", "ss_base_model_version"))
     return next(filter(None, (_first(_NAMED_IN_METADATA, text) for text in given)), None)
 

@@ -201,10 +201,8 @@ def _base(file: TensorFile, meanings: Iterable[ParsedKey]) -> str:
 
 
 def _check_model(file: TensorFile, base: str, layers: Mapping[str, LayerInfo]) -> None:
-    """Refuse a LoRA of another model whose names are those of `base`, where its sizes or its header tell."""
+    """Refuse a LoRA of another model whose names are those of `base`, where its sizes tell."""
     other = families.other_base_by_sizes(base, {name: info.shape for name, info in layers.items()})
-    if other is None and base == "flux":
-        other = families.other_base_by_metadata(file.metadata)
     if other is not None:
         raise _made_for(file, other)
 
