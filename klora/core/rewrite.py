@@ -82,7 +82,10 @@ def _entries(lora: LoraFile, module: FileModule) -> Iterator[tuple[str, _Entry]]
     for name, suffixes, rows in places:
         for role, key in module.keys.items():
             cut = (
-                rows if role in _ROW_ROLES or (role == "dora_scale" and module.shapes[role][0] > 1) else None
+                rows
+                if role in _ROW_ROLES
+                or (role == "dora_scale" and max(module.shapes[role][:1], default=1) > 1)
+                else None
             )
             if rows is not None and (role.startswith("lokr_") or role == "b1"):
                 raise LoraFileError(
