@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from klora.accelerators import ACCELERATORS, is_accelerator
+from klora.core.families import is_control_lora, other_base_by_metadata
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
@@ -16,20 +18,6 @@ from klora.core.scores import score_pair
 from klora.errors import PairError, printable
 from klora.file_notes import own_names
 from klora.settings import Settings
-
-ACCELERATORS = (
-    "lcm",
-    "lightning",
-    "hyper-sd",
-    "hyper_sd",
-    "hypersd",
-    "turbo",
-    "dmd",
-    "tcd",
-    "pcm",
-    "schnell-lora",
-)
-"""Words in the name of a LoRA, its file's or its own, that makes a model need few steps: neither a subject nor a style."""
 
 Progress = Callable[[int, int], None]
 
@@ -118,7 +106,17 @@ def pair_warnings(
                 f"The {role} LoRA {name} looks like an accelerator (it makes a model need few steps), which is neither a subject "
                 "nor a style: put it in the prompt and choose another LoRA here."
             )
-        if lora.unknown_keys:
+        if is_control_lora(lora.unknown_keys, {layer: info.shape for layer, info in lora.layers.items()}):
+            warnings.append(
+                f"The {role} LoRA {name} is a control LoRA (FLUX.1 Depth or Canny, or for FLUX.1 Fill), which follows an image given beside the "
+                "prompt and is neither a subject nor a style: choose another LoRA here."
+            )
+        elif (other := other_base_by_metadata(lora.base, lora.metadata)) is not None:
+            warnings.append(
+                f"The header of the {role} LoRA {name} says that it was made for {other}, whose names and sizes are those of FLUX.1 where it is "
+                "trained: fuse it with LoRAs for that model only."
+            )
+        elif lora.unknown_keys:
             few = ", ".join(printable(key, 80) for key in lora.unknown_keys[:3]) + (
                 ", …" if len(lora.unknown_keys) > 3 else ""
             )
@@ -135,9 +133,3 @@ def pair_warnings(
                 "step: the two files train different parts of the model, so little is left to choose."
             )
     return [printable(warning) for warning in warnings]
-
-
-def is_accelerator(name: str, words: Sequence[str] = ACCELERATORS) -> bool:
-    """Whether a LoRA's name has one of these lower-case words, which say that it makes a model need few steps."""
-    low = name.lower()
-    return any(word in low for word in words)

@@ -45,6 +45,7 @@ class Kind:
         name: as people call it.
         marks: roles any of which says that a module is of this kind.
         needed: every role of at least one of these groups must be there.
+        terms: the roles of each product that is added to a weight, the delta's first; one factor of zeros, and a product adds nothing.
         row_role: the factor whose rows are the delta's rows, for a look at which rows are used; None if there is none.
         measure: shapes by role -> Measure; raises Misfit.
         delta: float32 tensors by role, roles that are there, scale, rank -> Delta.
@@ -53,6 +54,7 @@ class Kind:
     name: str
     marks: tuple[str, ...]
     needed: tuple[tuple[str, ...], ...]
+    terms: tuple[tuple[str, ...], ...]
     row_role: str | None
     measure: Callable[[Shapes], Measure]
     delta: Callable[[Tensors, Shapes, float, int | None], Delta]
@@ -283,11 +285,14 @@ def _full(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> Dense
 
 
 KINDS = (
-    Kind("LoRA", ("up", "down", "mid"), (("up", "down"),), "up", _measure_lora, _lora),
+    Kind(
+        "LoRA", ("up", "down", "mid"), (("up", "down"),), (("up", "mid", "down"),), "up", _measure_lora, _lora
+    ),
     Kind(
         "LoHa",
         ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
         (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),
+        (("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2"),),
         None,
         _measure_loha,
         _loha,
@@ -300,10 +305,19 @@ KINDS = (
             for w1 in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
             for w2 in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
         ),
+        (("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),),
         None,
         _measure_lokr,
         _lokr,
     ),
-    Kind("GLoRA", ("a1", "a2", "b1", "b2"), (("a1", "a2", "b1", "b2"),), None, _measure_glora, _glora),
-    Kind("full diff", ("diff",), (("diff",),), "diff", _measure_full, _full),
+    Kind(
+        "GLoRA",
+        ("a1", "a2", "b1", "b2"),
+        (("a1", "a2", "b1", "b2"),),
+        (("b1", "bm", "b2"), ("a1", "a2")),
+        None,
+        _measure_glora,
+        _glora,
+    ),
+    Kind("full diff", ("diff",), (("diff",),), (("diff",),), "diff", _measure_full, _full),
 )

@@ -7,9 +7,10 @@ looked up in tables made from the topology, so that a name with underscores has 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from types import MappingProxyType
 
 from klora.core import topology
@@ -17,6 +18,7 @@ from klora.core.topology import Module
 
 DENOISER = "denoiser"
 NATIVE, DIFFUSERS, OLD_PROCESSOR, XLABS = "native", "diffusers", "old processor", "XLabs"
+DIFFUSERS_FUSED, SHORT = "diffusers, fused", "without text_model"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Target:
         base: "sdxl", "flux", or the text encoder "te1", "te2", "t5".
         module: the module of the topology.
         layers: the canonical layers whose rows the file's matrix holds, top first: all or some of the module's.
-        naming: the naming convention that matched, one of NATIVE, DIFFUSERS, OLD_PROCESSOR, XLABS.
+        naming: the naming convention that matched, one of NATIVE, DIFFUSERS, DIFFUSERS_FUSED, OLD_PROCESSOR, XLABS, SHORT.
         halves_swapped: the file has the two halves of the rows in diffusers' order, the layer in the native one.
     """
 
@@ -97,8 +99,10 @@ _SUFFIXES_BY_LAST_PART = {
     for last in {s.rpartition(".")[2] for s in SUFFIXES}
 }
 _ADAPTER_NAME = re.compile(
-    r"(\.(?:lora_[AB]|lora_magnitude_vector|(?:hada|lokr)_[wt]\w+))\.(?!(?:weight|bias)$)[^.]+"
+    r"(\.(?:lora_[AB]|lora_magnitude_vector|(?:hada|lokr)_[wt]\w+))\.(?!(?:weight|bias)$)([^.]+)"
 )
+_TWICE = "base_model.model." * 2
+_LONG_UNDERSCORE = re.compile(r"(lora_unet|lora_transformer|lycoris|lora_te[123]?)__+")
 
 
 @dataclass(frozen=True)
@@ -110,31 +114,84 @@ class ParsedKey:
         role: which tensor of the module it is, a value of `SUFFIXES`.
         dialect: what to call the file that has it.
         path: the module's name as the file writes it, without prefix and suffix.
+        stem: the key as the file has it, without suffix and adapter name.
+        adapter: the name that PEFT gave the adapter, where the key has it.
     """
 
     target: Target
     role: str
     dialect: str
     path: str
+    stem: str
+    adapter: str = ""
 
 
 def parse_key(key: str) -> ParsedKey | None:
     """The meaning of `key`, None if no dialect has it."""
-    plain = _ADAPTER_NAME.sub(r"\1", key)
+    named = _ADAPTER_NAME.search(key)
+    adapter = named[2] if named else ""
+    plain = _ADAPTER_NAME.sub(r"\1", key) if named else key
     for suffix in _SUFFIXES_BY_LAST_PART.get(plain.rpartition(".")[2], ()):
         if not plain.endswith(suffix):
             continue
         stem = plain[: -len(suffix)]
+        name, accident = _without_accident(stem)
         for prefix in _PREFIXES:
-            if stem.startswith(prefix.text):
-                path = stem[len(prefix.text) :]
+            if name.startswith(prefix.text):
+                path = name[len(prefix.text) :]
                 target = _targets(prefix.network, prefix.separator).get(path)
                 if target is not None:
-                    return ParsedKey(target, SUFFIXES[suffix], _dialect(prefix, target, suffix), path)
+                    dialect = _dialect(prefix, target, suffix)
+                    if accident:
+                        dialect = f"{dialect} ({accident})"
+                    elif adapter and prefix.dialect != "raw PEFT":
+                        dialect = f"{dialect} (adapter names)"
+                    return ParsedKey(target, SUFFIXES[suffix], dialect, path, stem, adapter)
     return None
 
 
+def foreign_prefix(keys: Iterable[str]) -> str | None:
+    """What most of these keys open with, if they would be understood without it."""
+    some = list(islice(keys, MOST_LOOKED_AT))
+    for key in some[:3]:
+        for end in (cut.end() for cut in islice(re.finditer(r"[._]", key), 8)):
+            prefix = key[:end]
+            if sum(key.startswith(prefix) and _is_in_a_block(key[end:]) for key in some) > len(some) / 2:
+                return prefix
+    return None
+
+
+def _is_in_a_block(key: str) -> bool:
+    """Whether a key is understood, and by more than a name such as `conv_in`, which networks of all sorts have."""
+    meaning = parse_key(key)
+    return meaning is not None and any(map(str.isdigit, meaning.path))
+
+
+MOST_LOOKED_AT = 500
+
+
+def _without_accident(stem: str) -> tuple[str, str]:
+    """A key without what got into it by accident and means nothing, and what that was ("" for nothing).
+
+    `_orig_mod` is torch.compile's, which some trainers save; `base_model.model.` stands twice where PEFT wrapped a model twice;
+    `lora_unet__` is written where a module's name begins with a dot.
+    """
+    accidents = []
+    if "_orig_mod" in stem:
+        stem = stem.replace("_orig_mod.", "").replace("_orig_mod_", "")
+        accidents.append("_orig_mod")
+    if stem.startswith(_TWICE):
+        accidents.append("base_model.model. twice")
+    while stem.startswith(_TWICE):
+        stem = stem[len(_TWICE) // 2 :]
+    if "__" in stem and (long := _LONG_UNDERSCORE.match(stem)):
+        stem = f"{long[1]}_{stem[long.end() :]}"
+        accidents.append(f"{long[1]}__")
+    return stem, ", ".join(accidents)
+
+
 _DIALECT_OF_BARE = {NATIVE: "dotted native without prefix", DIFFUSERS: "diffusers without prefix"}
+_ODD_NAMES = {DIFFUSERS_FUSED: "with fused projections", SHORT: "without text_model."}
 _DIALECT_OF_DOTTED = {NATIVE: "dotted native", DIFFUSERS: "diffusers names after diffusion_model."}
 
 
@@ -151,13 +208,21 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
         return "kohya with diffusers names"
     if prefix.dialect == "doubled unet prefix":
         return "paper authors' (unet.unet.)"
+    if target.naming in (DIFFUSERS_FUSED, SHORT):
+        return f"{prefix.dialect}, {_ODD_NAMES[target.naming]}"
     if prefix.dialect == "dotted":
         return _DIALECT_OF_DOTTED[target.naming]
     if prefix.dialect in ("bare", "diffusers") and suffix.startswith(".lora."):
         return "diffusers, lora.up keys"
     if prefix.dialect == "bare":
         return _DIALECT_OF_BARE[target.naming]
-    return "diffusers PEFT" if prefix.dialect == "diffusers" else prefix.dialect
+    if prefix.dialect != "diffusers":
+        return prefix.dialect
+    if target.base == "t5" or (
+        target.base == "flux" and (prefix.text, target.naming) != ("transformer.", DIFFUSERS)
+    ):
+        return f"diffusers PEFT ({prefix.text}{'' if target.base == 't5' else target.naming})"
+    return "diffusers PEFT"
 
 
 @cache
@@ -217,22 +282,25 @@ def _flux_aliases() -> Iterator[tuple[str, Target]]:
         if end == "qkv":
             yield f"{block}.processor.qkv_lora{number}", Target("flux", module, module.layers, XLABS)
             fused = "to_qkv" if number == "1" else "to_added_qkv"
-            yield f"{attention}.{fused}", Target("flux", module, module.layers, DIFFUSERS)
+            yield f"{attention}.{fused}", Target("flux", module, module.layers, DIFFUSERS_FUSED)
         elif end == "proj":
             yield f"{block}.processor.proj_lora{number}", Target("flux", module, module.layers, XLABS)
         elif module.native.endswith(".linear1"):
             block = module.native.removesuffix(".linear1")
             yield f"{block}.processor.qkv", Target("flux", module, module.layers[:3], XLABS)
-            yield f"{attention}.to_qkv", Target("flux", module, module.layers[:3], DIFFUSERS)
+            yield f"{attention}.to_qkv", Target("flux", module, module.layers[:3], DIFFUSERS_FUSED)
         elif module.native.endswith(".linear2"):
             block = module.native.removesuffix(".linear2")
             yield f"{block}.processor.proj", Target("flux", module, module.layers, XLABS)
 
 
 def _text_encoder_names(encoder: str, module: Module) -> Iterator[tuple[str, Target]]:
-    name = module.diffusers[0]
-    target = Target(encoder, module, module.layers, NATIVE)
-    yield name, target
-    block, dot, projection = name.rpartition(".self_attn.")
-    if dot:
-        yield f"{block}.self_attn.to_{projection.removesuffix('_proj')}", target
+    """A module's own name, the one that transformers 5.6 and later give it, and both as diffusers wrote them before PEFT."""
+    long = module.diffusers[0]
+    short = long.removeprefix("text_model.")
+    for name, naming in ((long, NATIVE), (short, SHORT))[: 1 if short == long else 2]:
+        target = Target(encoder, module, module.layers, naming)
+        yield name, target
+        block, dot, projection = name.rpartition(".self_attn.")
+        if dot:
+            yield f"{block}.self_attn.to_{projection.removesuffix('_proj')}", target

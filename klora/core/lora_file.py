@@ -18,7 +18,7 @@ from os import PathLike
 from pathlib import Path
 
 from klora.core import families
-from klora.core.key_names import ParsedKey, parse_key
+from klora.core.key_names import ParsedKey, foreign_prefix, parse_key
 from klora.core.lora_modules import FileModule, Gathered, gather, used_rank
 from klora.core.lora_reader import LoraReader
 from klora.core.tensor_file import OpenTensors, TensorFile, read_tensor_file
@@ -55,12 +55,14 @@ class LoraFile:
     Attributes:
         path: the file.
         base: "sdxl" or "flux".
-        dialect: how its keys are written, e.g. "kohya", "diffusers PEFT".
+        dialect: how most of its keys are written, e.g. "kohya", "diffusers PEFT".
+        dialects: how any of its keys is written, those of text encoders too.
         layers: {canonical layer: what the header tells}, sorted by name; FLUX in split pieces. A layer or piece whose
             `up` (or full difference) is all zero is not changed by the file and not listed.
         text_encoder_modules: the same for "te1:…", "te2:…" and "t5:…" modules.
         carried: norms and biases, by the name of their module or layer: they go with the LoRA, but are not scored.
         unknown_keys: keys that no dialect has, in the file's order.
+        unused_keys: keys that would change layers by zeros only, which other keys of the file change.
         embeddings: keys of bundled textual-inversion embeddings, for the host's own loader.
         metadata: the header's __metadata__.
         scale_from_metadata: the scale stands only in the header, where diffusers looks and WebUIs do not.
@@ -70,10 +72,12 @@ class LoraFile:
     path: Path
     base: str
     dialect: str
+    dialects: frozenset[str]
     layers: Mapping[str, LayerInfo]
     text_encoder_modules: Mapping[str, LayerInfo]
     carried: tuple[str, ...]
     unknown_keys: tuple[str, ...]
+    unused_keys: tuple[str, ...]
     embeddings: tuple[str, ...]
     metadata: Mapping[str, str]
     scale_from_metadata: bool
@@ -98,6 +102,18 @@ class LoraFile:
         }
         with self.tensor_file.open() as tensors:
             yield LoraReader(self.path, parts, tensors)
+
+    def check_unscored(self) -> None:
+        """Look at all that is applied beside the deltas of `layers`: text encoders, norms, biases, magnitudes, GLoRA's second product.
+
+        Raises:
+            LoraFileError: one of its tensors holds NaN or Inf.
+        """
+        with self.tensor_file.open() as tensors:
+            reader = LoraReader(self.path, {}, tensors)
+            for module in self.modules:
+                scored = module.kind is not None and not self.layers.keys().isdisjoint(module.target.layers)
+                reader.check(module, leave_out=module.kind.terms[0] if module.kind and scored else ())
 
 
 def read_lora(path: str | PathLike[str]) -> LoraFile:
@@ -125,15 +141,18 @@ def read_lora(path: str | PathLike[str]) -> LoraFile:
         )
     if not layers:
         raise _no_layers(file, gathered, bool(text))
+    _check_model(file, base, layers)
     own_denoiser = [meaning.dialect for meaning in own.values() if meaning.target.base == base]
     return LoraFile(
         path=file.path,
         base=base,
         dialect=Counter(own_denoiser).most_common(1)[0][0],
+        dialects=frozenset().union(*(module.dialects for module in gathered.modules)),
         layers=layers,
         text_encoder_modules=text,
         carried=_carried(gathered),
         unknown_keys=tuple(key for key in gathered.unknown if not key.startswith(_BUNDLED_EMBEDDING)),
+        unused_keys=tuple(gathered.unused),
         embeddings=tuple(key for key in gathered.unknown if key.startswith(_BUNDLED_EMBEDDING)),
         metadata=file.metadata,
         scale_from_metadata=any(module.scale_from_metadata for module in gathered.modules),
@@ -146,10 +165,14 @@ def _base(file: TensorFile, meanings: Iterable[ParsedKey]) -> str:
     name = file.path.name
     if not file.shapes:
         raise LoraFileError(f'The LoRA file "{name}" holds no tensors: download or export it again.')
+    foreign = families.foreign_lora(file.shapes)
+    if foreign is not None:
+        raise LoraFileError(f'"{name}" {foreign}.')
+    is_lora = families.looks_like_lora(file.shapes)
     other = families.other_base(file.shapes)
+    if other is not None and is_lora:
+        raise _made_for(file, other)
     counts = Counter(meaning.target.base for meaning in meanings)
-    if other is not None and _looks_like_lora(file):
-        raise LoraFileError(f'"{name}" was made for {other}: K-LoRA fuses LoRAs for SDXL and FLUX.1.')
     found = Counter({base: counts[base] for base in _BASES}).most_common(1)[0]
     if found[1]:
         return found[0]
@@ -157,18 +180,44 @@ def _base(file: TensorFile, meanings: Iterable[ParsedKey]) -> str:
         raise LoraFileError(
             f'"{name}" changes the text encoders only: K-LoRA needs LoRAs that change the SDXL or FLUX.1 denoiser.'
         )
-    what = families.not_a_lora(file.shapes)
+    if families.multiplies(file.shapes):
+        raise _multiplies(file)
+    first = next(iter(file.shapes))
+    prefix = foreign_prefix(file.shapes)
+    if prefix is not None:
+        raise LoraFileError(
+            f'The names of the tensors in "{name}" open with "{prefix}" ("{first}"), which no WebUI knows: if it is a LoRA for SDXL or '
+            "FLUX.1, rename them without it or export it again; else choose another one."
+        )
+    what = None if is_lora else families.not_a_lora(file.shapes)
     if what is not None:
         raise LoraFileError(
-            f'"{name}" is {what}, not a LoRA for SDXL or FLUX.1 ("{next(iter(file.shapes))}"): choose a LoRA file.'
+            f'"{name}" is {what}, not a LoRA for SDXL or FLUX.1 ("{first}"): choose a LoRA file.'
         )
     raise LoraFileError(
-        f'"{name}" is no LoRA for SDXL or FLUX.1 that K-LoRA knows (its first tensor is "{next(iter(file.shapes))}").'
+        f'"{name}" is no LoRA for SDXL or FLUX.1 in any names that K-LoRA knows (its first tensor is "{first}"): choose a LoRA for one of '
+        "these, or export it again in the keys of kohya or diffusers."
     )
 
 
-def _looks_like_lora(file: TensorFile) -> bool:
-    return any(mark in key for key in file.shapes for mark in ("lora", "lokr_", "hada_", ".alpha", ".diff"))
+def _check_model(file: TensorFile, base: str, layers: Mapping[str, LayerInfo]) -> None:
+    """Refuse a LoRA of another model whose names are those of `base`, where its sizes tell."""
+    other = families.other_base_by_sizes(base, {name: info.shape for name, info in layers.items()})
+    if other is not None:
+        raise _made_for(file, other)
+
+
+def _made_for(file: TensorFile, other: str) -> LoraFileError:
+    return LoraFileError(
+        f'"{file.path.name}" was made for {other}, and K-LoRA fuses LoRAs for SDXL and FLUX.1: choose a LoRA that was made for one of these.'
+    )
+
+
+def _multiplies(file: TensorFile) -> LoraFileError:
+    return LoraFileError(
+        f'"{file.path.name}" is an OFT, BOFT or IA3 network, which multiplies weights and adds nothing that could be compared: choose a LoRA '
+        "of another kind, or put this one into the prompt."
+    )
 
 
 def _infos(modules: Iterable[FileModule], tensors: OpenTensors) -> Iterator[tuple[str, LayerInfo]]:
@@ -201,6 +250,8 @@ def _carried(gathered: Gathered) -> tuple[str, ...]:
 
 def _no_layers(file: TensorFile, gathered: Gathered, text_encoders: bool) -> LoraFileError:
     name = file.path.name
+    if families.multiplies(file.shapes):
+        return _multiplies(file)
     if text_encoders:
         return LoraFileError(
             f'"{name}" changes the text encoders only: K-LoRA needs LoRAs that change the SDXL or FLUX.1 denoiser.'

@@ -29,9 +29,11 @@ class FileModule:
         keys: {role: key in the file}.
         shapes: {role: shape}.
         path: the module's name as the file writes it.
+        dialects: how its keys are written.
+        adapter: PEFT's name of the adapter, where the keys have it.
         kind: how the delta is stored; None for a norm and for a bias alone.
         measure: shape and rank of the whole matrix; None if `kind` is.
-        network_alpha: the file's alpha, None if it has none.
+        network_alpha: the file's alpha, None if it has none or no formula uses it.
         scale: what the product of the factors is multiplied by.
         scale_from_metadata: the scale stands in the header only, where WebUIs do not look.
     """
@@ -40,6 +42,8 @@ class FileModule:
     keys: Mapping[str, str]
     shapes: Mapping[str, Shape]
     path: str
+    dialects: frozenset[str] = frozenset()
+    adapter: str = ""
     kind: Kind | None = None
     measure: Measure | None = None
     network_alpha: float | None = None
@@ -79,10 +83,11 @@ class FileModule:
 
 @dataclass
 class Gathered:
-    """Modules by target layers, and the keys that belong to none."""
+    """Modules by target layers, the keys that belong to none, and those of modules that change nothing beside another for the same layers."""
 
     modules: list[FileModule] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
 
 def gather(file: TensorFile, parsed: Mapping[str, ParsedKey], tensors: OpenTensors) -> Gathered:
@@ -91,29 +96,34 @@ def gather(file: TensorFile, parsed: Mapping[str, ParsedKey], tensors: OpenTenso
     Args:
         file: names and shapes.
         parsed: the keys that are understood and belong to the file's base.
-        tensors: the same file, open; only scalars are read.
+        tensors: the same file, open; only scalars are read, and the tensors of modules for the same layers.
 
     Raises:
         LoraFileError: a module is incomplete, or its tensors do not fit each other.
     """
-    keys: dict[Target, dict[str, str]] = {}
+    keys: dict[Target, dict[tuple[str, str], dict[str, str]]] = {}
     for key, meaning in parsed.items():
-        same = keys.setdefault(meaning.target, {})
+        same = keys.setdefault(meaning.target, {}).setdefault((meaning.stem, meaning.adapter), {})
         if meaning.role in same:
-            raise LoraFileError(
-                f'"{file.path.name}" has two tensors for one place, "{same[meaning.role]}" and "{key}": keep the keys of one format only.'
-            )
+            raise _twice(file, same[meaning.role], key)
         same[meaning.role] = key
     result = Gathered(unknown=[key for key in file.shapes if key not in parsed])
     config = AdapterConfig(file.metadata, file.path.name)
-    for target, roles in keys.items():
-        module = _module(file, target, roles, parsed, tensors, config)
-        if module is None:
-            result.unknown.extend(roles.values())
-        else:
-            result.modules.append(module)
-    _no_overlap(file, result.modules)
+    for target, stems in keys.items():
+        for roles in _modules_of(list(stems.values())):
+            module = _module(file, target, roles, parsed, tensors, config)
+            if module is None:
+                result.unknown.extend(roles.values())
+            else:
+                result.modules.append(module)
+    _leave_out_unused(file, result, tensors)
     return result
+
+
+def _modules_of(stems: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The roles of one place by module: one module, however its keys open, unless two of them have the same role."""
+    together = {role: key for roles in stems for role, key in roles.items()}
+    return [together] if len(together) == sum(map(len, stems)) else stems
 
 
 def _module(
@@ -125,11 +135,13 @@ def _module(
     config: AdapterConfig,
 ) -> FileModule | None:
     shapes = {role: file.shapes[key] for role, key in keys.items()}
-    path = parsed[next(iter(keys.values()))].path
+    meanings = [parsed[key] for key in keys.values()]
+    path, dialects = meanings[0].path, frozenset(meaning.dialect for meaning in meanings)
+    adapter = next((meaning.adapter for meaning in meanings if meaning.adapter), "")
     kind = None if target.module.kind == NORM else kind_of(shapes)
     if kind is None:
         complete = _NORM_ROLES.issuperset(keys) if target.module.kind == NORM else "diff_b" in keys
-        return _whole(file, FileModule(target, keys, shapes, path)) if complete else None
+        return _whole(file, FileModule(target, keys, shapes, path, dialects, adapter)) if complete else None
     missing = kind.missing(shapes)
     if missing is not None:
         raise LoraFileError(
@@ -138,8 +150,9 @@ def _module(
     try:
         measure = kind.measure(shapes)
         _check_additions(shapes, measure)
-        alpha = _scalar(file, tensors, keys.get("alpha"))
         given = _scalar(file, tensors, keys.get("scale"))
+        counts = given is None and measure.divisor
+        alpha = _scalar(file, tensors, keys.get("alpha")) if counts else None
         said = None
         if given is None and alpha is None and kind.name == "LoRA" and measure.divisor:
             said = config.scale(target.base, path, measure.divisor)
@@ -151,7 +164,10 @@ def _module(
             scale = 1.0 if said is None else said
     except Misfit as misfit:
         raise _misfit(file, keys, misfit) from None
-    return _whole(file, FileModule(target, keys, shapes, path, kind, measure, alpha, scale, said is not None))
+    module = FileModule(
+        target, keys, shapes, path, dialects, adapter, kind, measure, alpha, scale, said is not None
+    )
+    return _whole(file, module)
 
 
 def _whole(file: TensorFile, module: FileModule) -> FileModule:
@@ -191,16 +207,64 @@ def _scalar(file: TensorFile, tensors: OpenTensors, key: str | None) -> float | 
     return float(tensor.float())
 
 
-def _no_overlap(file: TensorFile, modules: list[FileModule]) -> None:
-    seen: dict[str, str] = {}
-    for module in modules:
+def _leave_out_unused(file: TensorFile, gathered: Gathered, tensors: OpenTensors) -> None:
+    """Of several modules for one layer keeps the one that changes it: SimpleTuner trains a fused projection and saves the unused parts too.
+
+    Raises:
+        LoraFileError: two of them change the layer.
+    """
+    claims: dict[str, list[FileModule]] = {}
+    for module in gathered.modules:
         for layer in module.target.layers:
-            key = next(iter(module.keys.values()))
-            if layer in seen:
-                raise LoraFileError(
-                    f'"{file.path.name}" has two tensors for one place, "{seen[layer]}" and "{key}": keep the keys of one format only.'
-                )
-            seen[layer] = key
+            claims.setdefault(layer, []).append(module)
+    contested = [modules for modules in claims.values() if len(modules) > 1]
+    empty = {
+        id(module): _changes_nothing(module, tensors)
+        for module in {id(module): module for modules in contested for module in modules}.values()
+    }
+    unused: set[int] = set()
+    for modules in contested:
+        used = [module for module in modules if not empty[id(module)]] or modules[:1]
+        if len(used) > 1:
+            raise _two_modules(file, *used[:2])
+        unused.update(id(module) for module in modules if module is not used[0])
+    gathered.unused = [
+        key for module in gathered.modules if id(module) in unused for key in module.keys.values()
+    ]
+    gathered.modules = [module for module in gathered.modules if id(module) not in unused]
+
+
+def _changes_nothing(module: FileModule, tensors: OpenTensors) -> bool:
+    """Whether a module adds zeros only. A magnitude scales the weight itself, so it always counts as a change."""
+
+    def is_zero(role: str) -> bool:
+        tensor = tensors.whole(module.keys[role])
+        return tensor.dtype in FLOATS and not tensor.float().any()
+
+    additions = [
+        role for role in module.keys if role in BIAS_ROLES or (module.kind is None and role in _NORM_ROLES)
+    ]
+    if module.magnitude_role is not None or not all(map(is_zero, additions)):
+        return False
+    return all(
+        module.scale == 0 or any(is_zero(role) for role in term if role in module.keys)
+        for term in (module.kind.terms if module.kind else ())
+    )
+
+
+def _two_modules(file: TensorFile, one: FileModule, other: FileModule) -> LoraFileError:
+    if one.adapter != other.adapter:
+        first, second = (module.adapter or "none" for module in (one, other))
+        return LoraFileError(
+            f'"{file.path.name}" holds two adapters, "{first}" and "{second}", of which only one can be applied: save each to a file of its own.'
+        )
+    return _twice(file, next(iter(one.keys.values())), next(iter(other.keys.values())))
+
+
+def _twice(file: TensorFile, one: str, other: str) -> LoraFileError:
+    return LoraFileError(
+        f'"{file.path.name}" has two tensors for one place, "{one}" and "{other}": keep the keys of one format only.'
+    )
 
 
 def used_rank(module: FileModule, tensors: OpenTensors, start: int, stop: int) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,12 @@ class LoraReader:
         if module.kind is None or module.kind.name != "GLoRA":
             return None
         return glora_input_factor(lambda role: self._float(module, role), module.shapes, module.scale)
+
+    def check(self, module: FileModule, leave_out: Collection[str] = ()) -> None:
+        """Look for NaN and Inf in all tensors of a module but the scalars, which were looked at when the file was read."""
+        for role, key in module.keys.items():
+            if role not in ("alpha", "scale", *leave_out) and self._tensors.whole(key).dtype in FLOATS:
+                self._float(module, role)
 
     def _float(self, module: FileModule, role: str, rows: slice | None = None) -> Tensor:
         key = module.keys[role]

@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -47,6 +47,15 @@ class _Entry:
     factor: float = 1.0
 
 
+def is_in(lora: LoraFile, dialects: Collection[str]) -> bool:
+    """Whether a host's loader that knows these dialects applies the whole of a file as it stands.
+
+    No host's loader looks for a scale in the header, or knows PEFT's names of magnitudes and biases.
+    """
+    odd = any(role in _RENAMED for module in lora.modules for role in module.keys)
+    return lora.dialects <= set(dialects) and not (lora.scale_from_metadata or lora.unused_keys or odd)
+
+
 def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, ...]:
     """Writes `lora` to `destination` (.safetensors) as the hosts know it; the file is complete or not there.
 
@@ -54,7 +63,7 @@ def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, .
     magnitude (rows,) takes LyCORIS' shape (rows, 1); PEFT's `lora_B.bias` becomes `diff_b`, multiplied by the scale.
 
     Returns:
-        The keys left out because no host knows them: `lora.unknown_keys`.
+        The keys left out because no host knows them: `lora.unknown_keys`. `lora.unused_keys` are left out too.
 
     Raises:
         LoraFileError: a tensor cannot be cut for the host's layers.
@@ -73,7 +82,10 @@ def _entries(lora: LoraFile, module: FileModule) -> Iterator[tuple[str, _Entry]]
     for name, suffixes, rows in places:
         for role, key in module.keys.items():
             cut = (
-                rows if role in _ROW_ROLES or (role == "dora_scale" and module.shapes[role][0] > 1) else None
+                rows
+                if role in _ROW_ROLES
+                or (role == "dora_scale" and max(module.shapes[role][:1], default=1) > 1)
+                else None
             )
             if rows is not None and (role.startswith("lokr_") or role == "b1"):
                 raise LoraFileError(

@@ -19,7 +19,7 @@ import numpy as np
 
 from klora.core.profiles import FileProfile, LayerProfile
 
-FORMAT = "klora-profile-3"
+FORMAT = "klora-profile-4"
 """Change it with anything that changes a profile's numbers or layout: entries of another format are never read."""
 
 MAX_EXTRA_SUMS = 8192

@@ -43,6 +43,8 @@ class LoraSource(Protocol):
 
     def open(self) -> AbstractContextManager[Callable[[str], Delta]]: ...
 
+    def check_unscored(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class LayerScore:
@@ -126,7 +128,7 @@ def score_pair(
     Raises:
         PairError: the files share no layer, disagree on a layer's shape, or one changes nothing on the shared layers.
         Cancelled: `cancelled` said so.
-        LoraFileError: broken numbers in a file.
+        LoraFileError: broken numbers in a file, in what is not scored (text encoders, norms, biases, magnitudes) too.
     """
     shared = _shared_layers(subject, style)
     run = _Run(device, progress, cancelled, None)
@@ -197,8 +199,9 @@ class _Side:
         self.known = known if known and _fits(known, lora) else FileProfile({})
 
     def complete_profiles(self, run: _Run) -> None:
-        """One pass over the file, unless its profile is known."""
+        """One pass over the file, unless its profile is known: then its numbers have been looked at too."""
         if not self.known.layers:
+            self.lora.check_unscored()
             self._learn(FileProfile(_profile(self.lora, run)))
 
     def missing(self, ks: Mapping[str, int]) -> dict[str, int]:
@@ -247,11 +250,17 @@ def _shared_layers(subject: LoraSource, style: LoraSource) -> list[str]:
     shared = sorted(subject.layers.keys() & style.layers.keys())
     if not shared:
         raise PairError(
-            f"“{subject.path.name}” and “{style.path.name}” have no layer in common, so there is nothing to choose between: "
-            "take two LoRAs that were made for the same base model."
+            f"“{subject.path.name}” and “{style.path.name}” change different parts of the model and no layer in common, so there is nothing "
+            "to choose between: put both into the prompt, each applies in full to its own part."
         )
     for name in shared:
         ours, theirs = subject.layers[name].shape, style.layers[name].shape
+        if name == "img_in" and ours != theirs:
+            raise PairError(
+                f"“{subject.path.name}” and “{style.path.name}” were made for different inputs (img_in is {ours[0]}×{ours[1]} in the first and "
+                f"{theirs[0]}×{theirs[1]} in the second): one of them is a control LoRA (FLUX.1 Depth or Canny) or was made for FLUX.1 Fill. "
+                "Take another LoRA in its place."
+            )
         if ours != theirs:
             raise PairError(
                 f"“{subject.path.name}” and “{style.path.name}” were made for different base models: layer {name} is "

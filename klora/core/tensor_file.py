@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,12 @@ from torch import Tensor
 from klora.errors import LoraFileError
 
 _PICKLED = {".pt", ".pth", ".ckpt", ".bin"}
-_LONGEST_HEADER = 20_000_000
+_LONGEST_HEADER = 100_000_000
+"""Bytes; the safetensors format allows no more (MAX_HEADER_SIZE in its source)."""
+
+_IMAGES = {"ssmd_cover_images", "modelspec.thumbnail"}
+"""Metadata that may be many megabytes of images, which nobody here looks at."""
+
 FLOATS = {
     dtype
     for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -29,6 +35,9 @@ FLOATS = {
 """Types of numbers that a LoRA may be stored in."""
 
 _AGAIN = "download or copy it again"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_ARCHIVES = (b"PK\x03\x04", b"Rar!\x1a\x07", b"7z\xbc\xaf\x27\x1c", b"\x1f\x8b")
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")
 
 
 class OpenTensors(Protocol):
@@ -45,12 +54,14 @@ class TensorFile:
     Attributes:
         path: the file.
         shapes: {key: shape}, in the file's order.
-        metadata: the header's __metadata__; empty for other formats.
+        metadata: the header's __metadata__ but for its images; empty for other formats.
+        types: {key: the safetensors format's code of its type of numbers}; empty for other formats.
     """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
+    types: Mapping[str, str] = field(default_factory=dict)
 
     def open(self) -> AbstractContextManager[OpenTensors]:
         """The file's tensors; usable from several threads."""
@@ -73,10 +84,48 @@ def read_tensor_file(path: Path) -> TensorFile:
             raise LoraFileError(
                 f'The name of the LoRA file "{path}" is not valid UTF-8, so no WebUI can write it down: rename the file.'
             )
+        size = path.stat().st_size
+        if size == 0:
+            raise LoraFileError(f'The LoRA file "{path.name}" is empty: {_AGAIN}.')
+        _check_container(path, size)
         if path.suffix.lower() in _PICKLED:
             tensors = _unpickle(path)
             return TensorFile(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {})
-        return _read_safetensors(path)
+        return _read_safetensors(path, size)
+
+
+def _check_container(path: Path, size: int) -> None:
+    """Refuse what is not in the format that its ending says, where its first bytes tell what it is instead."""
+    with path.open("rb") as stream:
+        start = stream.read(len(_LFS_POINTER))
+    pickled = path.suffix.lower() in _PICKLED
+    if start.startswith(_LFS_POINTER):
+        raise LoraFileError(
+            f'"{path.name}" is a git-lfs pointer of {size} bytes, not the LoRA itself: fetch it with "git lfs pull", or download it.'
+        )
+    if pickled and start[8:9] == b"{" and 2 <= struct.unpack("<Q", start[:8])[0] <= size - 8:
+        raise LoraFileError(
+            f'"{path.name}" is a safetensors file with the ending {path.suffix}: rename it to "{path.stem}.safetensors".'
+        )
+    if _is_pytorch(path, start):
+        if not pickled:
+            raise LoraFileError(
+                f'"{path.name}" is a PyTorch file with the wrong ending: rename it to "{path.stem}.pt", or take the LoRA saved as .safetensors.'
+            )
+    elif start.startswith(_ARCHIVES[1:]) or (start.startswith(_ARCHIVES[0]) and zipfile.is_zipfile(path)):
+        kind = "a zip archive" if start.startswith(_ARCHIVES[0]) else "an archive"
+        raise LoraFileError(f'"{path.name}" is {kind}: unpack it and choose the LoRA file that is in it.')
+
+
+def _is_pytorch(path: Path, start: bytes) -> bool:
+    """Whether `torch.save` wrote this file: as a zip archive with a pickle in it, or before PyTorch 1.6 as a pickle."""
+    if not start.startswith(_ARCHIVES[0]):
+        return _PICKLE.match(start) is not None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
 
 
 @contextmanager
@@ -91,10 +140,7 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_safetensors(path: Path) -> TensorFile:
-    size = path.stat().st_size
-    if size == 0:
-        raise LoraFileError(f'The LoRA file "{path.name}" is empty: {_AGAIN}.')
+def _read_safetensors(path: Path, size: int) -> TensorFile:
     not_safetensors = (
         f'The file "{path.name}" is not a safetensors file: {_AGAIN}, or name a LoRA saved as .safetensors.'
     )
@@ -106,15 +152,16 @@ def _read_safetensors(path: Path) -> TensorFile:
             raise LoraFileError(not_safetensors)
         if length > _LONGEST_HEADER:
             raise LoraFileError(
-                f'The header of "{path.name}" claims {length} bytes, more than any LoRA needs: {_AGAIN}.'
+                f'The header of "{path.name}" claims {length} bytes, more than the safetensors format allows: {_AGAIN}.'
             )
         if length + 8 > size:
             raise LoraFileError(f'The LoRA file "{path.name}" is cut off inside its header: {_AGAIN}.')
         text = opening + stream.read(length - 1)
     try:
         header: dict[str, Any] = json.loads(text)
-        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+        metadata = dict((header.pop("__metadata__", None) or {}).items())
         shapes = {key: tuple(int(n) for n in entry["shape"]) for key, entry in header.items()}
+        types = {key: str(entry["dtype"]) for key, entry in header.items()}
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise LoraFileError(not_safetensors) from None
@@ -122,7 +169,14 @@ def _read_safetensors(path: Path) -> TensorFile:
         raise LoraFileError(
             f'The LoRA file "{path.name}" is cut off: {8 + length + end - size} of its bytes are missing; {_AGAIN}.'
         )
-    return TensorFile(path, shapes, metadata)
+    foreign = next((key for key, value in metadata.items() if not isinstance(value, str)), None)
+    if foreign is not None:
+        raise LoraFileError(
+            f'The metadata "{foreign}" in the header of "{path.name}" is not text, so neither K-LoRA nor any WebUI can read the file: '
+            "save it again with all its metadata as text."
+        )
+    notes = {key: value for key, value in metadata.items() if key not in _IMAGES}
+    return TensorFile(path, shapes, notes, types)
 
 
 @contextmanager
@@ -135,9 +189,30 @@ def _open_safetensors(file: TensorFile) -> Iterator[OpenTensors]:
             f'The LoRA file "{path}" is no longer there: check its name and folder.'
         ) from None
     except (safetensors.SafetensorError, OSError) as error:
+        known = {code: _is_known(code) for code in set(file.types.values())}
+        new = next((key for key, code in file.types.items() if not known[code]), None)
+        if new is not None:
+            raise _too_new(file, new, f"safetensors {safetensors.__version__}") from error
         raise LoraFileError(f'The LoRA file "{path.name}" cannot be read ({error}): {_AGAIN}.') from error
     with opened as tensors:
         yield _Mapped(file, tensors)
+
+
+def _is_known(code: str) -> bool:
+    """Whether the safetensors that is installed knows a type of numbers."""
+    header = json.dumps({"none": {"dtype": code, "shape": [0], "data_offsets": [0, 0]}}).encode()
+    try:
+        safetensors.deserialize(struct.pack("<Q", len(header)) + header)
+    except safetensors.SafetensorError:
+        return False
+    return True
+
+
+def _too_new(file: TensorFile, key: str, library: str) -> LoraFileError:
+    return LoraFileError(
+        f'The tensor "{key}" of "{file.path.name}" holds numbers of the type {file.types[key]}, which {library} does not know: take the LoRA '
+        "saved in fp32, fp16 or bf16, or a newer version of that library."
+    )
 
 
 @dataclass(frozen=True)
@@ -149,15 +224,11 @@ class _Mapped:
         name = self.file.path.name
         try:
             tensor: Tensor = self.tensors.get_tensor(key)
-        except (
-            safetensors.SafetensorError,
-            OSError,
-            KeyError,
-            AttributeError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ) as error:
+        except AttributeError as error:
+            raise _too_new(self.file, key, f"torch {torch.__version__}") from error
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if "Dtype not understood" in str(error):
+                raise _too_new(self.file, key, f"safetensors {safetensors.__version__}") from error
             raise LoraFileError(
                 f'The tensor "{key}" of "{name}" cannot be read ({error}): {_AGAIN}.'
             ) from error
@@ -178,15 +249,20 @@ class _Loaded:
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a PyTorch file; never runs code from it."""
-    if path.stat().st_size == 0:
-        raise LoraFileError(f'The LoRA file "{path.name}" is empty: {_AGAIN}.')
     if tarfile.is_tarfile(path):  # torch before 2.6 runs code from one even so (CVE-2025-32434)
         raise LoraFileError(
             f'The file "{path.name}" is in a format of PyTorch that can run code: use a .safetensors file.'
         )
     try:
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if "_rebuild_tensor_v3" in str(
+            error
+        ):  # what torch.save writes for types of numbers of torch 2.2 and later
+            raise LoraFileError(
+                f'The file "{path.name}" holds numbers of a type that torch {torch.__version__} does not know: take the LoRA saved in fp32, '
+                "fp16 or bf16, or a newer torch."
+            ) from None
         raise LoraFileError(
             f'The file "{path.name}" is broken or holds more than tensors: use a .safetensors file.'
         ) from None

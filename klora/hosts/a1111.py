@@ -16,6 +16,7 @@ from weakref import ref
 
 from klora.core.blocks import leader_of
 from klora.core.lora_file import LoraFile
+from klora.core.rewrite import is_in
 from klora.core.selectors import Choice
 from klora.core.topology import sdxl_modules
 from klora.errors import HostError
@@ -236,8 +237,8 @@ class A1111Switch:
 
 
 def host_reads(lora: LoraFile) -> bool:
-    """Whether A1111's loader understands a file's keys as they are: it knows kohya's underscore names, and no scale in the header."""
-    return lora.dialect.startswith("kohya") and not lora.scale_from_metadata
+    """Whether A1111's loader understands a file's keys as they are: it knows kohya's underscore names."""
+    return is_in(lora, ("kohya", "kohya with diffusers names"))
 
 
 def _padded_for_inpainting(shape: tuple[int, ...]) -> Padded:

@@ -20,6 +20,7 @@ from torch import Tensor
 from klora.core.blocks import leader_of
 from klora.core.deltas import dense
 from klora.core.lora_file import LoraFile
+from klora.core.rewrite import is_in
 from klora.core.selectors import Choice
 from klora.core.topology import flux_modules
 from klora.errors import HostError
@@ -207,9 +208,9 @@ class PatcherSwitch(ABC):
         return read(path)
 
     def _host_reads(self, lora: LoraFile) -> bool:
-        """Whether the host's loader understands a file's keys as they are; it knows no scale in the header."""
-        known = lora.dialect.startswith("kohya") or (lora.base == "flux" and lora.dialect == "diffusers PEFT")
-        return known and not lora.scale_from_metadata
+        """Whether the host's loader understands a file's keys as they are (backend/patcher/lora.py, model_lora_keys_unet)."""
+        other = "kohya with diffusers names" if lora.base == "sdxl" else "diffusers PEFT"
+        return is_in(lora, ("kohya", other))
 
     def _find_layers(self) -> None:
         """Which layers of the plan each weight holds; a norm or a bias goes with its leading layer."""

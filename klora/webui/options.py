@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from klora.analysis import ACCELERATORS
+from klora.accelerators import ACCELERATORS
 from klora.core.score_cache import ScoreCache
 from klora.settings import DEFAULTS, SPECS
 from klora.webui import paths
@@ -84,8 +84,9 @@ class Options:
     accelerators: str = _option(
         ", ".join(ACCELERATORS),
         "Words in the names of accelerator LoRAs",
-        "Separated by commas. A subject or style LoRA with one of them in "
-        "its file's name is warned of: it makes a model need few steps, and is neither a subject nor a style.",
+        "Separated by commas, whole words. A subject or style LoRA with one of them in its name is warned of: it makes a model need few "
+        "steps, and is neither a subject nor a style. Words that name other things too (lightning, turbo, flash, hyper, schnell) count beside "
+        "a number of steps, or a version and nothing else.",
     )
     on_error: str = _option(
         STOP,

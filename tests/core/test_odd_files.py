@@ -340,11 +340,10 @@ def test_links_in_circles_pipes_and_devices_are_no_files(tmp_path: Path) -> None
 
 
 def test_a_rewritten_file_holds_no_numbers_that_no_lora_has(tmp_path: Path) -> None:
-    path = saved(
-        tmp_path / "odd.safetensors",
-        {**GOOD, UP.replace("lora_up.weight", "diff_b"): torch.ones(8, dtype=torch.complex64)},
-    )
-    assert 'of "odd.safetensors" holds complex64 numbers' in said(path)
+    """In PyTorch's format, as older versions of safetensors cannot write such numbers."""
+    bias = {UP.replace("lora_up.weight", "diff_b"): torch.ones(8, dtype=torch.complex64)}
+    torch.save({**GOOD, **bias}, tmp_path / "odd.pt")
+    assert 'of "odd.pt" holds complex64 numbers' in said(tmp_path / "odd.pt")
 
 
 def test_a_magnitude_that_is_one_number_is_rewritten(tmp_path: Path) -> None:
@@ -356,4 +355,13 @@ def test_a_magnitude_that_is_one_number_is_rewritten(tmp_path: Path) -> None:
     }
     ask_for_everything(
         saved(tmp_path / "odd.safetensors", {f"{layer}.{end}": tensor for end, tensor in ends.items()})
+    )
+
+
+def test_a_dora_scale_that_is_one_number_is_rewritten(tmp_path: Path) -> None:
+    ask_for_everything(
+        saved(
+            tmp_path / "odd.safetensors",
+            {**GOOD, UP.replace("lora_up.weight", "dora_scale"): torch.tensor(3.0)},
+        )
     )

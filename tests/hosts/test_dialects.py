@@ -47,18 +47,28 @@ SDXL = {
     "raw PEFT": (lambda module: f"base_model.model.{module.diffusers[0]}", PEFT, anywhere),
     "dotted native": (lambda module: f"diffusion_model.{module.native}", PEFT, anywhere),
     "SimpleTuner": (lambda module: f"lycoris_{flat(module.diffusers[0])}", KOHYA, anywhere),
+    "lora_unet__": (lambda module: f"lora_unet__{flat(module.native)}", KOHYA, anywhere),
+    "a compiled model": (
+        lambda module: f"base_model.model.base_model.model._orig_mod.{module.diffusers[0]}",
+        PEFT,
+        anywhere,
+    ),
 }
 FLUX = {
     "dotted native": (lambda module: f"diffusion_model.{module.native}", PEFT, anywhere),
     "bare native": (lambda module: module.native, PEFT, anywhere),
     "raw PEFT": (lambda module: f"base_model.model.{module.native}", PEFT, anywhere),
     "XLabs": (lambda module: xlabs(module.native), OLD, in_double_attention),
+    "lora_unet__": (lambda module: f"lora_unet__{flat(module.native)}", KOHYA, anywhere),
+    "a compiled model": (lambda module: f"diffusion_model._orig_mod.{module.native}", PEFT, anywhere),
+    "native names after transformer.": (lambda module: f"transformer.{module.native}", PEFT, anywhere),
 }
 FLUX_SPLIT = {
     "bare": lambda name: (name, PEFT),
     "raw PEFT": lambda name: (f"base_model.model.transformer.{name}", PEFT),
     "OneTrainer": lambda name: (f"lora_transformer_{flat(name)}", KOHYA),
     "SimpleTuner": lambda name: (f"lycoris_{flat(name)}", KOHYA),
+    "kohya with diffusers names": lambda name: (f"lora_unet_{flat(name)}", KOHYA),
 }
 """Of fused matrices and of their pieces: {dialect: how it names a module}."""
 

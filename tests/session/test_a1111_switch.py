@@ -69,8 +69,18 @@ class Network(SimpleNamespace):
 
 
 def member(role, on_text_encoder):
-    file = SimpleNamespace(path=FILES / f"{role}.safetensors", dialect="kohya", scale_from_metadata=False)
-    return Member(role, role, file, 1.0, on_text_encoder)
+    return Member(role, role, lora_file(path=FILES / f"{role}.safetensors"), 1.0, on_text_encoder)
+
+
+def lora_file(path=None, dialects=("kohya",), in_header=False, unused=(), roles=("up", "down")):
+    modules = [SimpleNamespace(keys=dict.fromkeys(roles))]
+    return SimpleNamespace(
+        path=path,
+        dialects=frozenset(dialects),
+        scale_from_metadata=in_header,
+        unused_keys=unused,
+        modules=modules,
+    )
 
 
 class Host:
@@ -177,8 +187,17 @@ def test_a_network_the_host_did_not_load_is_named():
 
 
 @pytest.mark.parametrize(
-    ("dialect", "in_header", "reads"),
-    [("kohya", False, True), ("kohya", True, False), ("diffusers PEFT", False, False)],
+    ("given", "reads"),
+    [
+        ({}, True),
+        ({"in_header": True}, False),
+        ({"dialects": ("diffusers PEFT",)}, False),
+        ({"dialects": ("kohya", "kohya with diffusers names")}, True),
+        ({"dialects": ("kohya", "kohya (lora_unet__)")}, False),
+        ({"dialects": ("kohya (_orig_mod)",)}, False),
+        ({"unused": ("lora_unet_x.alpha",)}, False),
+        ({"roles": ("up", "down", "peft_magnitude")}, False),
+    ],
 )
-def test_only_underscore_names_are_left_to_the_hosts_loader(dialect, in_header, reads):
-    assert host_reads(SimpleNamespace(dialect=dialect, scale_from_metadata=in_header)) is reads
+def test_only_underscore_names_are_left_to_the_hosts_loader(given, reads):
+    assert host_reads(lora_file(**given)) is reads

@@ -78,8 +78,8 @@ def patches(values):
 def member(role, weight=1.0, dialect="kohya"):
     shapes = {layer: SimpleNamespace(shape=(WIDTH, WIDTH)) for layer in LAYERS}
     file = SimpleNamespace(
-        path=Path(f"/loras/{role}"), dialect=dialect, scale_from_metadata=False, base="flux", layers=shapes
-    )
+        path=Path(f"/loras/{role}"), dialects={dialect}, scale_from_metadata=False, unused_keys=(), modules=(), base="flux", layers=shapes,
+    )  # fmt: skip
     return Member(role, role, file, weight, True)
 
 

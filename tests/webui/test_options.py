@@ -10,7 +10,7 @@ from standin.webui import gradio as components
 from standin.webui.modules import options as hosts_options
 from webui_host import module
 
-from klora.analysis import ACCELERATORS
+from klora.accelerators import ACCELERATORS
 from klora.settings import DEFAULTS
 from klora.webui import options, paths
 

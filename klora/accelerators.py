@@ -1,0 +1,78 @@
+"""Names of LoRAs that make a model need few steps: neither a subject nor a style."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+AMBIGUOUS = frozenset(("lightning", "turbo", "flash", "hyper", "schnell"))
+"""Words that name characters, cars and styles too."""
+
+ACCELERATORS = (
+    "lcm",
+    "lightning",
+    "hyper",
+    "hypersd",
+    "hyperflux",
+    "turbo",
+    "flash",
+    "schnell",
+    "dmd",
+    "tcd",
+    "tdd",
+    "pcm",
+    "perflow",
+)
+"""Words in the name of an accelerator, its file's or its own."""
+
+_WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_]+")
+_LORA = re.compile("lora", re.IGNORECASE)
+_STEPS = ("step", "steps")
+_MODELS = {"sd", "sdxl", "xl", "flux", "dev"}
+_VERSIONS = {"v", "version", "alpha", "beta"}
+_COUNTED = {"rank", "r", "dim", "fp", "bf"}
+_NEUTRAL = {
+    *AMBIGUOUS, "lora", "loras", "weights", "unet", "model", "adapter", "base", "to", "cfg", "converted", "comfyui", "diffusers",
+    "pytorch", "safetensors", "ckpt", "pt",
+}  # fmt: skip
+
+
+def is_accelerator(name: str, words: Sequence[str] = ACCELERATORS) -> bool:
+    """Whether the name of a LoRA has one of these words.
+
+    A word counts as a whole, in whatever case: "hyper" is not in "hyperrealism". One of `AMBIGUOUS` counts beside a number of steps, or
+    where all else in the name says a base model, a version or a rank: "sdxl_lightning_4step" and "FLUX.1-Turbo-Alpha", not "porsche_911_turbo".
+
+    Args:
+        words: of one or several parts, such as "dmd" or "my words".
+    """
+    parts = _parts(name)
+    found = [wanted for word in words if (wanted := _parts(word)) and _holds(parts, wanted)]
+    return any(len(word) > 1 or word[0] not in AMBIGUOUS for word in found) or (
+        bool(found) and (_says_steps(parts) or _is_technical(parts))
+    )
+
+
+def _parts(name: str) -> list[str]:
+    """The words and numbers of a name, in lower case; capitals and numbers begin new ones."""
+    return [word.lower() for word in _WORD.findall(_LORA.sub("_lora_", name))]
+
+
+def _holds(parts: list[str], wanted: list[str]) -> bool:
+    return any(parts[i : i + len(wanted)] == wanted for i in range(len(parts)))
+
+
+def _says_steps(parts: list[str]) -> bool:
+    return any(number.isdigit() and word in _STEPS for number, word in pairwise(parts))
+
+
+def _is_technical(parts: list[str]) -> bool:
+    """Whether a name has no word of its own, and tells a model, a version or a rank."""
+    telling = _MODELS | _VERSIONS | _COUNTED
+    known = _NEUTRAL | telling
+    before = ["", *parts]
+    return not telling.isdisjoint(parts) and all(
+        part in known or (part.isdigit() and (len(part) < 3 or previous in _COUNTED))
+        for previous, part in zip(before, parts, strict=False)
+    )
