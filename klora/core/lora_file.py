@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 
 from klora.core import families
+from klora.core.file_state import FileState, state_of
 from klora.core.key_names import ParsedKey, foreign_prefix, parse_key
 from klora.core.lora_modules import FileModule, Gathered, gather, used_rank
 from klora.core.lora_reader import LoraReader
@@ -54,6 +55,7 @@ class LoraFile:
 
     Attributes:
         path: the file.
+        state: its state before it was read.
         base: "sdxl" or "flux".
         dialect: how most of its keys are written, e.g. "kohya", "diffusers PEFT".
         dialects: how any of its keys is written, those of text encoders too.
@@ -70,6 +72,7 @@ class LoraFile:
     """
 
     path: Path
+    state: FileState | None
     base: str
     dialect: str
     dialects: frozenset[str]
@@ -123,6 +126,7 @@ def read_lora(path: str | PathLike[str]) -> LoraFile:
         LoraFileError: one sentence that names the file and the way out: not there, damaged, not a LoRA, made for another
             base model, incomplete, or with tensors that do not fit each other.
     """
+    state = state_of(Path(path))
     file = read_tensor_file(Path(path))
     meanings = {key: meaning for key in file.shapes if (meaning := parse_key(key)) is not None}
     base = _base(file, meanings.values())
@@ -145,6 +149,7 @@ def read_lora(path: str | PathLike[str]) -> LoraFile:
     own_denoiser = [meaning.dialect for meaning in own.values() if meaning.target.base == base]
     return LoraFile(
         path=file.path,
+        state=state,
         base=base,
         dialect=Counter(own_denoiser).most_common(1)[0][0],
         dialects=frozenset().union(*(module.dialects for module in gathered.modules)),

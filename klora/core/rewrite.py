@@ -6,16 +6,15 @@ where it is split; both may stand in one file, which Forge reads. Tensors are co
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-import uuid
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from klora.core.key_names import SUFFIXES
@@ -31,9 +30,15 @@ _RENAMED = {"up_bias": ".diff_b", "peft_magnitude": ".dora_scale"}
 _TEXT_ENCODERS = {"te1": "lora_te1_", "te2": "lora_te2_", "t5": "lora_te3_"}
 _ROW_ROLES = {"up", "diff", "diff_b", "up_bias", "hada_w1_a", "hada_w2_a", "peft_magnitude"}
 _DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8", "bool",
 }  # fmt: skip
+"""What every version of safetensors that the hosts install can write."""
+
+_HASHES_OF_THE_ORIGINAL = {"sshs_model_hash", "sshs_legacy_hash"}
+"""Of its tensors' bytes, kohya's: a host would take the copy for the file that is listed under them."""
+
+FORMAT = "klora-keys-1"
+"""Change it with anything that changes what is written of a file: copies of another format are never given to a host."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,11 @@ def is_in(lora: LoraFile, dialects: Collection[str]) -> bool:
 
 
 def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Writes `lora` to `destination` (.safetensors) as the hosts know it; the file is complete or not there.
+    """Writes `lora` to `destination`, a safetensors file, as the hosts know it. Where it fails half a file may be left.
 
     Names change and nothing else, but: a scale that only the header's adapter metadata held is written as alpha; PEFT's
-    magnitude (rows,) takes LyCORIS' shape (rows, 1); PEFT's `lora_B.bias` becomes `diff_b`, multiplied by the scale.
+    magnitude (rows,) takes LyCORIS' shape (rows, 1); PEFT's `lora_B.bias` becomes `diff_b`, multiplied by the scale; kohya's
+    hashes of the original are left out.
 
     Returns:
         The keys left out because no host knows them: `lora.unknown_keys`. `lora.unused_keys` are left out too.
@@ -69,11 +75,15 @@ def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, .
         LoraFileError: a tensor cannot be cut for the host's layers.
         OSError: the destination cannot be written.
     """
-    target = Path(destination)
-    with lora.tensor_file.open() as tensors:
-        entries = {key: entry for module in lora.modules for key, entry in _entries(lora, module)}
-        entries.update({key: _Entry(key) for key in lora.embeddings})
-        _write(target, entries, tensors, lora)
+    entries = {key: entry for module in lora.modules for key, entry in _entries(lora, module)}
+    entries.update({key: _Entry(key) for key in lora.embeddings})
+    metadata = {name: text for name, text in lora.metadata.items() if name not in _HASHES_OF_THE_ORIGINAL}
+    with lora.tensor_file.open() as opened:
+        tensors = _tensors(entries, opened, lora)
+        try:
+            save_file(tensors, destination, metadata or None)
+        except SafetensorError as error:
+            raise _system_error(error, os.fspath(destination)) from error
     return lora.unknown_keys
 
 
@@ -133,6 +143,25 @@ def _magnitude_shape(module: FileModule, rows: slice | None) -> tuple[int, ...]:
     return (height, *[1] * (len(module.shapes["down"]) - 1))
 
 
+def _tensors(entries: Mapping[str, _Entry], opened: OpenTensors, lora: LoraFile) -> dict[str, Tensor]:
+    """{key: tensor to write}, mapped from the file where it is one of the file's as it stands."""
+    found: dict[str, Tensor] = {}
+    places = set()
+    for key, entry in entries.items():
+        tensor = _tensor(entry, opened)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _DTYPES:
+            raise LoraFileError(
+                f'The tensor "{entry.source}" of "{lora.path.name}" holds {dtype} numbers: save the LoRA in fp32, fp16, bf16 or fp8.'
+            )
+        is_part = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+        if is_part or tensor.data_ptr() in places:
+            tensor = tensor.clone()  # safetensors writes no two tensors that share memory
+        places.add(tensor.data_ptr())
+        found[key] = tensor
+    return found
+
+
 def _tensor(entry: _Entry, tensors: OpenTensors) -> Tensor:
     if entry.source is None:
         return torch.tensor(entry.number, dtype=torch.float32)
@@ -142,30 +171,9 @@ def _tensor(entry: _Entry, tensors: OpenTensors) -> Tensor:
     return (tensor if entry.shape is None else tensor.reshape(entry.shape)).contiguous()
 
 
-def _write(target: Path, entries: Mapping[str, _Entry], tensors: OpenTensors, lora: LoraFile) -> None:
-    """The safetensors format, tensor by tensor, so that no second copy of the file is held in memory."""
-    header: dict[str, object] = {"__metadata__": dict(lora.metadata)} if lora.metadata else {}
-    end = 0
-    for key, entry in entries.items():
-        tensor = _tensor(entry, tensors)
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _DTYPES:
-            raise LoraFileError(
-                f'The tensor "{entry.source}" of "{lora.path.name}" holds {dtype} numbers: save the LoRA in fp32, fp16, bf16 or fp8.'
-            )
-        code = _DTYPES[dtype]
-        header[key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            for entry in entries.values():
-                stream.write(_tensor(entry, tensors).reshape(-1).view(torch.uint8).numpy().data)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _system_error(error: SafetensorError, destination: str) -> OSError:
+    """The system's error within the library's, which has no number but in its text."""
+    number = re.search(r"(?:code:|os error) (\d+)", str(error))
+    code = int(number[1]) if number else 0
+    reason = os.strerror(code) if code and os.name == "posix" else str(error)
+    return OSError(code, reason, destination, code)

@@ -10,13 +10,13 @@ import contextlib
 import hashlib
 import io
 import json
-import os
-import tempfile
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from klora.core.disk_store import DiskStore
+from klora.core.file_state import FileState, state_of
 from klora.core.profiles import FileProfile, LayerProfile
 
 FORMAT = "klora-profile-4"
@@ -25,133 +25,127 @@ FORMAT = "klora-profile-4"
 MAX_EXTRA_SUMS = 8192
 """Top-K sums kept per file beside the profiles; older ones go."""
 
-STALE_TEMPORARY_SECONDS = 3600.0
-"""A temporary file as old as this was left by a process that was killed while it wrote."""
-
 NO_RANK = -1
 
 
 class ScoreCache:
     """Profiles by file content, in one folder of bounded size. Safe for several processes and threads at once.
 
-    Beside the entries the folder holds notes: what content the file at a path had at a size and time of change, so that
-    it is not hashed again.
+    Beside the entries the folder holds notes: what content the file at a path had in a state, so that it is not hashed again.
 
-    Attributes:
+    Args:
         folder: made when the first profile is stored.
         limit: bytes of entries and notes; the least recently used go first.
     """
 
     def __init__(self, folder: Path, limit: int = 256 * 2**20) -> None:
-        self.folder = folder
-        self.limit = limit
-        self._contents: dict[tuple[str, int, int], str] = {}
+        self._store = DiskStore(folder, limit, (".profile", ".note"))
+        self._contents: dict[str, tuple[FileState, str]] = {}
 
-    def content(self, path: Path) -> str | None:
-        """SHA-256 of the file at `path`, hashed anew when its size or time of change is not the noted one; None if unreadable."""
-        try:
-            stat = path.stat()
-            state = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-            if state not in self._contents:
-                self._contents[state] = self._noted(state) or self._hash(path, state)
-            return self._contents[state]
-        except OSError:
+    @property
+    def folder(self) -> Path:
+        return self._store.folder
+
+    def content(self, path: Path, state: FileState | None = None) -> str | None:
+        """SHA-256 of the file at `path`, hashed anew unless it was noted for the file's present state.
+
+        Args:
+            state: the one that the file must still be in; any if None.
+
+        Returns:
+            None if the file cannot be read, is no longer in `state`, or is changed while it is hashed.
+        """
+        now = state_of(path)
+        if now is None or (state is not None and now != state):
             return None
+        content = self._known(now)
+        if content is None:
+            content = _hash(path)
+            if content is None or state_of(path) != now:
+                return None
+            self._note(now, content)
+        return content
 
     def load(self, content: str) -> FileProfile | None:
         """What is known of a file of this content, None if there is no entry to trust."""
-        entry = self._entry(content)
+        entry = self.folder / _entry(content)
         try:
             payload = _checked(entry.read_bytes(), content)
         except OSError:
             return None
         if payload is None:
             return None
-        _used(entry)
+        self._store.used(entry)
         return _unpack(payload)
 
     def store(self, content: str, known: FileProfile) -> None:
         """Remember what is known of a file of this content."""
         payload = _pack(known)
-        self._write(self._entry(content), _digest(payload, content) + payload)
+        self._write(_entry(content), _digest(payload, content) + payload)
         self.trim()
 
     def trim(self) -> None:
         """Bring the folder below the limit: the least recently used go first."""
-        files = self._files()
-        total = sum(size for _, size, _ in files)
-        newest = files[-1][0] if files else 0.0
-        for used, size, path in files:
-            abandoned = path.suffix == ".tmp" and used < newest - STALE_TEMPORARY_SECONDS
-            if abandoned or (total > self.limit and path.suffix != ".tmp"):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                total -= size
+        self._store.trim()
 
     def size(self) -> int:
         """Bytes on disk."""
-        return sum(size for _, size, _ in self._files())
+        return self._store.size()
 
     def clear(self) -> None:
         """Drop all entries and notes."""
         self._contents.clear()
-        for _, _, path in self._files():
-            with contextlib.suppress(OSError):
-                path.unlink()
+        self._store.clear()
 
-    def _entry(self, content: str) -> Path:
-        return self.folder / f"{content}.profile"
-
-    def _note(self, path: str) -> Path:
-        return self.folder / f"{hashlib.sha256(path.encode(errors='surrogatepass')).hexdigest()}.note"
-
-    def _noted(self, state: tuple[str, int, int]) -> str | None:
-        place = self._note(state[0])
-        try:
-            note = json.loads(place.read_text(encoding="ascii"))
-            content = str(note["content"]) if note["state"] == list(state) else None
-        except (OSError, ValueError, KeyError, TypeError):
+    def _known(self, state: FileState) -> str | None:
+        if not state.settled:
             return None
-        _used(place)
+        known, content = self._contents.get(state.path, (None, None))
+        if known != state:
+            content = self._noted(state)
+            if content is not None:
+                self._contents[state.path] = state, content
         return content
 
-    def _hash(self, path: Path, state: tuple[str, int, int]) -> str:
-        digest = hashlib.sha256()
+    def _noted(self, state: FileState) -> str | None:
+        place = self.folder / _note_name(state.path)
+        try:
+            note = json.loads(place.read_text(encoding="ascii"))
+            content = str(note["content"]) if note["state"] == [state.path, state.text] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        self._store.used(place)
+        return content
+
+    def _note(self, state: FileState, content: str) -> None:
+        if state.settled:
+            self._contents[state.path] = state, content
+            note = {"state": [state.path, state.text], "content": content}
+            self._write(_note_name(state.path), json.dumps(note).encode("ascii"))
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Without success if the folder cannot be written to."""
+        with contextlib.suppress(OSError):
+            self._store.write(name, lambda place: place.write_bytes(data))
+
+
+def _entry(content: str) -> str:
+    return f"{content}.profile"
+
+
+def _note_name(path: str) -> str:
+    return f"{hashlib.sha256(path.encode(errors='surrogatepass')).hexdigest()}.note"
+
+
+def _hash(path: Path) -> str | None:
+    digest = hashlib.sha256()
+    try:
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-        self._write(
-            self._note(state[0]), json.dumps({"state": state, "content": digest.hexdigest()}).encode("ascii")
-        )
-        return digest.hexdigest()
-
-    def _write(self, path: Path, data: bytes) -> None:
-        """Replace `path` by `data` in one step, so that no reader and no crash ever sees half of it; without success if it can't be."""
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                Path(temporary).replace(path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-
-    def _files(self) -> list[tuple[float, int, Path]]:
-        """(time of last use, bytes, file) of all files of the cache, the least recently used first."""
-        found = []
-        for pattern in ("*.profile", "*.note", "*.tmp"):
-            for path in self.folder.glob(pattern):
-                with contextlib.suppress(OSError):
-                    stat = path.stat()
-                    found.append((stat.st_mtime, stat.st_size, path))
-        return sorted(found)
-
-
-def _used(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        os.utime(path)
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def _digest(payload: bytes, content: str) -> bytes:

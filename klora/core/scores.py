@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from torch import device as Device
 
 from klora.core.deltas import Delta
+from klora.core.file_state import FileState
 from klora.core.layer_pass import Result, Work, over_layers, scoring_device
 from klora.core.profiles import FileProfile, LayerProfile, table_k
 from klora.core.score_cache import ScoreCache
@@ -37,6 +38,9 @@ class LoraSource(Protocol):
 
     @property
     def path(self) -> Path: ...
+
+    @property
+    def state(self) -> FileState | None: ...
 
     @property
     def layers(self) -> Mapping[str, LayerShape]: ...
@@ -194,7 +198,7 @@ class _Side:
     def __init__(self, lora: LoraSource, cache: ScoreCache | None) -> None:
         self.lora = lora
         self._cache = cache
-        self._content = cache.content(lora.path) if cache else None
+        self._content = self._present_content()
         known = cache.load(self._content) if cache and self._content else None
         self.known = known if known and _fits(known, lora) else FileProfile({})
 
@@ -224,8 +228,12 @@ class _Side:
 
     def _learn(self, known: FileProfile) -> None:
         self.known = known
-        if self._cache and self._content and self._content == self._cache.content(self.lora.path):
+        if self._cache and self._content and self._content == self._present_content():
             self._cache.store(self._content, known)
+
+    def _present_content(self) -> str | None:
+        """What the file is known by in the cache; None if it is no longer the file that `lora` was read from."""
+        return self._cache.content(self.lora.path, self.lora.state) if self._cache else None
 
 
 def _fits(known: FileProfile, lora: LoraSource) -> bool:

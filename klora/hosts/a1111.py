@@ -15,6 +15,7 @@ from typing import Any
 from weakref import ref
 
 from klora.core.blocks import leader_of
+from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
 from klora.core.selectors import Choice
@@ -72,9 +73,17 @@ class A1111Switch:
         self._strengths: list[tuple] = []
         self._failure: BaseException | None = None
         self._originals: dict[str, Callable] = {}
+        self._versions: dict[str, str] = {}
 
     def tags(self) -> Sequence[tuple[str, float]]:
-        return [(member.name, member.weight) for member in self._members if host_reads(member.file)]
+        """Name and weight of what the host is to load, which it will do anew where it keeps an earlier content of the file."""
+        named = [member for member in self._members if host_reads(member.file)]
+        self._versions = {_place(member.file.path): version_of(member.file.path) for member in named}
+        for net in (*self._networks.loaded_networks, *self._networks.networks_in_memory.values()):
+            version = self._versions.get(_place(net.network_on_disk.filename))
+            if version is not None and getattr(net, "klora_version", None) != version:
+                net.mtime = float("-inf")  # the host loads a network anew whose file is younger than this
+        return [(member.name, member.weight) for member in named]
 
     def networks_loaded(self) -> None:
         own_files = {_place(member.file.path) for member in self._members}
@@ -101,24 +110,18 @@ class A1111Switch:
                 raise HostError(
                     f"The WebUI did not load the {member.role} LoRA {path}: its console says why."
                 )
-            return self._of_this_file(loaded[_place(path)], path)
-        name = f"K-LoRA {member.name}"
-        on_disk = self._networks.network.NetworkOnDisk(name, str(self._readable(member.file)))
+            net = loaded[_place(path)]
+            net.klora_version = self._versions.get(_place(path))
+            return net
+        copy = self._readable(member.file)
+        name = f"K-LoRA {member.name} {copy.name[:12]}"  # the host remembers metadata and merged layers by this name
+        on_disk = self._networks.network.NetworkOnDisk(name, str(copy))
         net = self._networks.load_network(name, on_disk)
         net.network_on_disk.filename = str(path)
         net.te_multiplier = net.unet_multiplier = member.weight
         net.dyn_dim = None
         net.mentioned_name = None
         return net
-
-    def _of_this_file(self, net: Any, path: Path) -> Any:
-        """The network, loaded anew if the host has kept it although an older file has been put in the place of the one it is from."""
-        if net.mtime == path.stat().st_mtime:
-            return net
-        anew = self._networks.load_network(net.name, net.network_on_disk)
-        for name in ("te_multiplier", "unet_multiplier", "dyn_dim", "mentioned_name"):
-            setattr(anew, name, getattr(net, name))
-        return anew
 
     def _forget_earlier_files(self) -> None:
         """Put back the layers that may hold an earlier file under the name of one of the pair.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from klora.core.blocks import leader_of
 from klora.core.deltas import dense
+from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
 from klora.core.selectors import Choice
@@ -37,8 +38,13 @@ model and, where the host knows fused weights, offset: (0, first row, number of 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One LoRA as the host's loader understood it, at its weight."""
+    """One LoRA as the host's loader understood it, at its weight.
 
+    Attributes:
+        version: of the file.
+    """
+
+    version: str
     unet: Patches
     clip: Patches
 
@@ -81,10 +87,10 @@ class PatcherSwitch(ABC):
             self._find_layers()
         objects = self._model.forge_objects
         for member in self._pair.members:
-            added = self._loaded[member.role].clip
-            if member.on_text_encoder and added:
+            loaded = self._loaded[member.role]
+            if member.on_text_encoder and loaded.clip:
                 objects.clip = objects.clip.clone()
-                self._add(objects.clip.patcher, _state_of(member.file.path), member.weight, added)
+                self._add(objects.clip.patcher, loaded.version, member.weight, loaded.clip)
         self._model.forge_objects_after_applying_lora = objects.shallow_copy()
         self._model.current_lora_hash = f"K-LoRA {uuid4()}"
 
@@ -183,6 +189,7 @@ class PatcherSwitch(ABC):
 
     def _load(self, member: Member) -> Loaded:
         """What the host's loader makes of a file, on patchers without any other LoRA."""
+        version = version_of(member.file.path)
         path = str(member.file.path if self._host_reads(member.file) else self._pair.readable(member.file))
         load, original = self._networks.load_lora_for_models, self._model.forge_objects_original
         mode = {"online_mode": self._online} if "online_mode" in inspect.signature(load).parameters else {}
@@ -190,7 +197,7 @@ class PatcherSwitch(ABC):
         unet, clip = load(
             original.unet, original.clip, tensors, member.weight, member.weight, filename=path, **mode
         )
-        loaded = Loaded(self._patches_of(unet), self._patches_of(clip.patcher))
+        loaded = Loaded(version, self._patches_of(unet), self._patches_of(clip.patcher))
         if not loaded.unet and member.weight:
             raise HostError(
                 f"The WebUI did not load the {member.role} LoRA {member.file.path}: its console says why."
@@ -201,10 +208,10 @@ class PatcherSwitch(ABC):
         """The host's reading of a file. Forge keeps the last ones by their names, whatever becomes of the files."""
         read = self._networks.load_lora_state_dict
         if hasattr(read, "cache_clear"):
-            states = read.__dict__.setdefault("klora_states", {})
-            if states.get(path) != _state_of(path):
+            versions, version = read.__dict__.setdefault("klora_versions", {}), version_of(Path(path))
+            if versions.get(path) != version:
                 read.cache_clear()
-                states[path] = _state_of(path)
+                versions[path] = version
         return read(path)
 
     def _host_reads(self, lora: LoraFile) -> bool:
@@ -293,15 +300,6 @@ def padded_convolution(shape: tuple[int, ...]) -> Padded:
         return {}
     taps = shape[2] * shape[3]
     return {"full diff": range(taps, shape[1] * taps, taps)}
-
-
-def _state_of(path: str | Path) -> str:
-    """A name of the file as it now is; of one that is gone its path."""
-    try:
-        state = Path(path).stat()
-    except OSError:
-        return str(path)
-    return f"{path} {state.st_size} {state.st_mtime_ns} {state.st_ino}"
 
 
 class OnePatchDict(PatcherSwitch):

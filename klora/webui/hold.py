@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from klora.core.file_state import version_of
 from klora.errors import KLoraError
 from klora.settings import Settings
 from klora.webui.loras import HostLora
@@ -113,8 +114,7 @@ class Hold:
     def _conditioning_key(self) -> tuple:
         """What makes this run's text conditioning differ from another's, for the host's cache of it."""
         pair = tuple(
-            (str(lora.path), lora.path.stat().st_mtime_ns, self._settings.weight(role))
-            for role, lora in self._pair.items()
+            (version_of(lora.path), self._settings.weight(role)) for role, lora in self._pair.items()
         )
         return ("K-LoRA", pair, self._settings.text_encoder_roles(), self._passes.stopped)
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from klora import analysis
+from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile, read_lora
 from klora.errors import PairError, SettingsError, printable
 from klora.file_notes import trained_on
@@ -118,15 +119,11 @@ def read(path: Path) -> LoraFile:
     Raises:
         LoraFileError: as `read_lora`.
     """
-    try:
-        stat = path.stat()
-    except OSError:
-        return read_lora(path)
-    return _read(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return _read(path, version_of(path))
 
 
 @lru_cache(maxsize=16)
-def _read(path: Path, *_state: int) -> LoraFile:
+def _read(path: Path, _version: str) -> LoraFile:
     return read_lora(path)
 
 

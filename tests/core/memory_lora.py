@@ -18,6 +18,7 @@ class MemoryLora:
 
     def __init__(self, path, deltas):
         self.path = Path(path)
+        self.state = None
         self.deltas = dict(sorted(deltas.items()))
         self.layers = {
             name: SimpleNamespace(rank=delta.rank, shape=delta.shape) for name, delta in self.deltas.items()

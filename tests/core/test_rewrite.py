@@ -27,10 +27,9 @@ def deltas_of(lora: LoraFile) -> dict[str, Tensor]:
 
 def rewritten(path: Path) -> Path:
     """Rewrites a file and asserts that its deltas and ranks stay."""
-    before, out = read_lora(path), path.with_name("out") / "new.safetensors"
+    before, out = read_lora(path), path.with_name("new.safetensors")
     assert rewrite(before, out) == before.unknown_keys
     after = read_lora(out)
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert {name: (info.rank, info.shape) for name, info in after.layers.items()} == {
         name: (info.rank, info.shape) for name, info in before.layers.items()
     }
@@ -217,20 +216,30 @@ def test_a_file_that_cannot_be_cut_says_so_and_leaves_nothing(tmp_path: Path) ->
         tmp_path / "old.safetensors",
     )
     with pytest.raises(LoraFileError, match=r"old\.safetensors"):
-        rewrite(read_lora(tmp_path / "old.safetensors"), tmp_path / "out" / "new.safetensors")
-    assert not (tmp_path / "out").exists()
+        rewrite(read_lora(tmp_path / "old.safetensors"), tmp_path / "new.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.safetensors"]
 
 
-def test_a_failing_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_system_refuses_is_an_error_of_the_systems(tmp_path: Path) -> None:
+    """The library has an error of its own for it."""
     path = dialects.write_sdxl(tmp_path / "old.safetensors", "kohya", dialects.sdxl_factors())
+    with pytest.raises(FileNotFoundError) as caught:
+        rewrite(read_lora(path), tmp_path / "nowhere" / "new.safetensors")
+    assert caught.value.filename == str(tmp_path / "nowhere" / "new.safetensors")
+    assert caught.value.strerror
 
-    def fail(*_: object) -> None:
-        raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        rewrite(read_lora(path), tmp_path / "out" / "new.safetensors")
-    assert list((tmp_path / "out").iterdir()) == []
+def test_hashes_of_the_originals_tensors_are_left_out(tmp_path: Path) -> None:
+    """With them a host lists the copy in the place of the original."""
+    stem = "unet.mid_block.attentions.0.proj_in"
+    save_file(
+        {f"{stem}.lora_B.weight": torch.ones(4, 2), f"{stem}.lora_A.weight": torch.ones(2, 4)},
+        tmp_path / "old.safetensors",
+        {"sshs_model_hash": "a" * 64, "sshs_legacy_hash": "b" * 8, "ss_output_name": "dog"},
+    )
+    rewrite(read_lora(tmp_path / "old.safetensors"), tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as opened:
+        assert opened.metadata() == {"ss_output_name": "dog"}
 
 
 def test_pickled_files_become_safetensors(tmp_path: Path) -> None:
@@ -238,4 +247,17 @@ def test_pickled_files_become_safetensors(tmp_path: Path) -> None:
         {f"{STEM}.lora_up.weight": torch.randn(4, 2), f"{STEM}.lora_down.weight": torch.randn(2, 4)},
         tmp_path / "old.pt",
     )
+    rewritten(tmp_path / "old.pt")
+
+
+def test_tensors_of_a_pickled_file_that_share_memory_are_written_each(tmp_path: Path) -> None:
+    both = torch.randn(3, 4)
+    other = "lora_unet_middle_block_1_proj_out"
+    torch.save(
+        {
+            f"{STEM}.lora_up.weight": both[:2].T, f"{STEM}.lora_down.weight": both[:2],
+            f"{other}.lora_up.weight": torch.randn(4, 2), f"{other}.lora_down.weight": both[1:],
+        },
+        tmp_path / "old.pt",
+    )  # fmt: skip
     rewritten(tmp_path / "old.pt")

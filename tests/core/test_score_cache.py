@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from klora.core import score_cache
+from klora.core import disk_store, file_state, score_cache
 from klora.core.profiles import FileProfile, LayerProfile
 from klora.core.score_cache import ScoreCache
 
@@ -110,11 +110,17 @@ def test_content_is_of_the_bytes_wherever_they_lie(cache, tmp_path):
     assert cache.content(tmp_path / "missing") is None
 
 
-def test_a_file_is_hashed_once_by_all_processes(cache, tmp_path, monkeypatch):
+@pytest.fixture
+def at_rest(monkeypatch):
+    """Files of the test's own making count as settled at once."""
+    monkeypatch.setattr(file_state, "SETTLED_SECONDS", 0)
+
+
+def test_a_file_is_hashed_once_by_all_processes(cache, tmp_path, monkeypatch, at_rest):
     lora = tmp_path / "lora"
     lora.write_bytes(b"data")
     content = cache.content(lora)
-    monkeypatch.setattr(ScoreCache, "_hash", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(score_cache, "_hash", lambda _: pytest.fail("hashed again"))
     assert cache.content(lora) == content
     assert ScoreCache(cache.folder).content(lora) == content
 
@@ -122,12 +128,12 @@ def test_a_file_is_hashed_once_by_all_processes(cache, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "note", [b"", b"{", b"[]", b"3", b"null", b'{"state": 1}', b'{"content": "e"}', b"\xff\xfe"]
 )
-def test_a_damaged_note_means_hashing_again(cache, tmp_path, note):
+def test_a_damaged_note_means_hashing_again(cache, tmp_path, note, at_rest):
     lora = tmp_path / "lora"
     lora.write_bytes(b"data")
     content = cache.content(lora)
-    for path in cache.folder.glob("*.note"):
-        path.write_bytes(note)
+    (place,) = cache.folder.glob("*.note")
+    place.write_bytes(note)
     assert ScoreCache(cache.folder).content(lora) == content
 
 
@@ -139,6 +145,61 @@ def test_a_changed_file_has_another_content(cache, tmp_path):
     os.utime(lora, ns=(0, 12345))
     assert cache.content(lora) != before
     assert ScoreCache(cache.folder).content(lora) == cache.content(lora)
+
+
+def overwrite(path, data):
+    """As `cp -p` does: the same file, with the times of the one it is copied from."""
+    path.write_bytes(data)
+    os.utime(path, (1.7e9, 1.7e9))
+
+
+def replace(path, data):
+    new = path.with_suffix(".new")
+    overwrite(new, data)
+    new.replace(path)
+
+
+@pytest.mark.parametrize("change", [overwrite, replace])
+def test_another_file_of_the_same_path_size_and_time_has_another_content(cache, tmp_path, change, at_rest):
+    lora = tmp_path / "lora"
+    overwrite(lora, b"data")
+    before = cache.content(lora)
+    change(lora, b"date")
+    assert cache.content(lora) != before
+    assert ScoreCache(cache.folder).content(lora) == cache.content(lora)
+    change(lora, b"data")
+    assert cache.content(lora) == before
+
+
+def test_a_file_changed_within_the_grain_of_its_time_stamps_has_another_content(cache, tmp_path, monkeypatch):
+    """All that is looked at is the same; but the file has only just been written when it is hashed."""
+    lora = tmp_path / "lora"
+    data = bytearray(2**20)
+    lora.write_bytes(data)
+    stamps = lora.stat()
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: stamps)
+    before = cache.content(lora)
+    data[5000] = 1
+    lora.write_bytes(data)
+    assert cache.content(lora) not in (before, None)
+    assert ScoreCache(cache.folder).content(lora) == cache.content(lora)
+
+
+def test_what_is_read_of_a_file_before_it_is_replaced_has_no_content(cache, tmp_path):
+    lora = tmp_path / "lora"
+    lora.write_bytes(b"data")
+    state = file_state.state_of(lora)
+    assert cache.content(lora, state) == cache.content(lora)
+    replace(lora, b"date")
+    assert cache.content(lora, state) is None
+    assert cache.content(lora) is not None
+
+
+def test_a_file_that_is_changed_while_it_is_hashed_has_no_content(cache, tmp_path, monkeypatch):
+    lora = tmp_path / "lora"
+    lora.write_bytes(b"data")
+    monkeypatch.setattr(score_cache, "_hash", lambda path: replace(path, b"date") or "0" * 64)
+    assert cache.content(lora) is None
 
 
 # --- folders
@@ -157,7 +218,9 @@ def test_a_folder_that_cannot_be_made_is_no_fault(tmp_path):
     cache.clear()
 
 
-@pytest.mark.parametrize("failing", ["tempfile.mkstemp", "pathlib.Path.replace", "os.fdopen"])
+@pytest.mark.parametrize(
+    "failing", ["pathlib.Path.mkdir", "pathlib.Path.write_bytes", "pathlib.Path.replace"]
+)
 @pytest.mark.parametrize(
     "fault",
     [OSError(errno.ENOSPC, "disk full"), PermissionError("in use"), OSError(errno.EROFS, "read-only")],
@@ -189,7 +252,8 @@ def age(cache, content, seconds):
 
 def test_the_least_recently_used_go_when_the_folder_is_full(cache):
     cache.store("0" * 64, known())
-    cache.limit = int(cache.size() * 3.5)
+    limit = int(cache.size() * 3.5)
+    cache = ScoreCache(cache.folder, limit)
     for name, seconds in (("1", 300), ("2", 200)):
         cache.store(name * 64, known())
         age(cache, name * 64, seconds)
@@ -197,7 +261,7 @@ def test_the_least_recently_used_go_when_the_folder_is_full(cache):
     assert cache.load("0" * 64) is not None, "a hit makes it the youngest"
     cache.store("3" * 64, known())
     assert [cache.load(name * 64) is not None for name in "0123"] == [True, False, True, True]
-    assert cache.size() <= cache.limit
+    assert cache.size() <= limit
 
 
 def test_left_over_temporary_files_go_but_not_those_being_written(cache):
@@ -275,7 +339,7 @@ def test_each_killed_writer_leaves_one_temporary_file_at_most_until_it_is_stale(
     left = list(cache.folder.glob("*.tmp"))
     assert len(left) <= len(writers)
     for path in left:
-        os.utime(path, (time.time() - 2 * score_cache.STALE_TEMPORARY_SECONDS,) * 2)
+        os.utime(path, (time.time() - 2 * disk_store.STALE_TEMPORARY_SECONDS,) * 2)
     cache.store(CONTENT, known())
     assert list(cache.folder.glob("*.tmp")) == []
 

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from shutil import copystat
 
 import numpy as np
 import torch
@@ -350,3 +351,23 @@ def same(a, b):
 
 def tag(name, weight=1):
     return f"<lora:{name}:{weight}>"
+
+
+@contextmanager
+def replaced(path, tensors, when, in_place):
+    """With another file in the place of one, changed at this time (seconds after the one before); in place: written into the same file."""
+    before, changed = path.read_bytes(), path.stat().st_mtime
+    try:
+        new = path.with_suffix(".new")
+        save_file({key: value.clone() for key, value in tensors.items()}, new)
+        os.utime(new, (changed + when, changed + when))
+        if in_place:
+            path.write_bytes(new.read_bytes())
+            copystat(new, path)
+            new.unlink()
+        else:
+            new.replace(path)
+        yield
+    finally:
+        path.write_bytes(before)
+        os.utime(path, (changed, changed))

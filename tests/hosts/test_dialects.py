@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from host import same
+from host import replaced, same
 from safetensors.torch import load_file
 
+from klora.core import file_state
 from klora.core.topology import flux_modules, sdxl_modules
 
 KOHYA = (".lora_down.weight", ".lora_up.weight")
@@ -132,3 +133,28 @@ def test_other_split_keys_fuse_as_those_of_diffusers(host, dialect):
             )
             other.update({stem + suffix: value for suffix, value in zip(suffixes, (down, rows), strict=True)})
     assert_fuse_alike(host, klora_test_split=diffusers, klora_test_other=other)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_loaded_is_a_copy_of_the_file_that_is_there(host, in_place, monkeypatch):
+    """Another file of the same name, size and time has a copy of its own."""
+    monkeypatch.setattr(file_state, "SETTLED_SECONDS", 0)  # where the host is in this process
+    name_of, suffixes, _ = (SDXL if host.base == "sdxl" else FLUX)["raw PEFT"]
+    before, after = {}, {}
+    for module, down, up in factors(host):
+        for tensors, sign in ((before, 1), (after, -1)):
+            tensors.update(
+                {
+                    name_of(module) + suffix: value
+                    for suffix, value in zip(suffixes, (down, sign * up), strict=True)
+                }
+            )
+    with host.more_loras(klora_test_before=before, klora_test_after=after):
+        first, expected = (
+            host.picture({"subject": f"klora_test_{name}", "style": host.style})
+            for name in ("before", "after")
+        )
+        with replaced(host.file("klora_test_before"), after, 0, in_place):
+            assert same(host.picture({"subject": "klora_test_before", "style": host.style}), expected)
+        assert same(host.picture({"subject": "klora_test_before", "style": host.style}), first)
+        assert not same(first, expected)

@@ -4,16 +4,16 @@ KLORA_HOST_URL=http://127.0.0.1:7860 KLORA_HOST_FOLDER=/path/to/webui pytest tes
 """
 
 import json
-import os
 import threading
 from contextlib import contextmanager
 from shutil import rmtree
 
 import pytest
-from host import LISTS, complaint, pixels, same, tag
-from safetensors.torch import load_file, save_file
+from host import LISTS, complaint, pixels, replaced, same, tag
+from safetensors.torch import load_file
 
 from klora.__main__ import main
+from klora.core import file_state
 
 
 @pytest.mark.parametrize("weight", [1, 0.8, -0.5, 0])
@@ -185,24 +185,11 @@ def test_positional_arguments_equal_the_dict(host):
     )
 
 
-@contextmanager
-def replaced(path, tensors, when):
-    """With another file in the place of one, changed at this time (seconds after the one before)."""
-    before, changed = path.read_bytes(), path.stat().st_mtime
-    try:
-        new = path.with_suffix(".new")
-        save_file({key: value.clone() for key, value in tensors.items()}, new)
-        os.utime(new, (changed + when, changed + when))
-        new.replace(path)
-        yield
-    finally:
-        path.write_bytes(before)
-        os.utime(path, (changed, changed))
-
-
-@pytest.mark.parametrize("when", [3600, -3600])
-def test_a_file_that_was_replaced_between_two_runs_is_the_one_applied(host, when):
-    """By a newer one, as trainers do, or by an older one, as when a copy is put back. Without a press on refresh."""
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("when", [3600, 0, -3600])
+def test_a_file_that_was_replaced_between_two_runs_is_the_one_applied(host, when, in_place, monkeypatch):
+    """By a newer one, as trainers do, by an older one, as when a copy is put back, or by one of the same time. Without a press on refresh."""
+    monkeypatch.setattr(file_state, "SETTLED_SECONDS", 0)  # where the host is in this process
     before = load_file(host.file(host.subject))
     after = {key: -value if "up" in key or "lora_B" in key else value for key, value in before.items()}
     names = ("klora_test_replaced", "klora_test_after")
@@ -210,7 +197,7 @@ def test_a_file_that_was_replaced_between_two_runs_is_the_one_applied(host, when
         first = host.picture({"subject": names[0], "style": host.style})
         expected = host.picture({"subject": names[1], "style": host.style})
         assert same(host.picture({"subject": names[0], "style": host.style}), first)
-        with replaced(host.file(names[0]), after, when):
+        with replaced(host.file(names[0]), after, when, in_place):
             assert same(host.picture({"subject": names[0], "style": host.style}), expected)
         assert same(host.picture({"subject": names[0], "style": host.style}), first)
         assert not same(first, expected)

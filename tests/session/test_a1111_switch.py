@@ -3,11 +3,14 @@
 tests/hosts holds the promises of whole pictures against a stand-in and against running hosts.
 """
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from klora.core import file_state
 from klora.core.selectors import Choice
 from klora.errors import HostError
 from klora.hosts.a1111 import A1111Switch, host_reads
@@ -24,7 +27,11 @@ class Networks(SimpleNamespace):
 
     def __init__(self):
         super().__init__(
-            loaded_networks=[], extra_network_lora=SimpleNamespace(errors={}), rewritten=[], broken=set()
+            loaded_networks=[],
+            networks_in_memory={},
+            extra_network_lora=SimpleNamespace(errors={}),
+            rewritten=[],
+            broken=set(),
         )
         self.network_apply_weights = self.own_apply
         self.network_forward = self.own_forward
@@ -184,6 +191,89 @@ def test_a_network_the_host_did_not_load_is_named():
     host.networks.loaded_networks[:] = [host.other, host.subject]
     with pytest.raises(HostError, match=r"did not load the style LoRA .*style.safetensors"):
         host.switch.networks_loaded()
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_state, "SETTLED_SECONDS", 0)
+    path = tmp_path / "subject.safetensors"
+    path.write_bytes(b"one")
+    os.utime(path, (1.7e9, 1.7e9))
+    return path
+
+
+class Keeper:
+    """A host that keeps `net`, as loaded from `file`, and loads it anew if its file is younger than what it keeps."""
+
+    def __init__(self, file):
+        self.host, self.file = Host(), file
+        subject, style = self.host.pair.members
+        moved = SimpleNamespace(**{**vars(subject.file), "path": file})
+        self.host.pair = replace(self.host.pair, members=(replace(subject, file=moved), style))
+        self.net = self.load()
+
+    def load(self):
+        net = network("subject", 10, NAMES)
+        net.network_on_disk.filename, net.mtime = str(self.file), self.file.stat().st_mtime
+        return net
+
+    def run(self):
+        """Whether the host loads the subject anew in a run of K-LoRA."""
+        before, switch = self.net, self.host.new_switch()
+        switch.tags()
+        if self.file.stat().st_mtime > self.net.mtime:
+            self.net = self.load()
+        networks = self.host.networks
+        networks.loaded_networks[:] = [self.net, self.host.style]
+        networks.networks_in_memory = {"subject": self.net}
+        switch.networks_loaded()
+        return self.net is not before
+
+
+def test_what_the_host_keeps_of_a_file_is_loaded_anew_when_another_content_is_there(file):
+    """Replaced by one of the same size and time, by an older one, or by a newer one."""
+    keeper = Keeper(file)
+    keeper.run()
+    assert not keeper.run()
+    for content, when in ((b"two", 1.7e9), (b"three", 1.6e9), (b"four", 1.65e9)):
+        file.write_bytes(content)
+        os.utime(file, (when, when))
+        assert keeper.run()
+        assert not keeper.run()
+
+
+def test_what_the_host_kept_before_the_first_run_is_not_trusted(file):
+    """Nobody knows which content it was loaded from."""
+    keeper = Keeper(file)
+    keeper.host.networks.networks_in_memory = {"subject": keeper.net}
+    assert keeper.run()
+
+
+def test_copies_of_two_contents_have_two_names(tmp_path):
+    """The host remembers by name what a layer holds and what metadata a file has."""
+    host, named = Host(), []
+    host.networks.network = SimpleNamespace(
+        NetworkOnDisk=lambda name, filename: SimpleNamespace(name=name, filename=filename)
+    )
+
+    def load_network(name, on_disk):
+        named.append(name)
+        net = network("subject", 10, NAMES)
+        net.name, net.network_on_disk = name, on_disk
+        return net
+
+    host.networks.load_network = load_network
+    subject, style = host.pair.members
+    foreign = SimpleNamespace(**{**vars(subject.file), "dialect": "diffusers PEFT"})
+    for content in ("aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb"):
+        host.pair = replace(
+            host.pair,
+            members=(replace(subject, file=foreign), style),
+            readable=lambda _, content=content: tmp_path / f"{content}.safetensors",
+        )
+        host.new_switch().networks_loaded()
+    assert len(set(named)) == 2
+    assert all(name.startswith("K-LoRA subject ") for name in named)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ KLORA_PATCHER_FOLDER=/path/to/webui adds the real patcher of a forge-classic or 
 
 import os
 import sys
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from forge_family import (
     real_kind,
 )
 
+from klora.core import file_state
 from klora.core.blocks import leader_of
 from klora.core.selectors import Choice
 from klora.errors import HostError
@@ -255,6 +258,56 @@ def test_a_file_that_the_host_refuses_is_named(host):
     host.networks.files["/loras/style"] = {}
     with pytest.raises(HostError, match=r"did not load the style LoRA /loras/style"):
         host.begin()
+
+
+@pytest.fixture
+def replaceable(host, tmp_path, monkeypatch):
+    """The host with a subject whose file holds "subject" or "another", and its loader, which keeps what it has read by name."""
+    monkeypatch.setattr(file_state, "SETTLED_SECONDS", 0)
+    path = tmp_path / "subject"
+    contents = {
+        "subject": host.networks.files["/loras/subject"],
+        "another": {"unet": [(PROJ, None, ANOTHER)], "clip": [(PROJ, None, ANOTHER)]},
+    }
+    subject, style = host.pair.members
+    file = SimpleNamespace(**{**vars(subject.file), "path": path})
+    host.pair = replace(host.pair, members=(replace(subject, file=file), style))
+    host.networks.load_lora_state_dict = lru_cache(
+        lambda name: contents[path.read_text()] if name == str(path) else host.networks.files[name]
+    )
+
+    def put(content):
+        path.write_text(content)
+        os.utime(path, (1.7e9, 1.7e9))
+        host.new_run()
+
+    host.put = put
+    return host
+
+
+ANOTHER = low_rank(WIDTH, 7)
+
+
+def test_a_file_that_was_replaced_by_one_of_its_size_and_time_is_read_anew(replaceable):
+    """Of the host's reading, and of its merge of the text encoder, which it keeps by the names of the patches."""
+    for content, expected in (("subject", SUBJECT[PROJ]), ("another", ANOTHER), ("subject", SUBJECT[PROJ])):
+        replaceable.put(content)
+        replaceable.begin(proj=Choice.SUBJECT)
+        assert close(replaceable.added(PROJ), delta(expected))
+        clip = replaceable.model.forge_objects.clip.patcher
+        clip.load_it()
+        encoded = clip.weight(PROJ)
+        original = replaceable.model.forge_objects_original.clip.patcher
+        original.load_it()
+        assert close(encoded - original.weight(PROJ), delta(expected) + delta(STYLE[PROJ]))
+
+
+def test_a_file_that_has_not_changed_is_not_read_anew(replaceable):
+    replaceable.put("subject")
+    for _ in range(2):
+        replaceable.new_run()
+        replaceable.begin()
+    assert replaceable.networks.load_lora_state_dict.cache_info().hits > 0
 
 
 def test_an_unknown_host_says_what_was_looked_for():

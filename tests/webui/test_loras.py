@@ -1,10 +1,14 @@
 """LoRAs are found by every name people use for them, and a wrong name says which ones are near."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from webui_host import NetworkOnDisk
 
+from klora.core import file_state
 from klora.errors import LoraFileError, SettingsError
 from klora.webui import loras
 
@@ -126,7 +130,8 @@ def test_refresh_reads_the_folders_again(networks):
     assert loras.exactly("new").name == "new"
 
 
-def test_a_file_is_read_again_only_when_it_has_changed(tmp_path):
+def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_state, "SETTLED_SECONDS", 0)
     path = tmp_path / "dog.safetensors"
     save_file(a_lora(rank=4), path)
     first = loras.read(path)
@@ -136,6 +141,24 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path):
     path.unlink()
     with pytest.raises(LoraFileError, match=r"dog\.safetensors"):
         loras.read(path)
+
+
+@pytest.mark.parametrize("into_place", [Path.replace, lambda new, path: path.write_bytes(new.read_bytes())])
+def test_another_file_of_the_same_size_and_time_is_read(tmp_path, into_place):
+    path, new = tmp_path / "dog.safetensors", tmp_path / "new"
+    for place, alpha in ((path, 1.0), (new, 2.0)):
+        save_file(
+            {
+                **a_lora(rank=4),
+                "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.alpha": torch.tensor(alpha),
+            },
+            place,
+        )
+        os.utime(place, (1.7e9, 1.7e9))
+    scales = [layer.scale for layer in loras.read(path).layers.values()]
+    into_place(new, path)
+    os.utime(path, (1.7e9, 1.7e9))
+    assert [layer.scale for layer in loras.read(path).layers.values()] == [2 * scale for scale in scales]
 
 
 def a_lora(rank):
