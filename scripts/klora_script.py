@@ -1,10 +1,10 @@
 """The K-LoRA script of the WebUIs: life cycle and error boundary; everything else is in the package klora."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from modules import script_callbacks, scripts
+from modules import errors, script_callbacks, scripts
 
-from klora.errors import Cancelled
+from klora.errors import Cancelled, KLoraError
 from klora.hosts.detect import UnknownHost
 from klora.settings import Settings
 from klora.webui import api, api_arguments, options, preview, ui, xyz
@@ -15,6 +15,7 @@ from klora.webui.generation import (
     go_on_without,
     release,
     run_of,
+    take_option_over,
     warn_outer_runs,
 )
 
@@ -35,10 +36,16 @@ class KLoraScript(scripts.Script):
         self.paste_field_names = controls.paste_field_names
         return controls.components
 
+    def before_process(self, p, *args):
+        with suppress(KLoraError):  # process says it
+            settings = parsed(p, args)
+            if settings.enabled:
+                take_option_over(p, settings)
+
     def process(self, p, *args):
         release(p)
         with boundary(p):
-            settings = Settings.parse_api(args, getattr(p, "klora_xyz", {}), options.read().run_defaults())
+            settings = parsed(p, args)
             if settings.enabled:
                 Run(p, settings)
 
@@ -51,6 +58,10 @@ class KLoraScript(scripts.Script):
     def postprocess(self, p, processed, *args):
         within(p, lambda run: run.tell(processed))
         release(p)
+
+
+def parsed(p, args):
+    return Settings.parse_api(args, getattr(p, "klora_xyz", {}), options.read().run_defaults())
 
 
 def on_cfg_denoiser(params):
@@ -77,7 +88,8 @@ def within(p, action):
 
 @contextmanager
 def boundary(p):
-    """What goes wrong within is printed and ends the run of `p`: the host would go on without K-LoRA and without a word."""
+    """What goes wrong within is printed, what nobody foresaw with its traceback, and ends the run of `p`: the host would go on without
+    K-LoRA and without a word."""
     try:
         yield
     except Cancelled:
@@ -85,8 +97,11 @@ def boundary(p):
     except UnknownHost as error:
         print(f"K-LoRA: {error}")
         go_on_without(p, error)
-    except Exception as error:  # noqa: BLE001 whatever it is, it must not get lost
+    except KLoraError as error:
         print(f"K-LoRA: {error}")
+        fail(p, error)
+    except Exception as error:  # noqa: BLE001 whatever it is, it must not get lost
+        errors.report(f"K-LoRA: {error}", exc_info=True)
         fail(p, error)
 
 

@@ -86,13 +86,8 @@ class A1111Switch:
         return [(member.name, member.weight) for member in named]
 
     def networks_loaded(self) -> None:
-        own_files = {_place(member.file.path) for member in self._members}
         loaded = {_place(net.network_on_disk.filename): net for net in self._networks.loaded_networks}
-        self._others = [
-            net
-            for net in self._networks.loaded_networks
-            if _place(net.network_on_disk.filename) not in own_files
-        ]
+        self._others = self._of_the_prompt()
         self._pair = {member.role: self._network(member, loaded) for member in self._members}
         chosen = [self._pair[member.role] for member in self._members if member.on_text_encoder]
         self._on_text_encoder = [
@@ -102,22 +97,35 @@ class A1111Switch:
         self._forget_earlier_files()
         self._settled.clear()
 
+    def _of_the_prompt(self) -> list[Any]:
+        """What the host has loaded beside the pair."""
+        own_files = {_place(member.file.path) for member in self._members}
+        return [
+            net
+            for net in self._networks.loaded_networks
+            if _place(net.network_on_disk.filename) not in own_files
+        ]
+
     def _network(self, member: Member, loaded: Mapping[str, Any]) -> Any:
-        """The host's network of a member: loaded by the host, or by its loader from a copy that it can read."""
-        path = member.file.path
-        if host_reads(member.file):
-            if _place(path) not in loaded:
-                raise HostError(
-                    f"The WebUI did not load the {member.role} LoRA {path}: its console says why."
-                )
+        """The host's network of a member: loaded by the host, or by its loader from a copy that it can read.
+
+        The host may also have passed over the file's tag: it finds LoRAs in a list that any client may have it make anew meanwhile.
+        """
+        path, name = member.file.path, member.name
+        if not host_reads(member.file):
+            path = self._readable(member.file)
+            name = f"K-LoRA {name} {path.name[:12]}"  # the host remembers metadata and merged layers by this name
+        elif _place(path) in loaded:
             net = loaded[_place(path)]
             net.klora_version = self._versions.get(_place(path))
             return net
-        copy = self._readable(member.file)
-        name = f"K-LoRA {member.name} {copy.name[:12]}"  # the host remembers metadata and merged layers by this name
-        on_disk = self._networks.network.NetworkOnDisk(name, str(copy))
-        net = self._networks.load_network(name, on_disk)
-        net.network_on_disk.filename = str(path)
+        try:
+            net = self._networks.load_network(name, self._networks.network.NetworkOnDisk(name, str(path)))
+        except Exception as error:
+            raise HostError(
+                f"The WebUI did not load the {member.role} LoRA {member.file.path}: {str(error) or type(error).__name__}"
+            ) from error
+        net.network_on_disk.filename = str(member.file.path)
         net.te_multiplier = net.unet_multiplier = member.weight
         net.dyn_dim = None
         net.mentioned_name = None
@@ -176,7 +184,7 @@ class A1111Switch:
         self._settled.clear()
 
     def leave(self) -> None:
-        self._networks.loaded_networks[:] = self._others
+        self._networks.loaded_networks[:] = self._of_the_prompt()
 
     def _apply(self, module: Any) -> None:
         name = getattr(module, "network_layer_name", None)

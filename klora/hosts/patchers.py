@@ -76,7 +76,9 @@ class PatcherSwitch(ABC):
         return nullcontext()
 
     def leave(self) -> None:
+        """The host takes LoRAs for loaded while this name of them stays the same."""
         self._choices.clear()
+        self._model.current_lora_hash = f"K-LoRA {uuid4()}"
 
     def fail(self, error: BaseException) -> None:
         self._failure = error
@@ -194,9 +196,14 @@ class PatcherSwitch(ABC):
         load, original = self._networks.load_lora_for_models, self._model.forge_objects_original
         mode = {"online_mode": self._online} if "online_mode" in inspect.signature(load).parameters else {}
         tensors = dict(self._read(path))
-        unet, clip = load(
-            original.unet, original.clip, tensors, member.weight, member.weight, filename=path, **mode
-        )
+        try:
+            unet, clip = load(
+                original.unet, original.clip, tensors, member.weight, member.weight, filename=path, **mode
+            )
+        except Exception as error:
+            raise HostError(
+                f"The WebUI did not load the {member.role} LoRA {member.file.path}: {str(error) or type(error).__name__}"
+            ) from error
         loaded = Loaded(version, self._patches_of(unet), self._patches_of(clip.patcher))
         if not loaded.unet and member.weight:
             raise HostError(

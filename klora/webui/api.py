@@ -62,7 +62,7 @@ def schema() -> dict[str, Any]:
 def list_loras() -> list[dict[str, str]]:
     """Name, alias and the host's short hash ("" while not hashed) of every LoRA that can be named as subject or style."""
     return [
-        {"name": printable(lora.name), "alias": printable(lora.alias), "hash": lora.shorthash}
+        {"name": printable(lora.chosen_as), "alias": printable(lora.alias), "hash": lora.shorthash}
         for lora in loras.list_loras()
     ]
 

@@ -97,8 +97,8 @@ def scores(names: Mapping[str, str], k_scale: float, cancelled: Callable[[], boo
         Cancelled: when `cancelled` said so.
     """
     subject, style = (loras.read(loras.find(names[role], role).path) for role in ROLES)
-    loras.check_pair(subject, style)
     chosen = options.read()
+    loras.check_pair(subject, style, chosen.cache())
     found = score_pair(
         subject, style, k_scale=k_scale, cache=chosen.cache(), device=chosen.device(), cancelled=cancelled
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -15,13 +16,21 @@ from klora.hosts.sizes import left_out
 from klora.settings import Settings
 from klora.webui import infotext, loras, options
 from klora.webui.applied import AppliedMaps
-from klora.webui.hold import GenerationRefused, Hold, let_go, refuse
+from klora.webui.hold import GenerationRefused, Hold, let_go, refuse, sentence_of
 from klora.webui.passes import Passes
 from klora.webui.rewritten import readable_copy
 
 WITHOUT_THE_PAIR = (
     "K-LoRA: another extension drew a part of this picture anew, with neither LoRA of the pair. To have K-LoRA there too, add klora_script to the "
     "scripts that this extension runs (ADetailer: Settings, ADetailer, Script names to apply to ADetailer)."
+)
+
+OPTION = "sd_lora"
+"""The host's option "Add network to prompt": the name of a LoRA that it adds to every prompt, or "None"."""
+
+NAMED_IN_OPTION = (
+    'K-LoRA: the WebUI\'s option "Add network to prompt" names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen '
+    "there."
 )
 
 
@@ -47,21 +56,25 @@ class Run:
         self._check(webui, model)
         scores = self._scored()
         self._passes = Passes(p, settings, webui, model, self._pair(scores), scores)
-        p.extra_generation_params.update(
-            infotext.parameters(settings, self._loras["subject"], self._loras["style"])
+        self._written = infotext.parameters(
+            settings, self._loras["subject"], self._loras["style"], loras.hashes_are_written()
         )
-        self._hold = Hold(p, settings, self._loras, self._passes)
-        for warning in pair_warnings(
+        warnings = pair_warnings(
             self._files["subject"],
             self._files["style"],
             self._passes.plan(20),
             self._options.accelerator_words(),
-        ):
-            self._hold.warn(warning)
-        for sentence in left_out(self._files, webui.sizes_of(model)):
-            self._hold.warn(sentence)
+        )
+        warnings += left_out(self._files, webui.sizes_of(model))
+        if hasattr(p, "klora_option"):
+            warnings.append(NAMED_IN_OPTION)
+        self._told = False
+        self._hold = Hold(p, settings, self._loras, self._passes)
         p.klora_run = self
         _under_way.add(self)
+        p.extra_generation_params.update(self._written)
+        for warning in warnings:
+            self._hold.warn(warning)
 
     def _check(self, webui: WebUI, model: Any) -> None:
         subject, style = self._files["subject"], self._files["style"]
@@ -69,7 +82,12 @@ class Run:
             raise KLoraError(
                 "This run has extra networks switched off, which K-LoRA needs: switch them on, or K-LoRA off."
             )
-        loras.check_pair(subject, style)
+        if _is_of((added := _added_to_every_prompt(self.p)), self._loras.values()):
+            raise KLoraError(
+                f'The WebUI\'s option "Add network to prompt" adds {added}, a LoRA of the pair, to every prompt: set it to None, or choose '
+                "another LoRA."
+            )
+        loras.check_pair(subject, style, self._options.cache())
         loras.check_checkpoint((subject, style), webui, model)
 
     def _scored(self) -> PairScores:
@@ -107,8 +125,9 @@ class Run:
         Args:
             activated: the host's extra_network_data of that pass.
         """
-        if self._passes.networks_loaded(activated):
-            self._hold.clean_hashes()
+        self._hold.networks_loaded(activated)
+        if problem := self._passes.networks_loaded(activated):
+            self._hold.warn(problem)
 
     def begin_pass(self) -> None:
         """A sampling pass is about to start."""
@@ -120,6 +139,7 @@ class Run:
 
     def tell(self, processed: Any) -> None:
         """All passes are done: put into the host's answer what there is to say, and the map where the user wants it."""
+        self._told = True
         self._hold.tell_warnings(processed)
         applied = self._passes.applied
         if not applied:
@@ -145,10 +165,17 @@ class Run:
         """Make the sampling that is under way stop with `error`."""
         self._passes.fail(GenerationRefused(error))
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the pictures are made, so that there is nothing left to stop."""
+        return self._told
+
     def give_up(self) -> None:
-        """Leave the rest of the generation to the host; no pass is under way."""
+        """Leave the rest of the generation to the host, as if K-LoRA was off; no pass is under way."""
         self._passes.give_up()
-        self._hold.clean_hashes()
+        for name in self._written:
+            self.p.extra_generation_params.pop(name, None)
+        self._hold.give_back()
 
     def warn(self, sentence: str) -> None:
         """Tell the user with the picture what is worth knowing of it."""
@@ -180,7 +207,11 @@ def run_of(p: Any) -> Run | None:
 def fail(p: Any, error: BaseException) -> None:
     """Make `p` stop with `error` at the next place from which the host lets it out, or go on without K-LoRA if the user wants that."""
     run = run_of(p)
-    warn_outer_runs(p, f"K-LoRA: another extension could not draw a part of this picture anew: {error}")
+    warn_outer_runs(
+        p, f"K-LoRA: another extension could not draw a part of this picture anew: {sentence_of(error)}"
+    )
+    if run is not None and run.is_over:
+        return
     if run is not None and run.is_sampling:
         run.fail(error)
     elif options.read().on_error == options.GO_ON:
@@ -191,12 +222,15 @@ def fail(p: Any, error: BaseException) -> None:
 
 def go_on_without(p: Any, error: BaseException) -> None:
     """Have the host make the picture as if K-LoRA was off, and say so in its comments and in its parameters."""
-    sentence = str(error) or type(error).__name__
+    sentence = sentence_of(error)
     p.comment(f"K-LoRA: {sentence}")
     p.extra_generation_params["K-LoRA stopped"] = sentence
+    _give_option_back(p)
     run = run_of(p)
     if run is not None:
         run.give_up()
+    else:
+        let_go(p)
 
 
 def release(p: Any) -> None:
@@ -206,3 +240,38 @@ def release(p: Any) -> None:
         run.end()
     p.__dict__.pop("klora_run", None)
     let_go(p)
+
+
+def take_option_over(p: Any, settings: Settings) -> None:
+    """Keep the host from adding a LoRA of the pair to the prompts of `p`, before it sets the options of this run.
+
+    It does so by an override of the run's own, which the host undoes itself however the run ends.
+
+    Raises:
+        SettingsError: the LoRAs of the settings are not there.
+    """
+    p.__dict__.pop("klora_option", None)
+    pair = [loras.find(getattr(settings, role), role) for role in ("subject", "style")]
+    added = _added_to_every_prompt(p)
+    if _is_of(added, pair) and getattr(p, "override_settings_restore_afterwards", False):
+        p.klora_option = added
+        p.override_settings = {**p.override_settings, OPTION: "None"}
+
+
+def _give_option_back(p: Any) -> None:
+    from modules import shared
+
+    if hasattr(p, "klora_option"):
+        setattr(shared.opts, OPTION, p.klora_option)
+
+
+def _added_to_every_prompt(p: Any) -> str:
+    from modules import shared
+
+    return str(p.override_settings.get(OPTION, getattr(shared.opts, OPTION, "None")))
+
+
+def _is_of(name: str, pair: Iterable[loras.HostLora]) -> bool:
+    """Whether a name of the host's list is that of a LoRA of the pair, or leads to the same file."""
+    named = loras.exactly(name) if name != "None" else None
+    return named is not None and any(loras.same_file(named.path, lora.path) for lora in pair)

@@ -19,14 +19,19 @@ HASH = " hash"
 SIZE = re.compile(r"\d+x\d+")
 
 
-def parameters(settings: Settings, subject: loras.HostLora, style: loras.HostLora) -> dict[str, str]:
-    """What the host is to write of a run with these settings: both LoRAs, their hashes, and what differs from the default."""
+def parameters(
+    settings: Settings, subject: loras.HostLora, style: loras.HostLora, hashes: bool = True
+) -> dict[str, str]:
+    """What the host is to write of a run with these settings: both LoRAs, their hashes, and what differs from the default.
+
+    Args:
+        hashes: whether the user wants hashes of LoRAs in there.
+    """
     found: dict[str, str] = {}
     for role, lora in (("subject", subject), ("style", style)):
         name = SPECS[role].infotext
-        found[name] = _encoded(lora.name)
-        shorthash = loras.hash_of(lora)
-        if shorthash:
+        found[name] = _encoded(lora.chosen_as)
+        if hashes and (shorthash := loras.hash_of(lora)):
             found[name + HASH] = shorthash
     for field, value in settings.changed().items():
         if SPECS[field].kind not in ("flag", "lora"):
@@ -82,7 +87,7 @@ def _restored_name(text: str, shorthash: str) -> str:
             f"K-LoRA: the pasted text was made with another LoRA named {name!r} (hash {shorthash}) than the one that the WebUI lists (hash "
             f"{listed.shorthash}): if yours is in another folder, rename one of the two files, press the refresh button, and choose the new name."
         )
-    return renamed.name if renamed else name
+    return renamed.chosen_as if renamed else name
 
 
 def _encoded(name: str) -> str:

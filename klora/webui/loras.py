@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from types import FrameType
 from typing import Any
 
 from klora import analysis
 from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile, read_lora
+from klora.core.score_cache import ScoreCache
 from klora.errors import PairError, SettingsError, printable
 from klora.file_notes import trained_on
 from klora.hosts.base import WebUI
@@ -20,6 +25,7 @@ from klora.hosts.detect import name_of_base
 from klora.hosts.sizes import check_fit
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt")
+LONGEST_REFRESH_SECONDS = 60.0
 PRECISE_NAMES = {**analysis.BASE_NAMES, "flux": "FLUX.1"}
 """Of the base models where others of nearly the same name are about."""
 
@@ -32,22 +38,25 @@ class HostLora:
         name: as the host's LoRA tab shows it.
         alias: the name that its trainer wrote into the file; the name where there is none.
         shorthash: first digits of the host's hash of it; "" while the host has not hashed it.
+        entry: the host's record of the file, good for as long as it is held, whatever the host lists by then.
     """
 
     name: str
     alias: str
     path: Path
     shorthash: str
+    entry: Any = field(repr=False, compare=False)
+
+    @property
+    def chosen_as(self) -> str:
+        """What stands for it in a control, a request and an infotext: its name, but for "None", which means no LoRA there."""
+        return self.path.name if self.name == "None" else self.name
 
 
 def list_loras() -> list[HostLora]:
     """All LoRAs that the host lists, by name."""
-    import networks
-
-    return sorted(
-        (_of(name, entry) for name, entry in networks.available_networks.items()),
-        key=lambda lora: lora.name.casefold(),
-    )
+    names, _ = _registry()
+    return sorted((_of(name, entry) for name, entry in names.items()), key=lambda lora: lora.name.casefold())
 
 
 def refresh() -> None:
@@ -91,6 +100,15 @@ def exactly(name: str) -> HostLora | None:
     return next(iter(_named(name, list_loras())), None)
 
 
+def of_tag(name: str) -> HostLora | None:
+    """The LoRA that the host takes for <lora:name>: that of this name or, unless several share it, of this alias."""
+    import networks
+
+    names, aliases = _registry()
+    known = names if name.lower() in networks.forbidden_network_aliases else aliases
+    return _of(known[name].name, known[name]) if name in known else None
+
+
 def find_by_hash(shorthash: str, like: str = "") -> HostLora | None:
     """The LoRA with this hash of the host's.
 
@@ -127,17 +145,38 @@ def _read(path: Path, _version: str) -> LoraFile:
     return read_lora(path)
 
 
-def check_pair(subject: LoraFile, style: LoraFile) -> None:
-    """Refuse one file in both roles, and two files of different base models.
+def check_pair(subject: LoraFile, style: LoraFile, cache: ScoreCache | None = None) -> None:
+    """Refuse one file in both roles, by whatever names, and two files of different base models.
+
+    Args:
+        cache: tells a file from its copy, by content; without one only the names of one and the same file are seen through.
 
     Raises:
         PairError: with the sentence for the user.
     """
-    if subject.path == style.path:
-        raise PairError(
-            f"Subject and style are the same LoRA, {subject.path.name}: choose another one for one of them."
-        )
+    one, other = subject.path, style.path
+    if same_file(one, other) or (cache is not None and _same_content(one, other, cache)):
+        names = one.name if one == other else f"{one} and {other} with the same content"
+        raise PairError(f"Subject and style are the same LoRA, {names}: choose another one for one of them.")
     analysis.check_pair(subject, style)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, as a link does."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return one == other
+
+
+def _same_content(one: Path, other: Path, cache: ScoreCache) -> bool:
+    try:
+        if one.stat().st_size != other.stat().st_size:
+            return False
+    except OSError:
+        return False
+    content = cache.content(one)
+    return content is not None and content == cache.content(other)
 
 
 def check_checkpoint(files: Sequence[LoraFile], webui: WebUI, model: Any) -> None:
@@ -184,15 +223,53 @@ def _named_together(files: Sequence[LoraFile]) -> str:
 
 def hash_of(lora: HostLora) -> str:
     """The host's short hash of a LoRA, read from the file if need be; "" where the host does no hashing."""
+    lora.entry.read_hash()
+    return lora.entry.shorthash or ""
+
+
+def hashes_are_written() -> bool:
+    """Whether the user wants the host to write hashes of LoRAs into a picture's parameters."""
+    from modules import shared
+
+    return bool(getattr(shared.opts, "lora_add_hashes_to_infotext", True))
+
+
+def _registry() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the host lists, {name: entry} and {name or alias: entry}: all of it, also while the host reads its folders again.
+
+    It does so without a lock, in the thread of whoever asks for it: it empties its lists and fills them with new entries. So two looks
+    that see the same entries, with no reading under way between them, have seen everything.
+    """
     import networks
 
-    entry = networks.available_networks[lora.name]
-    entry.read_hash()
-    return entry.shorthash or ""
+    patience = time.monotonic() + LONGEST_REFRESH_SECONDS
+    names = dict(networks.available_networks)
+    while True:
+        while _is_refreshing() and time.monotonic() < patience:
+            time.sleep(0.01)
+        aliases = dict(networks.available_network_aliases)
+        before, names = names, dict(networks.available_networks)
+        unchanged = before.keys() == names.keys() and all(before[name] is names[name] for name in names)
+        if unchanged or time.monotonic() >= patience:
+            return names, aliases
+
+
+def _is_refreshing() -> bool:
+    """Whether another thread is within the host's reading of its LoRA folders."""
+    import networks
+
+    reading, own = getattr(networks.list_available_networks, "__code__", None), threading.get_ident()
+    for thread, frame in sys._current_frames().items():
+        inner: FrameType | None = frame if thread != own else None
+        while inner is not None:
+            if inner.f_code is reading:
+                return True
+            inner = inner.f_back
+    return False
 
 
 def _of(name: str, entry: Any) -> HostLora:
-    return HostLora(name, entry.alias, Path(entry.filename), entry.shorthash or "")
+    return HostLora(name, entry.alias, Path(entry.filename), entry.shorthash or "", entry)
 
 
 def _named(name: str, known: list[HostLora]) -> list[HostLora]:

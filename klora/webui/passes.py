@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from klora.core.plan import Plan, make_plan
 from klora.core.scores import PairScores
+from klora.errors import KLoraError
 from klora.hosts.base import Pair, PairSwitch, WebUI
 from klora.session import Session
 from klora.settings import Settings
-from klora.webui import clock
+from klora.webui import clock, loras
 from klora.webui.applied import FIRST, HIRES, AppliedPass
 
 
@@ -42,10 +44,13 @@ class Passes:
         self._webui = webui
         self._model = model
         self._checkpoint = _checkpoint_of(model)
+        self._held = ExitStack()
+        self._stops: list[str] = []
         self._pair = pair
         self._scores = scores
         self._session: Session | None = None
         self._under_way = False
+        self._begun: tuple[str, int] | None = None
         self._failure: BaseException | None = None
         self._place = FIRST, 0
         self._offset = 0
@@ -69,47 +74,53 @@ class Passes:
         Raises:
             BaseException: what `fail` was given, if the host has swallowed it.
         """
-        with nullcontext() if self._given_up else self.switch.held():
+        with self._held:
+            self._hold()
             self.sampling = True
             try:
                 yield
             finally:
-                self.sampling = False
+                self.sampling, self._begun = False, None
                 self.end()
         if self._failure is not None:
             raise self._failure
 
-    def networks_loaded(self, activated: Any) -> bool:
+    def networks_loaded(self, activated: Any) -> str | None:
         """The host has activated the networks of a pass: tell the pair from the prompt's own.
 
         Args:
             activated: the host's extra_network_data of that pass.
 
         Returns:
-            Whether K-LoRA is in this pass.
+            What is to be said with the picture.
         """
-        if self._given_up or (
-            activated is getattr(self._p, "hr_extra_network_data", None) and self._settings.hires == "off"
-        ):
+        if self._given_up:
+            return None
+        problem = None
+        if self._begun == self._this_pass():
+            self._stop_at_other_model()
+        else:
             self.end()
-            return False
-        if self._at_other_model():
-            self._stop_at_model_change()
-            return False
-        self._follow_model()
-        self.switch.networks_loaded()
-        return True
+            if self._settings.hires == "off" and activated is getattr(self._p, "hr_extra_network_data", None):
+                return None
+            problem = self._follow_model()
+        if self.stopped:
+            self.switch.leave()
+        else:
+            self.switch.networks_loaded()
+        return problem
 
     def begin(self) -> None:
         """A pass is about to start: plan its whole schedule, of which img2img and the hires pass run the end."""
         self.end()
+        self._begun = self._this_pass()
         if self.stopped or (self._is_hires() and self._settings.hires == "off"):
             return
         self._under_way = True
         steps, self._offset, self._steps_of_pass = self._schedule_of_pass()
         if self._settings.hires == "restart":
             steps, self._offset = self._steps_of_pass, 0
-        self._place = HIRES if self._is_hires() else FIRST, int(self._p.iteration)
+        self._place = self._begun
         self._session = Session(self.plan(steps), self.switch)
         self._session.__enter__()
         self._session.prepare(self._offset)
@@ -159,6 +170,16 @@ class Passes:
     def _is_hires(self) -> bool:
         return bool(getattr(self._p, "is_hr_pass", False))
 
+    def _this_pass(self) -> tuple[str, int]:
+        """Name and batch of the pass that the host is about to run, or runs."""
+        return HIRES if self._is_hires() else FIRST, int(self._p.iteration)
+
+    def _hold(self) -> None:
+        """Have the switch in force held until the passes of the batch are over."""
+        self._held.close()
+        if not self.stopped:
+            self._held.enter_context(self.switch.held())
+
     def _schedule_of_pass(self) -> tuple[int, int, int]:
         """(steps of the whole schedule, first step that runs, number of steps that run), as the host's samplers count them."""
         from modules.processing import StableDiffusionProcessingImg2Img
@@ -195,26 +216,45 @@ class Passes:
     def _stop_at_other_model(self) -> None:
         """A refiner takes over within a pass: the host loads it, encodes the text anew, and goes on sampling."""
         if self._session is not None and self._at_other_model():
-            self._stop_at_model_change()
+            self._stop_within_pass()
 
-    def _follow_model(self) -> None:
-        """After a refiner the host may load the checkpoint of the run into a new model."""
+    def _follow_model(self) -> str | None:
+        """A pass begins on the model that is loaded: that of the pass before, or of another checkpoint, or of the same one loaded anew.
+
+        Returns:
+            What is to be said with the picture, if the pass has to do without the pair.
+        """
         from modules import shared
 
+        model = shared.sd_model
+        if self._at_other_model():
+            try:
+                loras.check_checkpoint([member.file for member in self._pair.members], self._webui, model)
+            except KLoraError as error:
+                name = self._this_pass()[0]
+                self._stop(f"in the {name} pass (the LoRAs do not fit its checkpoint)")
+                return f"K-LoRA: the {name} pass, on {Path(str(_checkpoint_of(model))).name}, has neither LoRA of the pair. {error}"
         self.stopped = False
-        if shared.sd_model is not self._model:
-            self._model = shared.sd_model
-            self.switch = self._webui.switch(self._model, self._pair)
+        self._checkpoint = _checkpoint_of(model)
+        if model is not self._model:
+            self._model = model
+            self.switch = self._webui.switch(model, self._pair)
+        if self.sampling:
+            self._hold()
+        return None
 
-    def _stop_at_model_change(self) -> None:
-        """Go on without K-LoRA, and write that into the picture."""
-        where = "at the model change"
-        if self._session is not None:
-            where += f" before step {self._step_of(self._p.sampler.model_wrap_cfg.step) + 1}"
+    def _stop_within_pass(self) -> None:
+        step = self._step_of(self._p.sampler.model_wrap_cfg.step) + 1
+        self._stop(f"in the {self._place[0]} pass before step {step} (another model took over)")
+
+    def _stop(self, where: str) -> None:
+        """Go on without K-LoRA in this pass, and write that into the picture."""
         self.stopped = True
         self.end()
         self.switch.leave()
-        self._p.extra_generation_params["K-LoRA stopped"] = where
+        if where not in self._stops:
+            self._stops.append(where)
+        self._p.extra_generation_params["K-LoRA stopped"] = "; ".join(self._stops)
 
 
 def _checkpoint_of(model: Any) -> str | None:

@@ -119,4 +119,4 @@ def _offered(slider: tuple[float, float, float] | None) -> list[str]:
 
 
 def _lora_names() -> list[str]:
-    return [NONE, *(lora.name for lora in loras.list_loras())]
+    return [NONE, *(lora.chosen_as for lora in loras.list_loras())]

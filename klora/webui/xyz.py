@@ -53,7 +53,7 @@ def _axis(axis_option: Callable[..., Any], name: str) -> Any:
     more: dict[str, Any]
     if spec.kind == "lora":
         more = {
-            "choices": lambda: [lora.name for lora in loras.list_loras()],
+            "choices": lambda: [lora.chosen_as for lora in loras.list_loras()],
             "cost": NEW_PAIR_COST,
             "format_value": _plain_label,
         }

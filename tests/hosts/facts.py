@@ -76,7 +76,7 @@ OF_NEO = {
     )
 }
 
-OF_KLORA = {"process": 1, "networks loaded": 1, "begin pass": 1, "callback": 1}
+OF_KLORA = {"process": 1, "warnings": 1, "override": 1, "networks loaded": 1, "begin pass": 1, "callback": 1}
 FAMILY_PLACES = {**OF_KLORA, "load": 1, "text encoder": 1, "merge": 1, "forward": 1, "decode": 1}
 FAMILY_STORAGES = {
     name: {"forge_unet_storage_dtype": name}
@@ -87,7 +87,7 @@ FAMILY_STORAGES = {
 A1111 = Facts(
     {"sdxl": {**SDXL, **ANCESTRAL}},
     upscalers=("Latent", "None"),
-    places={**FAMILY_PLACES, "apply": 1, "restore": 1},
+    places={**FAMILY_PLACES, "load": 3, "apply": 1, "restore": 1},
     storages={
         name: {"live_previews_enable": False, "cache_fp16_weight": cached, "fp8_storage": "Enable"}
         for name, cached in (("fp8", False), ("fp8 beside fp16", True))
@@ -95,7 +95,8 @@ A1111 = Facts(
     storage_needs_reload=False,
     configurations=True,
 )
-"""On a CPU its fp8 computes in bfloat16, of which its live previews cannot be made."""
+"""On a CPU its fp8 computes in bfloat16, of which its live previews cannot be made. It goes on to the next LoRA when it cannot load one,
+and K-LoRA has it load that one once more."""
 
 FORGE = Facts(
     {

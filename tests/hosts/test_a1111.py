@@ -2,7 +2,7 @@
 
 import pytest
 from facts import A1111
-from host import same, tag
+from host import pixels, same, tag
 from plans import plan_of
 
 
@@ -52,3 +52,10 @@ def test_layers_bear_the_names_of_the_plan_and_are_rewritten_only_when_they_swit
     plan = plan_of(host, steps, schedule=schedule)
     assert_applied(host, calls, plan, host.clocks[sampler, steps])
     assert applies <= len(plan.layer_names) + sum(map(len, plan.switches()))
+
+
+def test_a_lyco_tag_of_the_pair_is_the_pairs_too(host, fused):
+    prompt = f"a cat{tag(host.other, 0)}<lyco:{host.subject}:0.3>"
+    answer = host.answer(host.pair, prompt=prompt)
+    assert same(pixels(answer["images"][0]), fused)
+    assert "it is applied once, by K-LoRA" in answer["info"]["extra_generation_params"]["K-LoRA warnings"]

@@ -147,7 +147,7 @@ def test_told_to_go_on_it_makes_the_hosts_own_picture_and_says_why(host, said):
 def test_told_to_go_on_when_the_host_cannot_load_a_lora_it_makes_the_hosts_own_pictures(host):
     expected = [host.picture(seed=seed) for seed in (42, 43)]
     host.picture(prompt="a cat" + tag(host.other))
-    with host.options(klora_on_error=GO_ON), host.fault("load", 1, "RuntimeError"):
+    with host.options(klora_on_error=GO_ON), host.fault("load", 1, "RuntimeError", host.facts.places["load"]):
         arrays, infotext = host.pictures(host.pair, n_iter=2)
     assert all(same(a, b) for a, b in zip(arrays[-2:], expected, strict=True))
     assert "K-LoRA stopped: " in infotext

@@ -39,6 +39,8 @@ def test_a_fault_within_a_run_is_answered_and_leaves_nothing_behind(
 def test_faults_that_a_retry_gets_over_do_not_change_the_picture(
     host, fused, calls_of_a_run, retried_place, where, faults
 ):
+    if faults >= host.facts.places[retried_place]:
+        pytest.skip("no retry gets over so many")
     host.picture(prompt="a dog")
     with host.fault(
         retried_place, 1 + int(calls_of_a_run[retried_place] * where), "OutOfMemoryError", faults

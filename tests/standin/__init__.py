@@ -19,6 +19,8 @@ TESTS = Path(__file__).parents[1]
 WEBUI = Path(__file__).parent / "webui"
 PROBES = sorted((TESTS / "hosts" / "probe" / "scripts").glob("*.py"))
 SCRIPTS = (TESTS.parent / "scripts" / "klora_script.py", *PROBES, WEBUI / "scripts" / "xyz_grid.py")
+ANOTHER_BASE = "another base model"
+"""In the configuration file of a checkpoint that the stand-in is to take for one of another base."""
 OF_WEBUI = ("modules", "gradio", "network", "networks", "network_lora", "klora.webui.ui")
 
 

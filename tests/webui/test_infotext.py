@@ -105,6 +105,10 @@ def test_no_hash_is_written_where_the_host_does_no_hashing(networks):
     ]
 
 
+def test_no_hash_is_written_where_the_user_wants_none(pair):
+    assert list(infotext.parameters(Settings(), *pair, hashes=False)) == ["K-LoRA subject", "K-LoRA style"]
+
+
 def test_values_are_of_the_controls_types(pair):
     controls = restored(
         infotext.parameters(Settings(enabled=True, subject="dog", style="ink", alpha=2), *pair)

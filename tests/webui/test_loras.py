@@ -1,6 +1,7 @@
 """LoRAs are found by every name people use for them, and a wrong name says which ones are near."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from safetensors.torch import save_file
 from webui_host import NetworkOnDisk
 
 from klora.core import file_state
-from klora.errors import LoraFileError, SettingsError
+from klora.core.score_cache import ScoreCache
+from klora.errors import LoraFileError, PairError, SettingsError
 from klora.webui import loras
 
 
@@ -128,6 +130,86 @@ def test_refresh_reads_the_folders_again(networks):
     assert loras.exactly("new") is None
     loras.refresh()
     assert loras.exactly("new").name == "new"
+
+
+def test_a_list_that_the_host_is_making_anew_is_waited_for(networks, monkeypatch):
+    """Meanwhile it lacks files, and what is there may be hidden by a namesake that is yet to come."""
+    half, go_on = threading.Event(), threading.Event()
+
+    def list_slowly():
+        networks.available_networks.clear()
+        networks.available_networks["zebra"] = NetworkOnDisk("zebra", folder="/models/Lora/a")
+        half.set()
+        go_on.wait(10)
+        networks.available_networks["zebra"] = NetworkOnDisk("zebra", folder="/models/Lora/b")
+        networks.available_networks["new"] = NetworkOnDisk("new")
+
+    monkeypatch.setattr(networks, "list_available_networks", list_slowly)
+    client, timer = threading.Thread(target=loras.refresh), threading.Timer(0.2, go_on.set)
+    client.start()
+    half.wait(10)
+    timer.start()
+    assert loras.find("zebra", "subject").path.parts[-2] == "b"
+    assert go_on.is_set()
+    assert loras.exactly("new")
+    client.join()
+
+
+def test_a_reading_that_never_ends_is_not_waited_for_for_ever(networks, monkeypatch):
+    half, go_on = threading.Event(), threading.Event()
+
+    def hang():
+        half.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(networks, "list_available_networks", hang)
+    monkeypatch.setattr(loras, "LONGEST_REFRESH_SECONDS", 0.1)
+    client = threading.Thread(target=loras.refresh)
+    client.start()
+    half.wait(10)
+    assert loras.exactly("zebra")
+    go_on.set()
+    client.join()
+
+
+def test_a_hash_is_that_of_the_file_found_whatever_the_host_lists_by_then(networks):
+    found = loras.find("My Dog v2", "subject")
+    networks.put()
+    assert loras.hash_of(found) == "bb22"
+
+
+def test_a_tag_means_a_name_or_an_alias_unless_several_share_it(networks):
+    assert loras.of_tag("zebra").name == "zebra"
+    assert loras.of_tag("sks_dog").name == "My Dog v2"
+    assert loras.of_tag("my dog v2") is None
+    networks.forbidden_network_aliases["sks_dog"] = 1
+    assert loras.of_tag("sks_dog") is None
+    assert loras.of_tag("My Dog v2").name == "My Dog v2"
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    paths = [tmp_path / f"{name}.safetensors" for name in ("one", "other")]
+    save_file(a_lora(rank=4), paths[0])
+    return paths
+
+
+@pytest.mark.parametrize("make", [os.symlink, os.link], ids=["symbolic link", "hard link"])
+def test_a_link_to_a_file_is_the_same_lora(two_files, make):
+    make(*two_files)
+    with pytest.raises(PairError, match=r"the same LoRA, .*one\.safetensors and .*other\.safetensors"):
+        loras.check_pair(*map(loras.read, two_files))
+
+
+def test_a_copy_of_a_file_is_the_same_lora_by_its_content(two_files, tmp_path):
+    cache = ScoreCache(tmp_path / "scores")
+    two_files[1].write_bytes(two_files[0].read_bytes())
+    with pytest.raises(PairError, match="the same LoRA"):
+        loras.check_pair(*map(loras.read, two_files), cache)
+    two_files[1].unlink()
+    save_file({name: value * 2 for name, value in a_lora(rank=4).items()}, two_files[1])
+    assert two_files[0].stat().st_size == two_files[1].stat().st_size
+    loras.check_pair(*map(loras.read, two_files), cache)
 
 
 def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):

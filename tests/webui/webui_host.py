@@ -37,7 +37,7 @@ class Networks(ModuleType):
 
     def __init__(self):
         super().__init__("networks")
-        self.available_networks = {}
+        self.available_networks, self.available_network_aliases, self.forbidden_network_aliases = {}, {}, {}
         self.on_disk = []
 
     def put(self, *entries):
@@ -47,7 +47,10 @@ class Networks(ModuleType):
 
     def list_available_networks(self):
         self.available_networks.clear()
-        self.available_networks.update({entry.name: entry for entry in self.on_disk})
+        self.available_network_aliases.clear()
+        for entry in self.on_disk:
+            self.available_networks[entry.name] = entry
+            self.available_network_aliases.update({entry.name: entry, entry.alias: entry})
 
 
 class InputAccordion(Component):

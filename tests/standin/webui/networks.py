@@ -4,17 +4,20 @@ The rules are those measured on the host: `loaded_networks` stays the same list;
 it first gets any, and is rewritten from the backup when the wanted ones differ; a network that does not fit is counted, not raised.
 """
 
+import time
 from collections import defaultdict
 from pathlib import Path
 
 import network
 import network_lora
-from modules import extra_networks, shared
+from modules import errors, extra_networks, shared
 from safetensors.torch import load_file
 
-available_networks, available_network_aliases = {}, {}
+available_networks, available_network_aliases, forbidden_network_aliases = {}, {}, {}
 loaded_networks = []
 networks_in_memory = {}
+SECONDS_A_FILE = 0.003
+"""Of a folder as full as people's the reading takes seconds, in which other threads see a part of the list."""
 
 
 class ExtraNetworkLora:
@@ -22,7 +25,16 @@ class ExtraNetworkLora:
         self.errors = {}
 
     def activate(self, p, params_list):
+        additional = shared.opts.sd_lora
         self.errors.clear()
+        if (
+            additional != "None"
+            and additional in available_networks
+            and not any(params.items[0] == additional for params in params_list)
+        ):
+            weight = shared.opts.extra_networks_default_multiplier
+            p.all_prompts = [f"{prompt}<lora:{additional}:{weight}>" for prompt in p.all_prompts]
+            params_list.append(extra_networks.ExtraNetworkParams(items=[additional, weight]))
         weights = [[float(value) for value in params.positional[1:]] for params in params_list]
         text = [
             float(params.named.get("te", own[0] if own else 1))
@@ -33,12 +45,15 @@ class ExtraNetworkLora:
             for params, own, te in zip(params_list, weights, text, strict=True)
         ]
         load_networks([params.positional[0] for params in params_list], text, unet, [None] * len(unet))
+        if not shared.opts.lora_add_hashes_to_infotext:
+            return
         if not p.is_hr_pass or not hasattr(p, "lora_hashes"):
             p.lora_hashes = {}
         p.lora_hashes.update(
             {
                 net.mentioned_name.replace(":", "").replace(",", ""): net.network_on_disk.shorthash
                 for net in loaded_networks
+                if net.mentioned_name
             }
         )
         if p.lora_hashes:
@@ -57,15 +72,37 @@ class ExtraNetworkLora:
 
 extra_network_lora = ExtraNetworkLora()
 extra_networks.extra_network_registry["lora"] = extra_network_lora
+extra_networks.extra_network_aliases["lyco"] = extra_network_lora
 
 
 def list_available_networks():
-    available_networks.clear()
-    available_network_aliases.clear()
+    for known in (available_networks, available_network_aliases, forbidden_network_aliases):
+        known.clear()
+    forbidden_network_aliases.update({"none": 1, "Addams": 1})
+    process_network_files()
+
+
+def process_network_files(names=None):
+    """Of two files with one alias the alias is nobody's; of two with one name the last one counts."""
     for path in sorted((shared.cmd_opts.folder / "models" / "Lora").rglob("*.safetensors")):
-        entry = network.NetworkOnDisk(path.stem, str(path))
+        if names and path.stem not in names:
+            continue
+        time.sleep(SECONDS_A_FILE)
+        try:
+            entry = network.NetworkOnDisk(path.stem, str(path))
+        except OSError:
+            errors.report(f"Failed to load network {path.stem} from {path}", exc_info=True)
+            continue
         available_networks[entry.name] = entry
+        if entry.alias in available_network_aliases:
+            forbidden_network_aliases[entry.alias.lower()] = 1
         available_network_aliases.update({entry.name: entry, entry.alias: entry})
+
+
+def of_tag(name):
+    return (
+        available_networks if name.lower() in forbidden_network_aliases else available_network_aliases
+    ).get(name)
 
 
 def layer_of(key):
@@ -95,22 +132,24 @@ def load_network(name, network_on_disk):
 def load_networks(names, te_multipliers=None, unet_multipliers=None, dyn_dims=None):
     already = {net.name: net for net in loaded_networks if net.name in names}
     loaded_networks.clear()
-    if any(name not in available_network_aliases for name in names):
+    if missing := [name for name in names if of_tag(name) is None]:
+        process_network_files(missing)
+    if any(of_tag(name) is None for name in names):
         list_available_networks()
-    for i, name in enumerate(names):
-        entry = available_network_aliases.get(name)
+    entries = [of_tag(name) for name in names]
+    for i, (name, entry) in enumerate(zip(names, entries, strict=True)):
         net = already.get(name) or networks_in_memory.get(name)
         if entry and (net is None or Path(entry.filename).stat().st_mtime > net.mtime):
             try:
                 net = networks_in_memory[name] = load_network(name, entry)
             except Exception as error:  # noqa: BLE001 as the host does
-                print(f"*** Error loading network {entry.filename}: {error}")
+                errors.display(error, f"loading network {entry.filename}")
                 continue
+        if entry is not None:
+            net.mentioned_name = name
+            entry.read_hash()
         if net is None:
-            print(f"Couldn't find network with name {name}")
             continue
-        entry.read_hash()
-        net.mentioned_name = name
         net.te_multiplier, net.unet_multiplier, net.dyn_dim = (
             te_multipliers[i],
             unet_multipliers[i],

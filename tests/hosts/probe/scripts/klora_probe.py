@@ -37,7 +37,8 @@ def places():
     found = {
         "process": (run, "_scored"), "networks loaded": (run, "networks_loaded"), "begin pass": (run, "begin_pass"), "tell": (run, "tell"),
         "text encoder": (type(model), "get_learned_conditioning"), "decode": (type(model), "decode_first_stage"),
-        "callback": (sys.modules["klora.session"].Session, "step"),
+        "callback": (sys.modules["klora.session"].Session, "step"), "warnings": (sys.modules["klora.webui.generation"], "pair_warnings"),
+        "override": (sys.modules["klora.webui.hold"], "override"),
     }  # fmt: skip
     if LAYERS_KEEP_NAMES:
         import network_lora

@@ -8,7 +8,7 @@ from fastapi.exceptions import HTTPException
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from modules import infotext_utils, processing, scripts, sd_models, shared
+from modules import errors, infotext_utils, processing, scripts, sd_models, shared
 
 FIELDS = {
     "Steps": ("steps", int), "Sampler": ("sampler_name", str), "CFG scale": ("cfg_scale", float), "Seed": ("seed", int), "Size-1": ("width", int),
@@ -39,6 +39,7 @@ class Api:
         }
         for (method, name), endpoint in routes.items():
             self.app.add_api_route(f"/sdapi/v1/{name}", endpoint, methods=[method], response_model=None)
+        self.app.add_api_route("/internal/sysinfo", lambda: {"Exceptions": errors.get_exceptions()})
 
     def _answer_errors(self):
         def answer(_request: Request, error: Exception):
@@ -60,10 +61,10 @@ class Api:
         self.app.exception_handler(HTTPException)(answer)
 
     def _refresh_loras(self):
+        """Whatever is being generated: the host takes no lock for it."""
         import networks
 
-        with shared.queue_lock:
-            networks.list_available_networks()
+        networks.list_available_networks()
 
     def _set_options(self, request=Body(...)):  # noqa: B008
         with shared.queue_lock:

@@ -27,7 +27,7 @@ DEFAULTS = {
     "prompt": "", "negative_prompt": "", "steps": 20, "width": 512, "height": 512, "seed": -1, "sampler_name": "Euler a", "scheduler": None,
     "cfg_scale": 7.0, "n_iter": 1, "batch_size": 1, "denoising_strength": 0.75, "enable_hr": False, "hr_scale": 2.0, "hr_upscaler": None,
     "hr_second_pass_steps": 0, "init_images": None, "refiner_checkpoint": None, "refiner_switch_at": 0.8, "override_settings": None,
-    "s_min_uncond": None, "disable_extra_networks": False,
+    "s_min_uncond": None, "disable_extra_networks": False, "hr_checkpoint_name": None, "hr_prompt": "", "override_settings_restore_afterwards": True,
 }  # fmt: skip
 
 
@@ -104,13 +104,38 @@ class StableDiffusionProcessing:
 
 
 class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
+    cached_hr_uc = [None, None]  # noqa: RUF012
     cached_hr_c = [None, None]  # noqa: RUF012
+    hr_checkpoint_info = None
+
+    def init(self, all_prompts, all_seeds, all_subseeds):
+        if self.enable_hr and self.hr_checkpoint_name and self.hr_checkpoint_name != "Use same checkpoint":
+            self.hr_checkpoint_info = sd_models.get_closet_checkpoint_match(self.hr_checkpoint_name)
+            if self.hr_checkpoint_info is None:
+                raise RuntimeError(f"Could not find checkpoint with name {self.hr_checkpoint_name}")
+            self.extra_generation_params["Hires checkpoint"] = self.hr_checkpoint_info.short_title
 
     def parse_extra_network_prompts(self):
-        prompts = self.prompts
+        prompts = [self.hr_prompt] * len(self.prompts) if self.hr_prompt else self.prompts
         super().parse_extra_network_prompts()
         if self.enable_hr:
             self.hr_prompts, self.hr_extra_network_data = extra_networks.parse_prompts(prompts)
+
+    def setup_conds(self):
+        if self.is_hr_pass:
+            self.calculate_hr_conds()
+        else:
+            super().setup_conds()
+
+    def calculate_hr_conds(self):
+        steps = self.hr_second_pass_steps or self.steps
+        own = (self.hr_extra_network_data, steps)
+        self.uc = self.get_conds_with_caching(
+            learned, self.negative_prompts[:1], steps, [self.cached_hr_uc, self.cached_uc], *own
+        )[0]
+        self.c = self.get_conds_with_caching(
+            multicond, self.hr_prompts[:1], steps, [self.cached_hr_c, self.cached_c], *own
+        )
 
     def size(self):
         return (
@@ -126,7 +151,10 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
             self, x=x, noise=x, c=conditioning, uc=unconditional_conditioning
         )
         samples = self.sampler.sample(self, x)
-        if not self.enable_hr or shared.state.interrupted:
+        if not self.enable_hr:
+            return samples
+        sd_models.reload_model_weights(self.hr_checkpoint_info)
+        if shared.state.interrupted:
             return samples
         self.is_hr_pass = True
         self.sampler = sd_samplers_common.Sampler(sd_samplers_common.ALL[self.sampler_name])
@@ -137,14 +165,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         if not self.disable_extra_networks:
             extra_networks.activate(self, self.hr_extra_network_data)
         steps = self.hr_second_pass_steps or self.steps
-        self.c = self.get_conds_with_caching(
-            multicond,
-            self.hr_prompts[:1],
-            steps,
-            [self.cached_hr_c, self.cached_c],
-            self.hr_extra_network_data,
-            steps,
-        )
+        self.calculate_hr_conds()
         self.scripts.before_hr(self)
         self.scripts.process_before_every_sampling(self, x=samples, noise=noise, c=self.c, uc=self.uc)
         samples = self.sampler.sample_img2img(self, samples, noise, steps=steps)
@@ -215,13 +236,14 @@ def create_infotext(p, index):
 
 def process_images(p):
     p.scripts.before_process(p)
-    stored = {name: getattr(shared.opts, name) for name in p.override_settings}
+    stored = {name: shared.opts.data[name] for name in p.override_settings if name in shared.opts.data}
     try:
         shared.opts.data.update(p.override_settings)
         sd_models.reload_model_weights()
         return process_images_inner(p)
     finally:
-        shared.opts.data.update(stored)
+        if p.override_settings_restore_afterwards:
+            shared.opts.data.update(stored)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import networks
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from standin import ANOTHER_BASE
 from torch import nn
 
 from modules import shared
@@ -118,13 +119,12 @@ class TextEncoder(nn.Module):
 
 
 class Model(nn.Module):
-    """What shared.sd_model holds."""
-
-    is_sdxl = True
+    """What shared.sd_model holds. One of another base has the same layers, so that a LoRA that is applied there by mistake shows."""
 
     def __init__(self, config):
         super().__init__()
         self.used_config = config
+        self.is_sdxl = config is None or ANOTHER_BASE not in Path(config).read_text()
         self.model = nn.Module()
         self.model.diffusion_model = Denoiser()
         first = TextEncoder(

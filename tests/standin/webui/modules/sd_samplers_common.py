@@ -50,6 +50,9 @@ def apply_refiner(denoiser, timestep):
     )
     if info is None or done < p.refiner_switch_at or shared.sd_model.sd_checkpoint_info is info:
         return
+    only = shared.opts.hires_fix_refiner_pass
+    if p.enable_hr and only != "both" and only != ("second pass" if p.is_hr_pass else "first pass"):
+        return
     p.extra_generation_params.update({"Refiner": info.short_title, "Refiner switch at": p.refiner_switch_at})
     sd_models.reload_model_weights(info)
     p.setup_conds()
