@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import ref
 
 from klora.core.plan import Plan, make_plan
 from klora.core.scores import PairScores
@@ -40,7 +41,7 @@ class Passes:
         self._p = p
         self._settings = settings
         self._webui = webui
-        self._model = model
+        self._model = ref(model)
         self._checkpoint = _checkpoint_of(model)
         self._pair = pair
         self._scores = scores
@@ -202,9 +203,9 @@ class Passes:
         from modules import shared
 
         self.stopped = False
-        if shared.sd_model is not self._model:
-            self._model = shared.sd_model
-            self.switch = self._webui.switch(self._model, self._pair)
+        if shared.sd_model is not self._model():
+            self._model = ref(shared.sd_model)
+            self.switch = self._webui.switch(shared.sd_model, self._pair)
 
     def _stop_at_model_change(self) -> None:
         """Go on without K-LoRA, and write that into the picture."""
