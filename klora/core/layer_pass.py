@@ -24,7 +24,7 @@ from klora.core.topk import Check, new_buffer, no_check
 MAX_WORKERS = 8
 """Threads on the CPU by default: the host lives on the same machine."""
 
-SECONDS_BETWEEN_CHECKS = 0.1
+SECONDS_BETWEEN_CHECKS = 0.05
 
 Result = TypeVar("Result")
 Work = Callable[[str, Delta, Tensor], Result]

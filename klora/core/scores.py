@@ -97,7 +97,7 @@ def profile_file(
         lora: the file.
         device: where to compute; `scoring_device()` if None.
         progress: called with (layers done, layers in all) after each layer, on the caller's thread.
-        cancelled: asked all the time, at least every 0.1 s or GPU layer, on the caller's thread.
+        cancelled: asked all the time, at least every 0.05 s or GPU layer, on the caller's thread.
         workers: threads on the CPU; by default one per core, at most 8.
 
     Raises:
