@@ -140,6 +140,7 @@ def _scan_cpu(delta: LowRank | Hadamard | Dense, k: int, buffer: Tensor, check: 
             block_squares += float(torch.dot(block, block))
         if limit > largest.bound:
             largest.add(block.numpy())
+    check()
     return _Scan(abs_sum, block_squares if squared_sum is None else squared_sum, largest.falling())
 
 
