@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from klora.core.families import is_control_lora, other_base_by_metadata
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
-from klora.core.scores import score_pair
+from klora.core.scores import Turn, score_pair
 from klora.errors import PairError, printable
 from klora.file_notes import own_names
 from klora.settings import Settings
@@ -48,6 +49,7 @@ def analyze(
     accelerators: Sequence[str] = ACCELERATORS,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    turn: Turn = nullcontext,
 ) -> Analysis:
     """Read both files, score the pair and plan a schedule of `steps` steps.
 
@@ -56,7 +58,8 @@ def analyze(
         device: where to score; CUDA or ROCm if there is one, else the CPU, if None.
         accelerators: words in the name of a LoRA that is neither a subject nor a style.
         progress: called as progress(layers done, layers in all) while scoring.
-        cancelled: asked between layers.
+        cancelled: asked all the time while scoring.
+        turn: entered around every pass over a file.
 
     Raises:
         LoraFileError, PairError: with the sentence for the user.
@@ -65,7 +68,13 @@ def analyze(
     files = read_lora(subject), read_lora(style)
     check_pair(*files)
     scores = score_pair(
-        *files, k_scale=settings.k_scale, cache=cache, device=device, progress=progress, cancelled=cancelled
+        *files,
+        k_scale=settings.k_scale,
+        cache=cache,
+        device=device,
+        progress=progress,
+        cancelled=cancelled,
+        turn=turn,
     )
     plan = make_plan(
         scores,

@@ -13,6 +13,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from klora.core.products import product
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -36,7 +38,7 @@ class LowRank:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start..stop of left @ right, shape (stop - start, columns), without `scale`."""
-        return self.left[start:stop] @ self.right
+        return product(self.left[start:stop], self.right)
 
     def row_slice(self, start: int, stop: int) -> LowRank:
         """The piece of a fused layer in rows start..stop; columns of `left` that are all zero there do not count as rank."""
@@ -62,7 +64,7 @@ class Hadamard:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start..stop without `scale`, shape (stop - start, columns)."""
-        return (self.left1[start:stop] @ self.right1) * (self.left2[start:stop] @ self.right2)
+        return product(self.left1[start:stop], self.right1) * product(self.left2[start:stop], self.right2)
 
     def row_slice(self, start: int, stop: int) -> Hadamard:
         """The piece of a fused layer in rows start..stop."""
@@ -96,7 +98,7 @@ class Kronecker:
         m2 = self.second.shape[0]
         index = torch.arange(start, stop, device=self.first.device)
         first, second = self.first[index // m2], self.second[index % m2]
-        return torch.einsum("ra,rbs->rabs", first, second).flatten(1)
+        return (first[:, :, None, None] * second[:, None]).flatten(1)
 
     def row_slice(self, start: int, stop: int) -> Dense:
         """The piece of a fused layer in rows start..stop."""

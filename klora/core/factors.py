@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor
 
 from klora.core.deltas import Delta, Dense, Hadamard, Kronecker, LowRank
+from klora.core.products import product, second_axis_product
 
 LARGEST = 1 << 27
 """Entries of a matrix: the largest layer of SDXL and FLUX.1 has half as many. Two thin factors of any size could ask for any number."""
@@ -148,7 +148,7 @@ def _lora(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> LowRa
     """up @ down; with LoCon's mid, the Tucker core, (mid ×₂ down) takes the place of down."""
     down = _flat(get("down"))
     if "mid" in shapes:
-        down = torch.einsum("nmkl,mj->njkl", get("mid"), down).flatten(1)
+        down = second_axis_product(get("mid"), down).flatten(1)
     return LowRank(_flat(get("up")), down, scale, rank or 0)
 
 
@@ -193,7 +193,7 @@ def _tucker(get: Tensors, shapes: Shapes, core: str, a: str, b: str) -> tuple[Te
     """Two matrices whose product is the (out, in * kh * kw) matrix that a, b and their core, if any, stand for."""
     if core not in shapes:
         return _flat(get(a)), _flat(get(b))
-    return get(a).T, torch.einsum("ijkl,jn->inkl", get(core), get(b)).flatten(1)
+    return get(a).T, second_axis_product(get(core), get(b)).flatten(1)
 
 
 def _measure_lokr(shapes: Shapes) -> Measure:
@@ -219,15 +219,17 @@ def _kron_factor(shapes: Shapes, name: str, core: str | None) -> tuple[tuple[int
 def _lokr(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> Kronecker:
     """w1 ⊗ w2, each full or a product of two. Scale is alpha / rank of the factorised factor (w2's first), else 1."""
     first = (
-        _flat(get("lokr_w1")) if "lokr_w1" in shapes else _flat(get("lokr_w1_a")) @ _flat(get("lokr_w1_b"))
+        _flat(get("lokr_w1"))
+        if "lokr_w1" in shapes
+        else product(_flat(get("lokr_w1_a")), _flat(get("lokr_w1_b")))
     )
     if "lokr_w2" in shapes:
         second = get("lokr_w2").flatten(2) if len(shapes["lokr_w2"]) > 2 else get("lokr_w2").unsqueeze(2)
     elif "lokr_t2" in shapes:
         left, right = _tucker(get, shapes, "lokr_t2", "lokr_w2_a", "lokr_w2_b")
-        second = (left @ right).reshape(left.shape[0], shapes["lokr_w2_b"][1], -1)
+        second = product(left, right).reshape(left.shape[0], shapes["lokr_w2_b"][1], -1)
     else:
-        second = (_flat(get("lokr_w2_a")) @ _flat(get("lokr_w2_b"))).unsqueeze(2)
+        second = product(_flat(get("lokr_w2_a")), _flat(get("lokr_w2_b"))).unsqueeze(2)
     return Kronecker(first, second, scale, rank)
 
 
@@ -265,7 +267,7 @@ def _glora(get: Tensors, shapes: Shapes, scale: float, rank: int | None) -> LowR
     up, down = _glora_order(shapes)
     right = _flat(get(down))
     if "bm" in shapes:
-        right = torch.einsum("nmkl,mj->njkl", get("bm"), right).flatten(1)
+        right = second_axis_product(get("bm"), right).flatten(1)
     return LowRank(_flat(get(up)), right, scale, rank or 0)
 
 

@@ -1,32 +1,35 @@
 """One pass over layers of a LoRA file: the same work on one delta after another, on a GPU or on threads of the CPU.
 
-The process it runs in also generates images, so nothing of torch is left otherwise than it was found.
+The process it runs in also generates images, so no switch of torch that other threads see is touched.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from klora.core.deltas import Delta
-from klora.core.topk import new_buffer
+from klora.core.out_of_memory import is_out_of_memory
+from klora.core.topk import Check, new_buffer, no_check
 
 MAX_WORKERS = 8
 """Threads on the CPU by default: the host lives on the same machine."""
+
+SECONDS_BETWEEN_CHECKS = 0.05
 
 Result = TypeVar("Result")
 Work = Callable[[str, Delta, Tensor], Result]
 """work(name, delta, buffer) on one layer; `buffer` is the worker's own."""
 
-_matmul_lock = threading.RLock()
 _thread_count_lock = threading.Lock()
 
 
@@ -48,6 +51,7 @@ def over_layers(
     *,
     device: torch.device,
     layer_done: Callable[[], object],
+    check: Check = no_check,
     workers: int | None = None,
 ) -> dict[str, Result]:
     """`work` on each named layer, {name: its result}.
@@ -58,6 +62,8 @@ def over_layers(
         work: called on `device`; on the CPU from several threads at once.
         device: a GPU that runs out of memory hands the rest to the CPU.
         layer_done: called after each layer on the caller's thread; what it raises ends the pass.
+        check: called on the caller's thread before each layer, and every `SECONDS_BETWEEN_CHECKS` while the CPU is at work. What
+            it raises ends the pass, once the layers under way are done: `work` is to end those itself.
         workers: threads on the CPU; by default one per core, at most `MAX_WORKERS`.
     """
     results: dict[str, Result] = {}
@@ -66,15 +72,12 @@ def over_layers(
         results[name] = result
         layer_done()
 
-    with _full_precision_matmul(), lora.open() as delta_of:
-        if device.type == "cuda":
-            try:
-                _on_gpu(delta_of, names, work, device, keep)
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
+    with lora.open() as delta_of:
+        if device.type == "cuda" and not _on_gpu(delta_of, names, work, device, keep, check):
+            torch.cuda.empty_cache()
         rest = [name for name in names if name not in results]
         if rest:
-            _on_cpu(delta_of, rest, work, workers or _default_workers(), keep)
+            _on_cpu(delta_of, rest, work, workers or _default_workers(), keep, check)
     return results
 
 
@@ -84,11 +87,20 @@ def _on_gpu(
     work: Work[Result],
     device: torch.device,
     keep: Callable[[str, Result], None],
-) -> None:
-    buffer = new_buffer(device)
-    with torch.autocast(device.type, enabled=False):
-        for name in names:
-            keep(name, work(name, _moved(delta_of(name), device), buffer))
+    check: Check,
+) -> bool:
+    """Whether the GPU's memory was enough. Where it was not, what was done before is kept."""
+    try:
+        buffer = new_buffer(device)
+        with torch.autocast(device.type, enabled=False):
+            for name in names:
+                check()
+                keep(name, work(name, _moved(delta_of(name), device), buffer))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _moved(delta: Delta, device: torch.device) -> Delta:
@@ -106,6 +118,7 @@ def _on_cpu(
     work: Work[Result],
     workers: int,
     keep: Callable[[str, Result], None],
+    check: Check,
 ) -> None:
     """Threads over layers with one torch thread each: torch's own threads wait for each other at every small operation."""
     per_thread = _thread_count_is_per_thread()
@@ -126,17 +139,28 @@ def _on_cpu(
     def one(name: str) -> tuple[str, Result]:
         return name, work(name, delta_of(name), own.buffer)
 
+    done: SimpleQueue[Future[tuple[str, Result]]] = SimpleQueue()
     with ThreadPoolExecutor(workers, initializer=enter) as pool:
         try:
-            futures = [pool.submit(one, name) for name in names]
+            for name in names:
+                pool.submit(one, name).add_done_callback(done.put)
         except BaseException:
             all_started.abort()
             raise
         try:
-            for future in as_completed(futures):
-                keep(*future.result())
+            for _ in names:
+                keep(*_next(done, check).result())
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _next(done: SimpleQueue[Future[Result]], check: Check) -> Future[Result]:
+    while True:
+        check()
+        try:
+            return done.get(timeout=SECONDS_BETWEEN_CHECKS)
+        except Empty:
+            pass
 
 
 def _default_workers() -> int:
@@ -160,30 +184,3 @@ def _use_one_torch_thread() -> None:
         restorer = threading.Thread(target=torch.set_num_threads, args=(found,))
         restorer.start()
         restorer.join()
-
-
-@contextmanager
-def _full_precision_matmul() -> Iterator[None]:
-    """Keeps TF32 and bfloat16 out of float32 products, then puts the switches back. One pass at a time: they are global.
-
-    torch 2.9 has new switches and refuses to read the old ones where a host has used the new.
-    """
-    with _matmul_lock:
-        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            precision = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(precision)
-            return
-        backends: Any = torch.backends
-        switches = [backends.cuda.matmul, backends.mkldnn.matmul]
-        found = [switch.fp32_precision for switch in switches]
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for switch, precision in zip(switches, found, strict=True):
-                switch.fp32_precision = precision

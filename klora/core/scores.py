@@ -6,17 +6,19 @@ The pass gives a profile per layer that answers any partner's K, so files seen b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import Literal, Protocol
 
 from torch import device as Device
 
 from klora.core.deltas import Delta
 from klora.core.file_state import FileState
-from klora.core.layer_pass import Result, Work, over_layers, scoring_device
+from klora.core.layer_pass import SECONDS_BETWEEN_CHECKS, Result, Work, over_layers, scoring_device
 from klora.core.profiles import FileProfile, LayerProfile, table_k
 from klora.core.score_cache import ScoreCache
 from klora.core.topk import profile, top_sum
@@ -24,6 +26,8 @@ from klora.errors import Cancelled, LoraFileError, PairError
 
 Progress = Callable[[int, int], object]
 IsCancelled = Callable[[], bool]
+Turn = Callable[[], AbstractContextManager[object]]
+"""Entered around every pass over a file: a host lets one thread at a time have the machine."""
 
 
 class LayerShape(Protocol):
@@ -99,14 +103,14 @@ def profile_file(
         lora: the file.
         device: where to compute; `scoring_device()` if None.
         progress: called with (layers done, layers in all) after each layer, on the caller's thread.
-        cancelled: asked after each layer, on the caller's thread.
+        cancelled: asked all the time, at least every 0.05 s or GPU layer, on the caller's thread.
         workers: threads on the CPU; by default one per core, at most 8.
 
     Raises:
         Cancelled: `cancelled` said so.
         LoraFileError: broken numbers in the file.
     """
-    run = _Run(device, progress, cancelled, workers)
+    run = _Run(device, progress, cancelled, nullcontext, workers)
     run.expect(len(lora.layers))
     return _profile(lora, run)
 
@@ -120,6 +124,7 @@ def score_pair(
     device: Device | None = None,
     progress: Progress | None = None,
     cancelled: IsCancelled | None = None,
+    turn: Turn = nullcontext,
 ) -> PairScores:
     """Scores of all layers of a pair, and γ.
 
@@ -128,6 +133,7 @@ def score_pair(
         k_scale: multiplies K; 1 is the paper's.
         cache: where profiles are looked for and left.
         device, progress, cancelled: as for `profile_file`; `progress` counts the layers of both files that must be read.
+        turn: entered around every pass over a file, and not at all for a pair that the cache knows.
 
     Raises:
         PairError: the files share no layer, disagree on a layer's shape, or one changes nothing on the shared layers.
@@ -135,8 +141,8 @@ def score_pair(
         LoraFileError: broken numbers in a file, in what is not scored (text encoders, norms, biases, magnitudes) too.
     """
     shared = _shared_layers(subject, style)
-    run = _Run(device, progress, cancelled, None)
-    sides = _Side(subject, cache), _Side(style, cache)
+    run = _Run(device, progress, cancelled, turn, None)
+    sides = _Side(subject, cache, run), _Side(style, cache, run)
     files = sides[:1] if subject.path == style.path else sides
     run.expect(sum(len(side.lora.layers) for side in files if not side.known.layers))
     for side in files:
@@ -154,59 +160,102 @@ def score_pair(
 
 
 class _Run:
-    """Where one call computes, whom it tells and whom it asks, over all its passes."""
+    """Where and when one call computes, whom it tells and whom it asks, over all its passes."""
 
     def __init__(
         self,
         device: Device | None,
         progress: Progress | None,
         cancelled: IsCancelled | None,
+        turn: Turn,
         workers: int | None,
     ) -> None:
         self._device = device or scoring_device()
         self._workers = workers
         self._progress = progress
         self._cancelled = cancelled
+        self._turn = turn
+        self._given_up = Event()
         self._done = self._total = 0
 
     def expect(self, layers: int) -> None:
         """Adds layers to the total of `progress`."""
         self._total += layers
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within it the machine is this call's."""
+        self._check()
+        with self._turn():
+            yield
+
     def over(self, lora: LoraSource, names: Sequence[str], work: Work[Result]) -> dict[str, Result]:
         """One pass over these layers, {layer: result of work}."""
-        self._check()
         return over_layers(
-            lora, names, work, device=self._device, workers=self._workers, layer_done=self._layer_done
+            lora,
+            names,
+            work,
+            device=self._device,
+            workers=self._workers,
+            layer_done=self._layer_done,
+            check=self._check,
         )
+
+    def go_on(self) -> None:
+        """Raises Cancelled once the call is given up; for its other threads, which must not ask `cancelled` themselves."""
+        if self._given_up.is_set():
+            raise Cancelled
+
+    def waited_for(self, work: Callable[[], Result]) -> Result:
+        """The result of work that cannot be told to stop, as hashing a file: when the call is cancelled it is left to end alone."""
+        future: Future[Result] = Future()
+
+        def do() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 raised where it is waited for
+                future.set_exception(error)
+
+        Thread(target=do, daemon=True).start()
+        while not wait([future], SECONDS_BETWEEN_CHECKS).done:
+            self._check()
+        return future.result()
 
     def _layer_done(self) -> None:
         self._done += 1
         if self._progress:
             self._progress(self._done, self._total)
-        if self._done < self._total:
-            self._check()
 
     def _check(self) -> None:
         if self._cancelled and self._cancelled():
+            self._given_up.set()
             raise Cancelled
 
 
 class _Side:
     """One file of a pair and what is known of it, from the cache or from passes over it."""
 
-    def __init__(self, lora: LoraSource, cache: ScoreCache | None) -> None:
+    def __init__(self, lora: LoraSource, cache: ScoreCache | None, run: _Run) -> None:
         self.lora = lora
+        self.known = FileProfile({})
         self._cache = cache
-        self._content = self._present_content()
-        known = cache.load(self._content) if cache and self._content else None
-        self.known = known if known and _fits(known, lora) else FileProfile({})
+        self._content = run.waited_for(self._present_content)
+        self._look_up()
 
     def complete_profiles(self, run: _Run) -> None:
-        """One pass over the file, unless its profile is known: then its numbers have been looked at too."""
-        if not self.known.layers:
-            self.lora.check_unscored()
-            self._learn(FileProfile(_profile(self.lora, run)))
+        """One pass over the file, unless its profile is known, or has become so while this call waited for its turn.
+
+        Where it is known, the numbers that are not scored have been looked at too.
+        """
+        if self.known.layers:
+            return
+        with run.turn():
+            self._look_up()
+            if self.known.layers:
+                run.expect(-len(self.lora.layers))
+            else:
+                run.waited_for(self.lora.check_unscored)
+                self._learn(FileProfile(_profile(self.lora, run)))
 
     def missing(self, ks: Mapping[str, int]) -> dict[str, int]:
         """{layer: K} where the Top-K sum at this K is not known."""
@@ -215,7 +264,12 @@ class _Side:
     def complete_sums(self, ks: Mapping[str, int], run: _Run) -> None:
         """One pass over these layers, if any, for their Top-K sums."""
         if ks:
-            sums = run.over(self.lora, list(ks), lambda name, delta, buffer: top_sum(delta, ks[name], buffer))
+            with run.turn():
+                sums = run.over(
+                    self.lora,
+                    list(ks),
+                    lambda name, delta, buffer: top_sum(delta, ks[name], buffer, run.go_on),
+                )
             extra = {**self.known.extra_sums, **{(name, ks[name]): value for name, value in sums.items()}}
             self._learn(FileProfile(self.known.layers, extra))
 
@@ -225,6 +279,11 @@ class _Side:
         if value is None:
             raise KeyError((name, k))
         return value
+
+    def _look_up(self) -> None:
+        known = self._cache.load(self._content) if self._cache and self._content else None
+        if known and _fits(known, self.lora):
+            self.known = known
 
     def _learn(self, known: FileProfile) -> None:
         self.known = known
@@ -244,7 +303,7 @@ def _fits(known: FileProfile, lora: LoraSource) -> bool:
 
 
 def _profile(lora: LoraSource, run: _Run) -> dict[str, LayerProfile]:
-    found = run.over(lora, list(lora.layers), lambda name, delta, buffer: profile(delta, buffer))
+    found = run.over(lora, list(lora.layers), lambda name, delta, buffer: profile(delta, buffer, run.go_on))
     for name, layer in found.items():
         if not math.isfinite(layer.abs_sum) or not math.isfinite(layer.squared_sum):
             raise LoraFileError(

@@ -7,7 +7,7 @@ in blocks of rows in float32 and summed in float64, which agrees with a float64 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from klora.core.deltas import Delta, Dense, Hadamard, Kronecker, LowRank
+from klora.core.products import product
 from klora.core.profiles import TABLE_LENGTH, LayerProfile, table_k
 
 Magnitudes = NDArray[Any]
+Check = Callable[[], object]
+"""Called again and again within long work; what it raises ends the work."""
 
 BLOCK_NUMEL = 1 << 18
 """Entries in one block on the CPU: 1 MiB stays in the cache between the product and the passes over it."""
@@ -37,23 +40,28 @@ BOUND_MARGIN = 1.001
 """Lets a float32 dot product exceed the product of its norms by rounding."""
 
 
-def profile(delta: Delta, buffer: Tensor) -> LayerProfile:
+def no_check() -> None:
+    """A `Check` that ends nothing."""
+
+
+def profile(delta: Delta, buffer: Tensor, check: Check = no_check) -> LayerProfile:
     """The profile of one layer.
 
     Args:
         delta: ΔW, on the device of `buffer`.
         buffer: from `new_buffer`, reused from layer to layer; never shared between threads.
+        check: called between blocks.
     """
     numel = math.prod(delta.shape)
     table = [min(table_k(delta.rank, n), numel) for n in range(1, TABLE_LENGTH + 1)]
-    scan = _scan(delta, table[-1], buffer)
+    scan = _scan(delta, table[-1], buffer, check)
     running = np.concatenate([[0.0], np.cumsum(scan.largest, dtype=np.float64)])
     return LayerProfile(delta.rank, numel, scan.abs_sum, scan.squared_sum, running[table])
 
 
-def top_sum(delta: Delta, k: int, buffer: Tensor) -> float:
+def top_sum(delta: Delta, k: int, buffer: Tensor, check: Check = no_check) -> float:
     """Sum of the k largest |ΔW| (K-LoRA eqs. 1-4), arguments as for `profile`."""
-    return float(_scan(delta, min(k, math.prod(delta.shape)), buffer).largest.sum(dtype=np.float64))
+    return float(_scan(delta, min(k, math.prod(delta.shape)), buffer, check).largest.sum(dtype=np.float64))
 
 
 def new_buffer(device: torch.device) -> Tensor:
@@ -73,14 +81,14 @@ class _Scan:
     largest: Magnitudes
 
 
-def _scan(delta: Delta, k: int, buffer: Tensor) -> _Scan:
+def _scan(delta: Delta, k: int, buffer: Tensor, check: Check) -> _Scan:
     delta = _moderate(delta)
     if isinstance(delta, Kronecker):
         scan = _scan_kronecker(delta, k)
     elif buffer.device.type == "cpu":
-        scan = _scan_cpu(delta, k, buffer)
+        scan = _scan_cpu(delta, k, buffer, check)
     else:
-        scan = _scan_gpu(delta, k)
+        scan = _scan_gpu(delta, k, check)
     scale = abs(delta.scale)
     return _Scan(
         scan.abs_sum * scale, scan.squared_sum * scale * scale, scan.largest.astype(np.float64) * scale
@@ -120,17 +128,19 @@ def _scan_kronecker(delta: Kronecker, k: int) -> _Scan:
     return _Scan(float(few.sum() * many.sum()), float(np.dot(few, few) * np.dot(many, many)), largest)
 
 
-def _scan_cpu(delta: LowRank | Hadamard | Dense, k: int, buffer: Tensor) -> _Scan:
+def _scan_cpu(delta: LowRank | Hadamard | Dense, k: int, buffer: Tensor, check: Check) -> _Scan:
     squared_sum = _gram_squared_sum(delta) if isinstance(delta, LowRank) and _gram_is_cheap(delta) else None
     blocks = _low_rank_blocks(delta, buffer) if isinstance(delta, LowRank) else _plain_blocks(delta)
     largest = Largest(k)
     abs_sum, block_squares = 0.0, 0.0
     for block, limit in blocks:
+        check()
         abs_sum += float(block.sum())
         if squared_sum is None:
             block_squares += float(torch.dot(block, block))
         if limit > largest.bound:
             largest.add(block.numpy())
+    check()
     return _Scan(abs_sum, block_squares if squared_sum is None else squared_sum, largest.falling())
 
 
@@ -148,7 +158,7 @@ def _low_rank_blocks(delta: LowRank, buffer: Tensor) -> Iterator[tuple[Tensor, f
         buffer = buffer.new_empty(step * columns)
     for part, longest_row in zip(left.split(step), row_norms[::step].tolist(), strict=True):
         block = buffer[: part.shape[0] * columns]
-        torch.mm(part, right, out=block.view(-1, columns))
+        product(part, right, out=block.view(-1, columns))
         yield block.abs_(), longest_row * longest_column
 
 
@@ -176,13 +186,14 @@ def _gram_squared_sum(delta: LowRank) -> float:
     return float(((left.T @ left) * (right @ right.T)).sum())
 
 
-def _scan_gpu(delta: LowRank | Hadamard | Dense, k: int) -> _Scan:
+def _scan_gpu(delta: LowRank | Hadamard | Dense, k: int, check: Check) -> _Scan:
     """Whole rows through torch.topk: a GPU needs no bounds."""
     rows, columns = delta.shape
     step = _rows_per_block(columns, GPU_BLOCK_NUMEL)
     abs_sum = squared_sum = 0.0
     largest = delta.rows(0, 0).flatten()
     for start in range(0, rows, step):
+        check()
         block = delta.rows(start, min(start + step, rows)).abs().flatten()
         abs_sum += float(block.sum(dtype=torch.float64))
         squared_sum += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2

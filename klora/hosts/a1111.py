@@ -2,7 +2,7 @@
 
 The patched layer forwards look `networks.network_apply_weights` up at every call and apply whatever `networks.loaded_networks` holds. While
 attached, that function is ours: a layer is handed to the host's with just the networks it should have, once at the start and once
-a switch; in between it costs one set look-up. Each layer remembers what it has (`network_current_names`), so whatever runs next puts
+a switch; in between it costs one set look-up a layer. Each layer remembers what it has (`network_current_names`), so whatever runs next puts
 it right by itself.
 """
 
@@ -21,7 +21,7 @@ from klora.core.rewrite import is_in
 from klora.core.selectors import Choice
 from klora.core.topology import sdxl_modules
 from klora.errors import HostError
-from klora.hosts.base import Member, Pair
+from klora.hosts.base import Member, Pair, still_loaded
 from klora.hosts.sizes import Padded, Sizes, native_sizes
 
 DENOISER = "diffusion_model"
@@ -56,7 +56,7 @@ class A1111Switch:
 
     def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
         self._networks = networks
-        self._model = model
+        self._loaded_model = ref(model)
         self._members = pair.members
         self._readable = pair.readable
         self._layer_of = {_network_name(name): name for name in pair.layers}
@@ -71,9 +71,14 @@ class A1111Switch:
         self._choices: dict[str, Choice] = {}
         self._settled: set[str] = set()
         self._strengths: list[tuple] = []
+        self._watch: Any = None
         self._failure: BaseException | None = None
         self._originals: dict[str, Callable] = {}
         self._versions: dict[str, str] = {}
+
+    @property
+    def _model(self) -> Any:
+        return still_loaded(self._loaded_model)
 
     def tags(self) -> Sequence[tuple[str, float]]:
         """Name and weight of what the host is to load, which it will do anew where it keeps an earlier content of the file."""
@@ -166,6 +171,9 @@ class A1111Switch:
                 current = getattr(self._networks, name)
             self._originals[name] = current
             setattr(self._networks, name, ours)
+        if self._watch is None:
+            denoiser = self._model.model.diffusion_model
+            self._watch = denoiser.register_forward_pre_hook(self._follow_strengths)
 
     def apply(self, choices: Mapping[str, Choice]) -> None:
         """The layers take their new network at their next forward, where the host itself applies (its memory modes move them)."""
@@ -180,6 +188,9 @@ class A1111Switch:
         for name, original in self._originals.items():
             setattr(self._networks, name, original)
         self._originals.clear()
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
         self._choices.clear()
         self._settled.clear()
 
@@ -187,12 +198,11 @@ class A1111Switch:
         self._networks.loaded_networks[:] = self._of_the_prompt()
 
     def _apply(self, module: Any) -> None:
-        name = getattr(module, "network_layer_name", None)
-        self._follow_strengths()
-        if name in self._settled and self._failure is None:
-            return
         if self._failure is not None:
             raise self._failure
+        name = getattr(module, "network_layer_name", None)
+        if name in self._settled:
+            return
         original = self._originals["network_apply_weights"]
         if name is None:
             original(module)
@@ -209,8 +219,11 @@ class A1111Switch:
             )
         self._settled.add(name)
 
-    def _follow_strengths(self) -> None:
-        """Other extensions change the strengths of the prompt's networks from step to step: then every layer is to be applied anew."""
+    def _follow_strengths(self, _denoiser: Any, _inputs: Any) -> None:
+        """Other extensions change the strengths of the prompt's networks from step to step: then every layer is to be applied anew.
+
+        Looked at when the denoiser is called, once all callbacks of the step are done.
+        """
         strengths = [(net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in self._others]
         if strengths != self._strengths:
             self._strengths = strengths

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import ReferenceType
 
 from klora.core.lora_file import LoraFile
 from klora.core.selectors import Choice
+from klora.errors import HostError
 from klora.hosts.sizes import Sizes
 
 
@@ -101,8 +103,20 @@ class WebUI(Protocol):
         """
 
     def switch(self, model: Any, pair: Pair) -> PairSwitch:
-        """The pair's hold on the loaded checkpoint.
+        """The pair's hold on the loaded checkpoint, which it does not keep alive.
 
         Raises:
             HostError: this checkpoint's storage cannot take LoRAs layer by layer.
         """
+
+
+def still_loaded(model: ReferenceType[Any]) -> Any:
+    """The checkpoint of a run: the WebUI alone keeps it alive, so that a run that dies and is never ended does not.
+
+    Raises:
+        HostError: it is gone.
+    """
+    found = model()
+    if found is None:
+        raise HostError("The WebUI has unloaded the checkpoint of this run: start the run again.")
+    return found

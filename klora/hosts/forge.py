@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import torch
 
+from klora.core.out_of_memory import is_out_of_memory
 from klora.hosts.base import Pair
 from klora.hosts.patchers import PatcherSwitch, Patches, padded_convolution
 from klora.hosts.sizes import Padded
@@ -81,10 +82,15 @@ class ForgeSwitch(PatcherSwitch):
             layer.forge_online_loras[name] = added
 
     def _remerge(self, unet: Any, patches: Patches) -> None:
-        """The host's own merge, told that these weights are all there is: it puts their originals back and merges on them."""
+        """The host's own merge, told that these weights are all there is: it puts their originals back and merges on them.
+
+        What it moves out of the way when memory runs out is then next to nothing, so it is given the whole model to move.
+        """
         try:
             self._refresh(unet, _Part(unet.model, patches), patches)
-        except RuntimeError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             self._refresh(unet, unet.model, patches)
 
     def _refresh(self, unet: Any, model: Any, patches: Patches) -> None:

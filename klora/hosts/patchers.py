@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+from weakref import ref
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from klora.core.rewrite import is_in
 from klora.core.selectors import Choice
 from klora.core.topology import flux_modules
 from klora.errors import HostError
-from klora.hosts.base import Member, Pair
+from klora.hosts.base import Member, Pair, still_loaded
 from klora.hosts.sizes import Padded
 
 DENOISER = "diffusion_model."
@@ -59,15 +60,19 @@ class PatcherSwitch(ABC):
 
     def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
         self._networks = networks
-        self._model = model
+        self._loaded_model = ref(model)
         self._pair = pair
         self._loaded: dict[str, Loaded] = {}
         self._layers_of: dict[str, tuple[str, ...]] = {}
         self._keys_of: dict[str, list[str]] = {}
         self._others: Patches = {}
         self._choices: dict[str, Choice] = {}
-        self._failure: BaseException | None = None
-        self._gate = self._make_gate()
+        self._failures: list[BaseException] = []
+        self._gate = _gate(self._failures)
+
+    @property
+    def _model(self) -> Any:
+        return still_loaded(self._loaded_model)
 
     def tags(self) -> Sequence[tuple[str, float]]:
         return ()
@@ -81,7 +86,7 @@ class PatcherSwitch(ABC):
         self._model.current_lora_hash = f"K-LoRA {uuid4()}"
 
     def fail(self, error: BaseException) -> None:
-        self._failure = error
+        self._failures.append(error)
 
     def networks_loaded(self) -> None:
         if not self._loaded:
@@ -167,19 +172,6 @@ class PatcherSwitch(ABC):
     @abstractmethod
     def _merge(self, unet: Any, patches: Patches) -> None:
         """Make these all patches of the given weights of a loaded clone, and of no other weight."""
-
-    def _make_gate(self) -> Callable[..., tuple]:
-        """A conditioning modifier, which the host calls before every evaluation and lets exceptions out of.
-
-        A plain function, because clones of a patcher copy their options deeply.
-        """
-
-        def gate(*arguments: Any) -> tuple:
-            if self._failure is not None:
-                raise self._failure
-            return arguments
-
-        return gate
 
     def _unet_in_force(self) -> Any:
         unet = self._model.forge_objects.unet
@@ -307,6 +299,20 @@ def padded_convolution(shape: tuple[int, ...]) -> Padded:
         return {}
     taps = shape[2] * shape[3]
     return {"full diff": range(taps, shape[1] * taps, taps)}
+
+
+def _gate(failures: list[BaseException]) -> Callable[..., tuple]:
+    """A conditioning modifier, which the host calls before every evaluation and lets exceptions out of: it raises the first of `failures`.
+
+    A plain function, because clones of a patcher copy their options deeply. The host keeps the last clone: it must not keep the run.
+    """
+
+    def gate(*arguments: Any) -> tuple:
+        if failures:
+            raise failures[0]
+        return arguments
+
+    return gate
 
 
 class OnePatchDict(PatcherSwitch):

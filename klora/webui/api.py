@@ -18,7 +18,7 @@ from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
 from klora.webui import loras, options
 from klora.webui.fonts import host_font
-from klora.webui.turns import Busy, turn, while_connected
+from klora.webui.turns import Busy, place, turn, while_connected
 
 WHOLE_NUMBERS = {"steps": (20, 1, 1000), "seed": (0, 0, 2**63 - 1)}
 """What an analysis takes beside the settings: default, minimum, maximum."""
@@ -98,7 +98,7 @@ def _answer(content: bytes, cancelled: Callable[[], bool]) -> Response:
     try:
         settings, steps, seed, form = _parsed(content)
         subject, style = (loras.find(getattr(settings, role), role).path for role in ("subject", "style"))
-        with turn(cancelled):
+        with place():
             return _written(
                 analyze(
                     subject,
@@ -107,6 +107,7 @@ def _answer(content: bytes, cancelled: Callable[[], bool]) -> Response:
                     steps=steps,
                     seed=seed,
                     cancelled=cancelled,
+                    turn=lambda: turn(cancelled),
                     **options.read().for_analysis(),
                 ),
                 form,

@@ -13,7 +13,7 @@ from klora.core.blocks import block_of, forward_order, group_of
 from klora.core.lora_file import LoraFile
 from klora.core.plan import make_plan
 from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
-from klora.core.scores import score_pair
+from klora.core.scores import Turn, score_pair
 from klora.errors import KLoraError, printable
 from klora.file_notes import trained_on, trigger_words
 from klora.report import value_range
@@ -89,8 +89,13 @@ def card(names: Mapping[str, str]) -> dict[str, Any]:
     return answer
 
 
-def scores(names: Mapping[str, str], k_scale: float, cancelled: Callable[[], bool]) -> dict[str, Any]:
+def scores(
+    names: Mapping[str, str], k_scale: float, cancelled: Callable[[], bool], turn: Turn
+) -> dict[str, Any]:
     """γ and the scores of a pair by layer, in the order of the plan, one list a column; `place` is the layer's in the network.
+
+    Args:
+        cancelled, turn: as for `score_pair`.
 
     Raises:
         KLoraError: with the sentence for the user.
@@ -100,7 +105,13 @@ def scores(names: Mapping[str, str], k_scale: float, cancelled: Callable[[], boo
     chosen = options.read()
     loras.check_pair(subject, style, chosen.cache())
     found = score_pair(
-        subject, style, k_scale=k_scale, cache=chosen.cache(), device=chosen.device(), cancelled=cancelled
+        subject,
+        style,
+        k_scale=k_scale,
+        cache=chosen.cache(),
+        device=chosen.device(),
+        cancelled=cancelled,
+        turn=turn,
     )
     layers = found.layers
     in_order = sorted(range(len(layers)), key=lambda i: forward_order(layers[i].name))

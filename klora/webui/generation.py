@@ -18,6 +18,7 @@ from klora.webui import infotext, loras, options
 from klora.webui.applied import AppliedMaps
 from klora.webui.hold import GenerationRefused, Hold, let_go, refuse, sentence_of
 from klora.webui.passes import Passes
+from klora.webui.progress import scoring_progress
 from klora.webui.rewritten import readable_copy
 
 WITHOUT_THE_PAIR = (
@@ -95,17 +96,11 @@ class Run:
         from modules import shared
 
         state = shared.state
-
-        def progress(done: int, total: int) -> None:
-            state.textinfo = f"K-LoRA: scoring {done} of {total} layers"
-            state.sampling_step, state.sampling_steps = done, total
-
-        scores = score_pair(
-            self._files["subject"], self._files["style"], k_scale=self._settings.k_scale, cache=self._options.cache(),
-            device=self._options.device(), progress=progress, cancelled=lambda: state.interrupted or state.stopping_generation,
-        )  # fmt: skip
-        state.textinfo, state.sampling_step = None, 0
-        return scores
+        with scoring_progress(state) as progress:
+            return score_pair(
+                self._files["subject"], self._files["style"], k_scale=self._settings.k_scale, cache=self._options.cache(),
+                device=self._options.device(), progress=progress, cancelled=lambda: state.interrupted or state.stopping_generation,
+            )  # fmt: skip
 
     def _pair(self, scores: PairScores) -> Pair:
         settings, roles = self._settings, self._settings.text_encoder_roles()

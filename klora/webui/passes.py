@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 from klora.core.plan import Plan, make_plan
 from klora.core.scores import PairScores
@@ -42,7 +43,7 @@ class Passes:
         self._p = p
         self._settings = settings
         self._webui = webui
-        self._model = model
+        self._model = ref(model)
         self._checkpoint = _checkpoint_of(model)
         self._held = ExitStack()
         self._stops: list[str] = []
@@ -236,8 +237,8 @@ class Passes:
                 return f"K-LoRA: the {name} pass, on {Path(str(_checkpoint_of(model))).name}, has neither LoRA of the pair. {error}"
         self.stopped = False
         self._checkpoint = _checkpoint_of(model)
-        if model is not self._model:
-            self._model = model
+        if model is not self._model():
+            self._model = ref(model)
             self.switch = self._webui.switch(model, self._pair)
         if self.sampling:
             self._hold()

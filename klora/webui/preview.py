@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from klora.errors import Cancelled, KLoraError
 from klora.settings import Settings
 from klora.webui import card
-from klora.webui.turns import Busy, turn, while_connected
+from klora.webui.turns import Busy, is_awaited, place, spare_turn, while_connected
 
 
 def register(app: FastAPI) -> None:
@@ -32,20 +32,22 @@ def files(request: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
 
 
 async def scores(request: Request, asked: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
-    """The scores of the pair, `card.scores`. Given up when the page hangs up, and put off while the WebUI is generating.
+    """The scores of the pair, `card.scores`. Given up when the page hangs up, and put off while anybody else needs the machine.
 
     What is wrong is part of an answer with status 200, as browsers log others: {"problem": sentence, "again": whether to ask again soon}.
     """
-    return await while_connected(request, lambda gone: _scored(asked, lambda: gone() or _generating()))
+    return await while_connected(
+        request, lambda gone: _scored(asked, lambda: gone() or _generating() or is_awaited())
+    )
 
 
 def _scored(asked: dict[str, Any], cancelled: Callable[[], bool]) -> JSONResponse:
     try:
         k_scale = Settings.parse({"k_scale": asked.get("k_scale", 1.0)}).k_scale
-        with turn(cancelled):
-            return JSONResponse(card.scores(_names(asked), k_scale, cancelled))
+        with place():
+            return JSONResponse(card.scores(_names(asked), k_scale, cancelled, spare_turn))
     except Cancelled:
-        return _later("The pair is scored when the WebUI has finished its picture.")
+        return _later("The pair is scored once the WebUI has nothing else to do.")
     except Busy as error:
         return _later(str(error))
     except KLoraError as error:

@@ -1,12 +1,12 @@
-"""Long work for a request: one at a time, a few waiting, given up when its client hangs up."""
+"""Long work for a request: a few at a time, in turn with all else that uses the machine, given up when its client hangs up."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from threading import BoundedSemaphore, Event, Lock
-from typing import TypeVar
+from threading import BoundedSemaphore, Event, Lock, Thread
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -17,7 +17,6 @@ MOST_AT_ONCE = 4
 SECONDS_BETWEEN_LOOKS = 0.2
 
 places = BoundedSemaphore(MOST_AT_ONCE)
-_under_way = Lock()
 
 Answer = TypeVar("Answer")
 
@@ -27,25 +26,82 @@ class Busy(KLoraError):
 
 
 @contextmanager
-def turn(cancelled: Callable[[], bool]) -> Iterator[None]:
-    """Wait until no other analysis is under way.
+def place() -> Iterator[None]:
+    """One of the places for analyses, be they under way or waiting.
 
     Raises:
-        Busy: too many are waiting already.
-        Cancelled: `cancelled` said so while it was waiting.
+        Busy: all are taken.
     """
     if not places.acquire(blocking=False):
         raise Busy(f"{MOST_AT_ONCE} analyses are under way or waiting already: try again when one is done.")
     try:
-        while not _under_way.acquire(timeout=SECONDS_BETWEEN_LOOKS):
-            if cancelled():
-                raise Cancelled
-        try:
-            yield
-        finally:
-            _under_way.release()
+        yield
     finally:
         places.release()
+
+
+@contextmanager
+def turn(cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Within it the machine is this thread's: in the host's own queue, as a generation is, first come, first served.
+
+    Raises:
+        Cancelled: `cancelled` said so while it was waiting.
+    """
+    lock = _host_queue()
+    if not lock.acquire(blocking=False):
+        _wait_for(lock, cancelled)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def spare_turn() -> Iterator[None]:
+    """The same for what is worth doing only while nobody else needs the machine; it should stop once `is_awaited`.
+
+    Raises:
+        Cancelled: somebody has it.
+    """
+    lock = _host_queue()
+    if not lock.acquire(blocking=False):
+        raise Cancelled
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_awaited() -> bool:
+    """Whether somebody waits for the machine."""
+    return bool(getattr(_host_queue(), "_pending_threads", ()))
+
+
+def _host_queue() -> Any:
+    from modules.call_queue import queue_lock
+
+    return queue_lock
+
+
+def _wait_for(lock: Any, cancelled: Callable[[], bool]) -> None:
+    """Acquire the host's lock. It has no time-out, so a thread stands in line, and lets the next one pass if it was in vain."""
+    handing_over, ours, given_up = Lock(), Event(), Event()
+
+    def stand_in_line() -> None:
+        lock.acquire()
+        with handing_over:
+            if given_up.is_set():
+                lock.release()
+            else:
+                ours.set()
+
+    Thread(target=stand_in_line, daemon=True).start()
+    while not ours.wait(SECONDS_BETWEEN_LOOKS):
+        if cancelled():
+            with handing_over:
+                if not ours.is_set():
+                    given_up.set()
+                    raise Cancelled
 
 
 async def while_connected(request: Request, work: Callable[[Callable[[], bool]], Answer]) -> Answer:

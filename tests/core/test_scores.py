@@ -283,21 +283,6 @@ def test_workers_use_one_torch_thread(torch_threads):
     assert threading.get_ident() not in {thread for _, thread in seen}
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_products_are_exact_whatever_the_host_allows_and_it_may_go_on_so(precision):
-    before = torch.get_float32_matmul_precision()
-    lora = MemoryLora("a.safetensors", {"a": low_rank(256, 256, 64)})
-    exact = profile_file(lora)["a"].abs_sum
-    try:
-        torch.set_float32_matmul_precision(precision)
-        allowed = torch.backends.cuda.matmul.allow_tf32
-        assert profile_file(lora)["a"].abs_sum == exact
-        assert torch.get_float32_matmul_precision() == precision
-        assert torch.backends.cuda.matmul.allow_tf32 == allowed
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def test_two_pairs_at_once():
     loras = pair(many(), many(seed=99))
     expected = score_pair(*loras)
@@ -389,3 +374,98 @@ def test_a_file_replaced_while_it_is_scored_is_not_stored_under_its_new_content(
     score_pair(subject, style, cache=cache, progress=lambda *_: subject.path.write_bytes(b"another file"))
     assert cache.load(cache.content(subject.path)) is None
     assert cache.load(cache.content(style.path)) is not None
+
+
+# --- among others
+
+
+class OtherCache:
+    """A cache that hashes for as long as the test lets it."""
+
+    def __init__(self):
+        self.may_end = threading.Event()
+
+    def content(self, path):
+        assert self.may_end.wait(20)
+
+    def load(self, content):
+        pytest.fail("nothing is known of it")
+
+
+def test_hashing_a_file_is_not_waited_for_once_the_call_is_given_up():
+    cache, start = OtherCache(), time.monotonic()
+    with pytest.raises(Cancelled):
+        score_pair(*pair(many(), many(seed=99)), cache=cache, cancelled=lambda: True)
+    assert time.monotonic() - start < 5
+    cache.may_end.set()
+
+
+def test_what_is_known_already_is_told_even_when_nothing_may_be_computed(tmp_path):
+    loras, cache = files(tmp_path, many(3), many(3, seed=99)), ScoreCache(tmp_path / "cache")
+    known = score_pair(*loras, cache=cache)
+    assert score_pair(*loras, cache=cache, cancelled=lambda: True, turn=pytest.fail) == known
+
+
+class Machine:
+    """Lets one at a time have it.
+
+    Attributes:
+        turns: how often it was had.
+        had: whether it is now.
+    """
+
+    def __init__(self):
+        self.turns, self.had = 0, False
+
+    @contextlib.contextmanager
+    def turn(self):
+        assert not self.had
+        self.turns, self.had = self.turns + 1, True
+        try:
+            yield
+        finally:
+            self.had = False
+
+
+def test_the_machine_is_had_for_each_pass_and_for_nothing_else():
+    machine, had = Machine(), []
+
+    class Spy(MemoryLora):
+        def _read(self, name):
+            had.append(machine.had)
+            return super()._read(name)
+
+    loras = Spy("subject.safetensors", many(4)), Spy("style.safetensors", many(4, seed=99))
+    score_pair(*loras, turn=machine.turn)
+    assert (machine.turns, set(had)) == (2, {True})
+    score_pair(*loras, k_scale=1.3, turn=machine.turn)
+    assert machine.turns == 6
+    assert not machine.had
+
+
+def test_the_machine_is_given_back_by_a_call_that_is_given_up_or_fails():
+    machine = Machine()
+    with pytest.raises(Cancelled):
+        score_pair(
+            *pair(many(), many(seed=99)),
+            turn=machine.turn,
+            progress=lambda *at: machine.__setattr__("seen", at),
+            cancelled=lambda: hasattr(machine, "seen"),
+        )
+    with pytest.raises(LoraFileError):
+        score_pair(Broken("broken", many()), Broken("style", many()), turn=machine.turn)
+    assert (machine.turns, machine.had) == (2, False)
+
+
+def test_a_file_that_was_scored_while_this_call_waited_is_not_read_again(tmp_path):
+    loras, cache = files(tmp_path, many(3), many(3, seed=99)), ScoreCache(tmp_path / "cache")
+    others = files(tmp_path, many(3), many(3, seed=99))
+
+    @contextlib.contextmanager
+    def turn():
+        score_pair(*others, cache=ScoreCache(tmp_path / "cache"))
+        yield
+
+    scores = score_pair(*loras, cache=cache, turn=turn)
+    assert (loras[0].reads, loras[1].reads) == ([], [])
+    assert scores == score_pair(*others)

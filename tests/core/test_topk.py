@@ -97,7 +97,9 @@ def reference(delta):
 def route(request, monkeypatch):
     """Every test on both routes; the one for a GPU runs on any device."""
     if request.param == "gpu":
-        monkeypatch.setattr(topk, "_scan_cpu", lambda delta, k, buffer: topk._scan_gpu(delta, k))
+        monkeypatch.setattr(
+            topk, "_scan_cpu", lambda delta, k, buffer, check: topk._scan_gpu(delta, k, check)
+        )
     return request.param
 
 

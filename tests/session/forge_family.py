@@ -268,6 +268,10 @@ class Objects(SimpleNamespace):
         return Objects(unet=self.unet, clip=self.clip)
 
 
+class Checkpoint(SimpleNamespace):
+    """One that can be referred to weakly, as the host's."""
+
+
 def checkpoint(kind):
     """A loaded checkpoint whose UNet and text encoder have patchers of a kind."""
     torch.manual_seed(0)
@@ -275,7 +279,7 @@ def checkpoint(kind):
     for model in models:
         model.loaded, model.fail_at, model.half_offloaded, model.packed = None, None, False, False
     original = Objects(unet=kind(models[0]), clip=Clip(kind(models[1])))
-    return SimpleNamespace(
+    return Checkpoint(
         is_sdxl=False, forge_objects_original=original, forge_objects=original.shallow_copy(),
         forge_objects_after_applying_lora=original.shallow_copy(), current_lora_hash="[]",
     )  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from klora.core import file_state
 from klora.core.selectors import Choice
@@ -75,6 +76,24 @@ class Network(SimpleNamespace):
     """One that can be referred to weakly, as the host's."""
 
 
+class Denoiser(torch.nn.Module):
+    """Its forward applies networks to each of its layers; the layer of the text encoder is among them for brevity."""
+
+    def __init__(self, networks, layers):
+        super().__init__()
+        self.networks, self.layers = networks, layers
+
+    def forward(self):
+        for layer in self.layers:
+            self.networks.network_apply_weights(layer)
+
+
+class Checkpoint:
+    def __init__(self, networks, layers):
+        self.model = SimpleNamespace(diffusion_model=Denoiser(networks, layers))
+        self.network_layer_mapping = {layer.network_layer_name: layer for layer in layers}
+
+
 def member(role, on_text_encoder):
     return Member(role, role, lora_file(path=FILES / f"{role}.safetensors"), 1.0, on_text_encoder)
 
@@ -94,9 +113,10 @@ class Host:
     """A host with a model of a few layers, the pair loaded after one other network."""
 
     def __init__(self, text_encoder=("subject", "style")):
-        self.networks, self.known = Networks(), {}
+        self.networks = Networks()
         new = {"weight": 1000, "backup": 1000, "network_current_names": ()}
         self.model = [SimpleNamespace(network_layer_name=name, **new) for name in [*NAMES, NORM, ENCODER]]
+        self.checkpoint = Checkpoint(self.networks, self.model)
         self.other, self.subject = network("other", 1, NAMES), network("subject", 10, [*NAMES, NORM, ENCODER])
         self.style = network("style", 100, [*NAMES, ENCODER])
         self.networks.loaded_networks[:] = [self.other, self.subject, self.style]
@@ -110,11 +130,7 @@ class Host:
         self.own_apply = self.networks.network_apply_weights
 
     def new_switch(self):
-        model = SimpleNamespace(
-            network_layer_mapping={module.network_layer_name: module for module in self.model},
-            klora_networks=self.known,
-        )
-        return A1111Switch(self.networks, model, self.pair)
+        return A1111Switch(self.networks, self.checkpoint, self.pair)
 
     def start(self):
         self.switch.networks_loaded()
@@ -122,8 +138,7 @@ class Host:
         return self
 
     def forward(self):
-        for module in self.model:
-            self.networks.network_apply_weights(module)
+        self.checkpoint.model.diffusion_model()
         return [module.weight - 1000 for module in self.model]
 
 

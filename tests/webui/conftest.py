@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from standin.webui.modules.call_queue import QueueLock
 from standin.webui.modules.options import Options
 from webui_host import HTML, Block, Button, Component, Dropdown, InputAccordion, Networks, Slider, module
 
@@ -20,10 +21,18 @@ def networks(monkeypatch):
 def shared(monkeypatch):
     made = module("modules.shared", cmd_opts=SimpleNamespace(api_auth=None), opts=Options({}))
     devices = module("modules.devices", device="cpu")
-    monkeypatch.setitem(sys.modules, "modules", module("modules", shared=made, devices=devices))
-    monkeypatch.setitem(sys.modules, "modules.shared", made)
-    monkeypatch.setitem(sys.modules, "modules.devices", devices)
+    call_queue = module("modules.call_queue", queue_lock=QueueLock())
+    parts = {"shared": made, "devices": devices, "call_queue": call_queue}
+    monkeypatch.setitem(sys.modules, "modules", module("modules", **parts))
+    for name, part in parts.items():
+        monkeypatch.setitem(sys.modules, f"modules.{name}", part)
     return made
+
+
+@pytest.fixture
+def queue_lock(shared):
+    """The host's own: who has it has the machine."""
+    return sys.modules["modules.call_queue"].queue_lock
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from PIL import Image, ImageChops
 from webui_host import NetworkOnDisk
 
 from klora.analysis import analyze
+from klora.core import scores
 from klora.errors import Cancelled
 from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
@@ -111,11 +112,12 @@ def test_a_file_that_is_no_lora_is_said(networks, tmp_path):
 def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
     running, most, goes_on = [], [], threading.Event()
 
-    def slow(*args, **kwargs):
-        running.append(1)
-        most.append(len(running))
-        goes_on.wait(20)
-        running.pop()
+    def slow(*args, turn, **kwargs):
+        with turn():
+            running.append(1)
+            most.append(len(running))
+            goes_on.wait(20)
+            running.pop()
         return analyze(*args, **kwargs)
 
     monkeypatch.setattr(api, "analyze", slow)
@@ -174,12 +176,44 @@ def test_an_analysis_whose_client_hangs_up_is_given_up(monkeypatch):
     monkeypatch.undo()
 
 
-def test_one_that_waits_for_its_turn_gives_up_too(monkeypatch):
+def test_one_that_waits_for_a_generation_gives_up_too(queue_lock):
     request = {"type": "http.request", "body": json.dumps(NAMES).encode(), "more_body": False}
-    with turns.turn(lambda: False):
+    with queue_lock:
         assert post([request, {"type": "http.disconnect"}]) == [499]
     assert turns.places._value == turns.MOST_AT_ONCE
     assert client().post("/klora/v1/analyze", json=NAMES).status_code == 200
+
+
+def test_an_analysis_waits_until_the_generation_is_over(queue_lock):
+    codes = []
+    asking = threading.Thread(
+        target=lambda: codes.append(client().post("/klora/v1/analyze", json=NAMES).status_code)
+    )
+    with queue_lock:
+        asking.start()
+        asking.join(0.5)
+        assert codes == []
+    asking.join(20)
+    assert codes == [200]
+
+
+def test_one_whose_scores_are_known_waits_for_nothing(queue_lock):
+    known = client().post("/klora/v1/analyze", json=NAMES).json()
+    with queue_lock:
+        assert client().post("/klora/v1/analyze", json=NAMES).json() == known
+
+
+def test_while_a_pair_is_scored_no_generation_can_start(queue_lock, monkeypatch):
+    free, real = [], scores.over_layers
+
+    def spy(*args, **kwargs):
+        free.append(queue_lock.acquire(blocking=False))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(scores, "over_layers", spy)
+    assert client().post("/klora/v1/analyze", json=NAMES).status_code == 200
+    assert free == [False, False]
+    assert queue_lock.acquire(blocking=False)
 
 
 BODIES = {

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from webui_host import NetworkOnDisk, module
 
 from klora.analysis import analyze
+from klora.core import scores as scored
 from klora.core.blocks import block_of, forward_order
 from klora.core.lora_file import read_lora
 from klora.settings import Settings
@@ -265,22 +267,33 @@ def test_a_pair_that_cannot_be_scored_gets_its_sentence(more, said):
 def test_while_a_picture_is_made_only_what_is_known_already_is_answered(host):
     host.shared.state.job = "txt2img"
     put_off = scores().json()
-    assert ("finished its picture" in put_off["problem"], put_off["again"]) == (True, True)
+    assert ("nothing else to do" in put_off["problem"], put_off["again"]) == (True, True)
     host.shared.state.job = ""
     known = scores().json()
     host.shared.state.job = "txt2img"
     assert scores().json() == known
 
 
-def test_it_waits_for_its_turn_among_the_analyses():
-    answers = []
-    with turns.turn(lambda: False):
-        asking = threading.Thread(target=lambda: answers.append(scores().status_code))
-        asking.start()
-        asking.join(0.5)
-        assert answers == []
-    asking.join(20)
-    assert answers == [200]
+def test_while_anybody_has_the_machine_it_is_put_off(queue_lock):
+    with queue_lock:
+        assert scores().json()["again"]
+    assert "gamma" in scores().json()
+
+
+def test_it_gives_way_to_whoever_waits_for_the_machine(queue_lock, monkeypatch):
+    generating, real = threading.Thread(target=queue_lock.acquire), scored.over_layers
+
+    def slow(*args, **kwargs):
+        generating.start()
+        while not turns.is_awaited():
+            time.sleep(0.01)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(scored, "over_layers", slow)
+    assert scores().json()["again"]
+    generating.join(20)
+    assert not generating.is_alive()
+    assert not queue_lock.acquire(blocking=False)
 
 
 def test_the_pages_log_in_guards_the_routes():

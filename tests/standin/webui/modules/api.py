@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 
 from modules import errors, infotext_utils, processing, scripts, sd_models, shared
+from modules.call_queue import queue_lock
 
 FIELDS = {
     "Steps": ("steps", int), "Sampler": ("sampler_name", str), "CFG scale": ("cfg_scale", float), "Seed": ("seed", int), "Size-1": ("width", int),
@@ -26,6 +27,7 @@ class Api:
             ("POST", "img2img"): lambda request=Body(...): self._generate(request, True),  # noqa: B008
             ("POST", "interrupt"): shared.state.interrupt,
             ("POST", "skip"): shared.state.skip,
+            ("GET", "progress"): self._progress,
             ("GET", "options"): lambda: shared.opts.data,
             ("POST", "options"): self._set_options,
             ("POST", "refresh-loras"): self._refresh_loras,
@@ -60,6 +62,19 @@ class Api:
 
         self.app.exception_handler(HTTPException)(answer)
 
+    def _progress(self):
+        """The share of the jobs that is done, by the host's own arithmetic."""
+        state, share = shared.state, 0
+        if state.job_count:
+            share = 0.01 + (state.job_no / state.job_count if state.job_count > 0 else 0)
+            if state.sampling_steps > 0:
+                share += 1 / state.job_count * state.sampling_step / state.sampling_steps
+        return {
+            "progress": min(share, 1),
+            "textinfo": state.textinfo,
+            "state": {"job_count": state.job_count},
+        }
+
     def _refresh_loras(self):
         """Whatever is being generated: the host takes no lock for it."""
         import networks
@@ -67,7 +82,7 @@ class Api:
         networks.list_available_networks()
 
     def _set_options(self, request=Body(...)):  # noqa: B008
-        with shared.queue_lock:
+        with queue_lock:
             for name, value in request.items():
                 shared.opts.set(name, value)
             sd_models.reload_model_weights()
@@ -96,7 +111,7 @@ class Api:
             if is_img2img
             else processing.StableDiffusionProcessingTxt2Img
         )
-        with shared.queue_lock:
+        with queue_lock:
             p = kind(**{name: value for name, value in request.items() if name in processing.DEFAULTS})
             p.scripts, p.script_args = runner, args
             p.do_not_save_samples, p.outpath_samples = (
@@ -104,7 +119,10 @@ class Api:
                 shared.opts.outdir_txt2img_samples,
             )
             shared.state.begin()
-            processed = runner.run(p) or processing.process_images(p)
+            try:
+                processed = runner.run(p) or processing.process_images(p)
+            finally:
+                shared.state.end()
         return {
             "images": [as_base64(image) for image in processed.images],
             "parameters": {},

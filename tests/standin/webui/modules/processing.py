@@ -261,6 +261,8 @@ def process_images_inner(p):
     p.all_subseeds = p.all_seeds
     p.scripts.process(p)
     p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
+    if state.job_count == -1:
+        state.job_count = p.n_iter
     images, infotexts = [], []
     for iteration in range(p.n_iter):
         p.iteration = iteration
@@ -291,6 +293,7 @@ def process_images_inner(p):
             subseed_strength=0,
             prompts=p.prompts,
         )
+        state.next_job()
         p.scripts.post_sample(p, samples)
         decoded = [shared.sd_model.decode_first_stage(sample.contiguous(), *p.size()) for sample in samples]
         p.scripts.postprocess_batch(p, images=decoded, batch_number=p.iteration)

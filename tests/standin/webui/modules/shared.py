@@ -1,6 +1,5 @@
 """Options, the state of the job under way, the folder, and the loaded checkpoint."""
 
-from threading import Lock
 from types import SimpleNamespace
 
 from modules.options import Options
@@ -16,13 +15,23 @@ DEFAULTS = {
 
 class State:
     def __init__(self):
+        self.sampling_steps = 0
         self.begin()
+        self.end()
         self.restart_requested = False
 
     def begin(self):
         self.interrupted = self.skipped = self.stopping_generation = False
-        self.sampling_step = self.sampling_steps = 0
-        self.textinfo = None
+        self.job, self.job_no, self.job_count = "a job", 0, -1
+        self.sampling_step = self.current_image_sampling_step = 0
+        self.textinfo = self.current_latent = None
+
+    def end(self):
+        self.job, self.job_count = "", 0
+
+    def next_job(self):
+        self.job_no += 1
+        self.sampling_step = self.current_image_sampling_step = 0
 
     def interrupt(self):
         self.interrupted = True
@@ -39,4 +48,3 @@ opts = Options(DEFAULTS)
 cmd_opts = SimpleNamespace(api_auth=None, folder=None)
 state = State()
 sd_model = None
-queue_lock = Lock()
