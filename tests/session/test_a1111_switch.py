@@ -279,7 +279,7 @@ def test_copies_of_two_contents_have_two_names(tmp_path):
 
     host.networks.load_network = load_network
     subject, style = host.pair.members
-    foreign = SimpleNamespace(**{**vars(subject.file), "dialect": "diffusers PEFT"})
+    foreign = SimpleNamespace(**{**vars(subject.file), "dialects": frozenset({"diffusers PEFT"})})
     for content in ("aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb"):
         host.pair = replace(
             host.pair,

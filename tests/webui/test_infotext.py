@@ -27,6 +27,7 @@ NAMES = st.text(
         "名前",
         "\u3000wide",
         "K-LoRA style: x",
+        "None",
     ]
 )
 ANY_FIELD = {
@@ -59,7 +60,8 @@ def test_any_settings_come_back(networks, values, subject, style):
     networks.put(NetworkOnDisk(subject, digest="a" * 12), NetworkOnDisk(style, digest="b" * 12))
     settings = dataclasses.replace(Settings.parse(values), enabled=True, subject=subject, style=style)
     controls = restored(infotext.parameters(settings, hosted(subject), hosted(style)))
-    assert (controls.pop("subject"), controls.pop("style")) == (subject, style)
+    chosen = tuple(hosted(name).chosen_as for name in (subject, style))
+    assert (controls.pop("subject"), controls.pop("style")) == chosen
     assert (
         dataclasses.replace(
             Settings.parse(controls | {"enabled": False}), enabled=True, subject=subject, style=style
