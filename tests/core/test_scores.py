@@ -134,7 +134,11 @@ def test_a_file_with_itself():
 @pytest.mark.parametrize(
     ("subject", "style", "words"),
     [
-        ({"a": low_rank(3, 3, 1)}, {"b": low_rank(3, 3, 1)}, ["no layer in common", "put both into the prompt"]),
+        (
+            {"a": low_rank(3, 3, 1)},
+            {"b": low_rank(3, 3, 1)},
+            ["no layer in common", "put both into the prompt"],
+        ),
         ({}, {}, ["no layer in common"]),
         ({"a": low_rank(3, 3, 1)}, {"a": low_rank(3, 4, 1)}, ["layer a", "3×3", "3×4", "same base model"]),
         (

@@ -56,7 +56,9 @@ def test_a_chosen_lora_that_the_prompt_has_too_applies_once_and_that_is_said(hos
     assert "K-LoRA warnings" not in host.answer(host.pair)["info"]["extra_generation_params"]
 
 
-@pytest.mark.parametrize("word", ["lcm", "sdxl_lightning_4step", "Hyper-SDXL-8steps", "turbo 4 steps", "dmd2"])
+@pytest.mark.parametrize(
+    "word", ["lcm", "sdxl_lightning_4step", "Hyper-SDXL-8steps", "turbo 4 steps", "dmd2"]
+)
 def test_an_accelerator_as_a_style_is_said(host, word):
     name = f"klora_test_{word}"
     with host.more_loras(**{name: load_file(host.file(host.style))}):
