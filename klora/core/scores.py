@@ -317,8 +317,8 @@ def _shared_layers(subject: LoraSource, style: LoraSource) -> list[str]:
     shared = sorted(subject.layers.keys() & style.layers.keys())
     if not shared:
         raise PairError(
-            f"“{subject.path.name}” and “{style.path.name}” change different parts of the model and no layer in common, so there is nothing "
-            "to choose between: put both into the prompt, each applies in full to its own part."
+            f"“{subject.path.name}” and “{style.path.name}” change different parts of the model and have no layer in common, so there is "
+            "nothing to choose between: put both into the prompt, where each applies in full to its own part."
         )
     for name in shared:
         ours, theirs = subject.layers[name].shape, style.layers[name].shape
