@@ -17,6 +17,8 @@ STALE_TEMPORARY_SECONDS = 3600.0
 
 _TEMPORARY = ".tmp"
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_CANNOT_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
+"""What file systems that know no flushing answer."""
 
 
 class DiskStore:
@@ -61,8 +63,7 @@ class DiskStore:
         try:
             fill(temporary)
             if durable:
-                with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
+                _flush(temporary)
             temporary.replace(target)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -134,6 +135,15 @@ class DiskStore:
                     stat = path.stat()
                     found.append((stat.st_mtime, stat.st_size, path))
         return sorted(found)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in _CANNOT_FLUSH:
+                raise
 
 
 def _delete(path: Path) -> bool:

@@ -185,6 +185,18 @@ def test_what_is_made_is_on_the_disk_before_it_has_its_name(store, monkeypatch):
     assert only.endswith(".tmp")
 
 
+def test_a_file_system_that_cannot_flush_is_no_fault_and_a_failing_disk_is(store, monkeypatch):
+    def fail(code):
+        monkeypatch.setattr(disk_store.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(code, "fsync")))
+
+    fail(errno.EINVAL)
+    assert store.made("a-2.data", filled).exists()
+    fail(errno.EIO)
+    with pytest.raises(OSError, match="fsync"):
+        store.made("b-2.data", filled)
+    assert names(store) == ["a-2.data"]
+
+
 MAKER = """
 import sys; sys.path.insert(0, sys.argv[2])
 from pathlib import Path

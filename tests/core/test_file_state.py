@@ -93,7 +93,7 @@ def test_header_end_and_blocks_tell_where_the_system_keeps_no_time_of_change(lor
     assert state_of(lora) != before
 
 
-@pytest.mark.parametrize("data", [b"", b"1", b"12345678", b"\xff" * 100, bytes(10_000)])
+@pytest.mark.parametrize("data", [b"", b"1", b"12345678", b"\xff" * 100, bytes(10_000)], ids=len)
 def test_any_file_has_a_state(tmp_path, data, no_change_times):
     one, other = (
         put(tmp_path / "lora", data + last) and state_of(tmp_path / "lora") for last in (b"a", b"b")
