@@ -385,7 +385,7 @@ class OtherCache:
     def __init__(self):
         self.may_end = threading.Event()
 
-    def content(self, path):
+    def content(self, path, state):
         assert self.may_end.wait(20)
 
     def load(self, content):
