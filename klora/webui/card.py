@@ -16,8 +16,8 @@ from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
 from klora.core.scores import Turn, score_pair
 from klora.errors import KLoraError, printable
 from klora.file_notes import trained_on, trigger_words
+from klora.level_colours import BOTH, STYLE, SUBJECT
 from klora.report import value_range
-from klora.selection_map import BOTH, STYLE, SUBJECT
 from klora.settings import DEFAULTS, SPECS
 from klora.webui import infotext, loras, options
 
@@ -122,7 +122,7 @@ def scores(
             **{
                 field: [getattr(layer, field) for layer in layers]
                 for field in (
-                    "name", "only", "k", "rank_subject", "rank_style", "subject_score", "style_score", "subject_frobenius", "style_frobenius",
+                    "name", "only", "k", "rank_subject", "rank_style", "subject_score", "style_score", "subject_energy", "style_energy",
                 )
             },
             "block": [block_of(layer.name) for layer in layers],

@@ -163,7 +163,7 @@ class Passes:
             self._scores,
             steps=steps,
             schedule=settings.schedule_of_run(),
-            selector=settings.selector,
+            method=settings.method,
             gamma=settings.gamma,
             seed=int(seeds[0]),
         )

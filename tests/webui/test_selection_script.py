@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from klora.core.selectors import SELECTORS
 
 from klora.core.plan import make_plan
 from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
 from klora.core.scores import LayerScore, PairScores
-from klora.core.selectors import SELECTORS
 from klora.errors import SettingsError
 from klora.settings import SPECS, Settings
 from klora.webui import card
