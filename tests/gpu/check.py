@@ -28,7 +28,7 @@ from bench_scoring import flux_shapes, sdxl_shapes, write_lora  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from klora.core.lora_file import LoraFile, read_lora  # noqa: E402
-from klora.core.methods import FULL
+from klora.core.methods import FULL  # noqa: E402
 from klora.core.plan import make_plan  # noqa: E402
 from klora.core.schedule import Schedule  # noqa: E402
 from klora.core.scores import PairScores, score_pair  # noqa: E402
