@@ -28,8 +28,10 @@ SAME_MODULES = {"hr_additional_modules": ["Use same choices"]}
 """What Forge must be told for a hires pass; others ignore it."""
 LISTS = {**SAME_MODULES, "styles": []}
 """The fields that the API of Forge cannot read from an infotext (TypeError), with or without K-LoRA."""
+OURS = {f"klora_{name}": value for name, value in vars(Options()).items()}
+"""K-LoRA's options as they are declared."""
 DECLARED = {
-    **{f"klora_{name}": value for name, value in vars(Options()).items()},
+    **OURS,
     "ad_script_names": "dynamic_prompting,dynamic_thresholding,lora_block_weight,negpip,wildcard_recursive,wildcards",
 }
 """What options of extensions are until they are changed: the APIs of Neo and, for ADetailer, of A1111 do not tell."""
@@ -275,7 +277,7 @@ class RunningHost(Host):
         with (
             terminated_as_interrupted(),
             self.configuration_kept(),
-            self.options(**self.facts.options, **checkpoint),
+            self.options(**OURS, **self.facts.options, **checkpoint),
         ):
             yield
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from host import RunningHost
 
+from klora.webui.options import Options
+
 FOUND = b'{\r\n  "sd_model_checkpoint": "mine.safetensors",\n "samples_save": true }\n'
 
 
@@ -52,6 +54,13 @@ def test_options_and_their_file_are_put_back(host):
         assert host.values["sd_model_checkpoint"] == "tiny.safetensors"
     is_as_found(host)
     assert host.values["klora_on_error"] == "stop"
+
+
+def test_k_loras_options_are_as_declared_whatever_the_user_has(host):
+    host.call("/sdapi/v1/options", {"klora_accelerators": "a word of the user's"})
+    with host.ready():
+        assert host.values["klora_accelerators"] == Options().accelerators
+    assert host.values["klora_accelerators"] == "a word of the user's"
 
 
 def test_an_option_the_api_does_not_tell_gets_back_what_its_file_has(host):
