@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = sorted(
     [
-        *(ROOT / "klora" / "core").glob("*.py"),
+        *(ROOT / "klora" / "core").rglob("*.py"),
         ROOT / "klora" / "settings.py",
         ROOT / "klora" / "errors.py",
         ROOT / "klora" / "session.py",

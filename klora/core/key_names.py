@@ -14,6 +14,7 @@ from itertools import islice
 from types import MappingProxyType
 
 from klora.core import topology
+from klora.core.adapters import ADAPTERS, dora
 from klora.core.topology import Module
 
 DENOISER = "denoiser"
@@ -79,19 +80,10 @@ _PREFIXES = (
 
 SUFFIXES: Mapping[str, str] = MappingProxyType(
     {
-        ".lora_up.weight": "up", ".lora_down.weight": "down", ".lora_mid.weight": "mid",
-        ".lora_B.weight": "up", ".lora_A.weight": "down", ".lora_B.bias": "up_bias",
-        "_lora.up.weight": "up", "_lora.down.weight": "down", "_lora.alpha": "alpha",
-        ".lora.up.weight": "up", ".lora.down.weight": "down", ".lora.alpha": "alpha",
-        ".lora_linear_layer.up.weight": "up", ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.alpha": "alpha",
-        ".up.weight": "up", ".down.weight": "down",
+        **{suffix: role for adapter in ADAPTERS for suffix, role in adapter.suffixes.items()},
+        **dora.SUFFIXES,
         ".alpha": "alpha", ".scale": "scale",
-        ".dora_scale": "dora_scale", ".lora_magnitude_vector.weight": "peft_magnitude", ".lora_magnitude_vector": "peft_magnitude",
-        ".magnitude": "peft_magnitude",
-        ".diff": "diff", ".diff_b": "diff_b", ".w_norm": "w_norm", ".b_norm": "b_norm",
-        **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-        **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-        **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2", "bm")},
+        ".diff_b": "diff_b", ".w_norm": "w_norm", ".b_norm": "b_norm",
     }
 )  # fmt: skip
 _SUFFIXES_BY_LAST_PART = {

@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 
 from klora.core import families
+from klora.core.adapters import dora
 from klora.core.file_state import FileState, state_of
 from klora.core.key_names import ParsedKey, foreign_prefix, parse_key
 from klora.core.lora_modules import FileModule, Gathered, gather, used_rank
@@ -227,20 +228,20 @@ def _multiplies(file: TensorFile) -> LoraFileError:
 
 def _infos(modules: Iterable[FileModule], tensors: OpenTensors) -> Iterator[tuple[str, LayerInfo]]:
     for module in modules:
-        if module.kind is None or module.measure is None:
+        if module.kind is None or module.delta_shape is None:
             continue
         for layer, start, stop in module.pieces():
             rank = used_rank(module, tensors, start, stop)
             if rank != 0:
-                shape = (stop - start, module.measure.shape[1])
+                shape = (stop - start, module.delta_shape.shape[1])
                 yield layer, LayerInfo(rank, shape, _kind_name(module), module.network_alpha, module.scale)
 
 
 def _kind_name(module: FileModule) -> str:
     assert module.kind is not None
     if module.magnitude_role is not None:
-        return "DoRA"
-    return "LoCon" if module.kind.name == "LoRA" and module.target.module.kind == CONV else module.kind.name
+        return dora.NAME
+    return module.kind.name_of(module.target.module.kind == CONV)
 
 
 def _carried(gathered: Gathered) -> tuple[str, ...]:
