@@ -8,16 +8,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from klora.core.families import FAMILIES
+from klora.core.text_encoders import TEXT_ENCODERS
 from klora.errors import LoraFileError
 
 _METADATA_KEY = "lora_adapter_metadata"
 _PEFT_DEFAULT_ALPHA = 8
 _COMPONENTS = {
-    "sdxl": ("unet",),
-    "flux": ("transformer",),
-    "te1": ("text_encoder",),
-    "te2": ("text_encoder_2",),
-    "t5": ("text_encoder_2", "text_encoder_3"),
+    **{family.key: (family.component,) for family in FAMILIES.values()},
+    **{encoder.key: encoder.components for encoder in TEXT_ENCODERS.values()},
 }
 _LARGEST_ALPHA = 1e30
 _MODULE_NAME = re.compile(r"\^?[\w.]+")
@@ -48,7 +47,7 @@ class AdapterConfig:
         """lora_alpha / rank (/ √rank with rank-stabilised LoRA) of the module `path`; None if the file does not say.
 
         Args:
-            base: "sdxl", "flux", "te1", "te2" or "t5".
+            base: the key of a family or of a text encoder.
             path: the module's dotted name in diffusers.
             rank: rows of its down.
 

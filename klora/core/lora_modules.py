@@ -64,19 +64,18 @@ class FileModule:
 
     def pieces(self) -> Iterator[tuple[str, int, int]]:
         """(canonical layer, first row, row after the last), top first."""
+        columns: int | None = None
         if self.delta_shape is not None:
             rows, columns = self.delta_shape.shape
         else:
             rows = max(prod(shape) for shape in self.shapes.values())
-            columns = rows // 7  # FLUX's linear1 is 3 + 4 times as high as wide
         layers = self.target.layers
-        width = columns if len(layers) == 4 else rows // len(layers)
-        heights = [width] * min(3, len(layers)) + [rows - 3 * width] * (len(layers) == 4)
+        heights = self.target.module.heights(layers, rows, columns)
         if sum(heights) != rows or heights[-1] <= 0:
-            raise ShapeMismatch(
-                next(iter(self.keys)),
-                f"has {rows} rows, which cannot be cut into {len(layers)} layers of {columns} columns",
+            what = (
+                f"{len(layers)} layers" if columns is None else f"{len(layers)} layers of {columns} columns"
             )
+            raise ShapeMismatch(next(iter(self.keys)), f"has {rows} rows, which cannot be cut into {what}")
         for layer, (start, stop) in zip(layers, pairwise(accumulate(heights, initial=0)), strict=True):
             yield layer, start, stop
 

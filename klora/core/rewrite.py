@@ -1,7 +1,7 @@
 """Writing a LoRA file under the key names that A1111, Forge and their kin load.
 
-SDXL becomes kohya with sgm names. FLUX becomes kohya where the file is fused and diffusers with PEFT's lora_A / lora_B
-where it is split; both may stand in one file, which Forge reads. Tensors are copied byte for byte.
+A module becomes kohya with native names, but for pieces of a fused module that stand alone: these become diffusers' names with PEFT's
+lora_A / lora_B. Both may stand in one file, which Forge reads. Tensors are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from klora.core.adapters import dora
+from klora.core.families import FAMILIES
+from klora.core.families.base import DIFFUSERS
 from klora.core.key_names import SUFFIXES
 from klora.core.lora_file import LoraFile
 from klora.core.lora_modules import FileModule
 from klora.core.tensor_file import OpenTensors
+from klora.core.text_encoders import TEXT_ENCODERS
 from klora.errors import LoraFileError
 
 _KOHYA = {"up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight", "alpha": ".alpha"}
 _PEFT = {**_KOHYA, "up": ".lora_B.weight", "down": ".lora_A.weight"}
 _OTHER = {role: suffix for suffix, role in SUFFIXES.items() if role not in _KOHYA}
 _RENAMED = {"up_bias": ".diff_b", dora.PEFT: ".dora_scale"}
-_TEXT_ENCODERS = {"te1": "lora_te1_", "te2": "lora_te2_", "t5": "lora_te3_"}
 _BIASES = ("diff_b", "up_bias")
 _DTYPES = {
     "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8", "bool",
@@ -115,19 +117,25 @@ def _places(module: FileModule) -> Iterator[tuple[str, Mapping[str, str], slice 
     """(opening of the key, suffixes of the pair, rows or None for all) of each module that the host shall see."""
     target = module.target
     native = target.module.native
-    if target.base in _TEXT_ENCODERS:
-        yield _TEXT_ENCODERS[target.base] + _flat(native.partition(":")[2]), _KOHYA, None
-    elif target.layers == target.module.layers and not target.halves_swapped:
-        split_name = target.base == "flux" and target.naming == "diffusers" and len(target.layers) == 1
+    if target.base in TEXT_ENCODERS:
+        yield TEXT_ENCODERS[target.base].prefixes[0].text + _flat(native.partition(":")[2]), _KOHYA, None
+        return
+    family = FAMILIES[target.base]
+    if target.layers == target.module.layers and not target.halves_swapped:
+        split_name = family.diffusers_is_read and target.naming == DIFFUSERS and len(target.layers) == 1
         yield (
-            (f"transformer.{target.module.diffusers[0]}", _PEFT, None)
+            (f"{family.component}.{target.module.diffusers[0]}", _PEFT, None)
             if split_name
             else (f"lora_unet_{_flat(native)}", _KOHYA, None)
         )
     else:
         names = dict(zip(target.module.layers, target.module.diffusers, strict=True))
         for layer, start, stop in module.pieces():
-            yield f"transformer.{names[layer]}", _PEFT, slice(start, stop) if len(target.layers) > 1 else None
+            yield (
+                f"{family.component}.{names[layer]}",
+                _PEFT,
+                slice(start, stop) if len(target.layers) > 1 else None,
+            )
 
 
 def _flat(name: str) -> str:

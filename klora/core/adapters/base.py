@@ -16,6 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from klora.core.deltas import Delta, LowRank
+from klora.core.families import listed
 from klora.core.products import second_axis_product
 
 LARGEST = 1 << 27
@@ -125,7 +126,7 @@ def no_larger(role: str, rows: int, columns: int) -> tuple[int, int]:
     """The size of a matrix, if a layer may have it."""
     if rows * columns > LARGEST:
         raise ShapeMismatch(
-            role, f"makes a matrix of {rows} × {columns}, which no layer of SDXL or FLUX.1 is"
+            role, f"makes a matrix of {rows} × {columns}, which no layer of {listed('or')} is"
         )
     return rows, columns
 
