@@ -89,9 +89,9 @@ class ParsedKey:
 
 
 def parse_key(key: str, families: Iterable[Family] = FAMILIES.values()) -> ParsedKey | None:
-    """The meaning of `key` in the first of these families that has it, None if no dialect of any has it."""
+    """The meaning of `key` in a text encoder or the first of these families that has it, None if no dialect of any has it."""
     cuts = list(_cuts(key))
-    return next(filter(None, (_meaning(cuts, family) for family in families)), None)
+    return next(filter(None, (_meaning(cuts, network) for network in (*_ENCODERS, *families))), None)
 
 
 def parse_keys(keys: Iterable[str]) -> Mapping[str, dict[str, ParsedKey]]:
@@ -99,11 +99,15 @@ def parse_keys(keys: Iterable[str]) -> Mapping[str, dict[str, ParsedKey]]:
     found: dict[str, dict[str, ParsedKey]] = {name: {} for name in FAMILIES}
     for key in keys:
         cuts = list(_cuts(key))
+        shared = next(filter(None, (_meaning(cuts, encoder) for encoder in _ENCODERS)), None)
         for name, family in FAMILIES.items():
-            meaning = _meaning(cuts, family)
+            meaning = shared or _meaning(cuts, family)
             if meaning is not None:
                 found[name][key] = meaning
     return found
+
+
+_ENCODERS: tuple[Family | TextEncoder, ...] = tuple(TEXT_ENCODERS.values())
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,9 @@ def _cuts(key: str) -> Iterator[_Cut]:
             yield _Cut(suffix, stem, *_without_accident(stem), adapter)
 
 
-def _meaning(cuts: Iterable[_Cut], family: Family) -> ParsedKey | None:
+def _meaning(cuts: Iterable[_Cut], network: Family | TextEncoder) -> ParsedKey | None:
     for cut in cuts:
-        for network, prefix in _prefixes(family):
+        for prefix in network.prefixes:
             if cut.name.startswith(prefix.text):
                 path = cut.name[len(prefix.text) :]
                 target = _targets(network, prefix.separator).get(path)
@@ -141,13 +145,6 @@ def _meaning(cuts: Iterable[_Cut], family: Family) -> ParsedKey | None:
                         dialect = f"{dialect} (adapter names)"
                     return ParsedKey(target, SUFFIXES[cut.suffix], dialect, path, cut.stem, cut.adapter)
     return None
-
-
-@cache
-def _prefixes(family: Family) -> tuple[tuple[Family | TextEncoder, Prefix], ...]:
-    """Every opening of a key and the network that it leads to, text encoders first: a denoiser's keys may have none."""
-    networks: tuple[Family | TextEncoder, ...] = (*TEXT_ENCODERS.values(), family)
-    return tuple((network, prefix) for network in networks for prefix in network.prefixes)
 
 
 def foreign_prefix(keys: Iterable[str]) -> str | None:
