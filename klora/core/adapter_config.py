@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from klora.core.families import FAMILIES
@@ -14,10 +14,6 @@ from klora.errors import LoraFileError
 
 _METADATA_KEY = "lora_adapter_metadata"
 _PEFT_DEFAULT_ALPHA = 8
-_COMPONENTS = {
-    **{family.key: (family.component,) for family in FAMILIES.values()},
-    **{encoder.key: encoder.components for encoder in TEXT_ENCODERS.values()},
-}
 _LARGEST_ALPHA = 1e30
 _MODULE_NAME = re.compile(r"\^?[\w.]+")
 
@@ -40,7 +36,11 @@ class AdapterConfig:
         except (ValueError, RecursionError):
             content = {}
         self._settings: dict[str, Any] = content if isinstance(content, dict) else {}
-        self._components = {base: self._component(base) for base in _COMPONENTS}
+        names = {
+            **{family.key: (family.component,) for family in FAMILIES.values()},
+            **{encoder.key: encoder.components for encoder in TEXT_ENCODERS.values()},
+        }
+        self._components = {base: self._component(components) for base, components in names.items()}
         self._patterns = {base: self._alpha_pattern(settings) for base, settings in self._components.items()}
 
     def scale(self, base: str, path: str, rank: int) -> float | None:
@@ -83,8 +83,8 @@ class AdapterConfig:
             f'"{field}" in the header of "{self._name}" ("{_METADATA_KEY}") is not one number for each module name: export the LoRA again.'
         )
 
-    def _component(self, base: str) -> dict[str, Any]:
-        for component in _COMPONENTS[base]:
+    def _component(self, names: Sequence[str]) -> dict[str, Any]:
+        for component in names:
             opening = f"{component}."
             found = {
                 key.removeprefix(opening): value
