@@ -9,6 +9,7 @@ from evaluation.demo import demo
 from evaluation.evaluate import evaluate
 from evaluation.tables import GROUPS
 from klora.__main__ import RESEARCH, positive, size
+from klora.core.families import listed
 
 
 def run(arguments: list[str]) -> None:
@@ -48,7 +49,7 @@ def _evaluate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pairs", type=positive, help="only so many pairs of the miniature")
     command.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
     command.add_argument(
-        "--model", type=Path, help="an SDXL folder or single file, or a FLUX folder; then also:"
+        "--model", type=Path, help=f"an {listed('or', short=True)} folder, or an SDXL single file; then also:"
     )
     command.add_argument(
         "--config",

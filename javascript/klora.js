@@ -210,7 +210,7 @@
             const shares = plan && plan.rows ? plan.rows.map(row => klora.subjectShare(row, this.constants.levels)).filter(share => share !== null) : [];
             const share = shares.length ? shares.reduce((sum, one) => sum + one, 0) / shares.length : null;
             const problems = [known.problem, plan && plan.problem].filter(Boolean).join(" ");
-            const offered = ["subject", "style"].every(role => (this.card[role] || {}).base === "FLUX") && this.values.schedule === "s";
+            const offered = ["subject", "style"].every(role => (this.card[role] || {}).schedule === "s*") && this.values.schedule === "s";
             const more = {gamma: plan && plan.rows ? plan.gamma : known.gamma ?? null, share, warnings: known.warnings || [], problem: problems, offered};
             const drawn = JSON.stringify([this.card, more]);
             if (drawn !== this.drawnCard || !this.cardPlace.firstChild) {

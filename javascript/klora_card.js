@@ -61,19 +61,18 @@
     function tiles({layers, checkpoint}, gamma, share) {
         if (!layers) return [];
         const only = ["subject", "style"].filter(role => layers[role]).map(role => `${layers[role]} only in the ${role}`).join(", ");
-        const fits = {sdxl: "SDXL", flux: "FLUX"}[checkpoint && checkpoint.base] || "of another kind";
         return [
             tile("layers both change", String(layers.shared), only || "none in one file only"),
             tile("γ", gamma === null ? "…" : klora.short(gamma), "balance of the two"),
             tile("subject's share", share === null ? "…" : klora.percent(share), "of layers and steps", share === null ? null : shareBar(share)),
-            tile("checkpoint", checkpoint ? fits : "not loaded", checkpoint ? checkpoint.name : "told when it is loaded"),
+            tile("checkpoint", checkpoint ? checkpoint.base || "of another kind" : "not loaded", checkpoint ? checkpoint.name : "told when it is loaded"),
         ];
     }
 
-    function offer(preset) {
+    function offer(base, preset) {
         const button = element("button", {type: "button", class: "klora-choice", title: "Sets the schedule to S* and β to auto"}, "use S*");
         button.addEventListener("click", preset);
-        return element("p", {class: "klora-offer"}, "For FLUX the paper's authors recommend the schedule S*.", button);
+        return element("p", {class: "klora-offer"}, `For ${base} the paper's authors recommend the schedule S*.`, button);
     }
 
     /**
@@ -81,14 +80,14 @@
      * @param card the answer of /klora/internal/card
      * @param more {gamma, share, warnings, problem}: of the scored pair, null or empty before; whether the preset is to be offered
      * @param prompt {add(words)}
-     * @param preset sets the controls to what is recommended for FLUX
+     * @param preset sets the controls to what is recommended for such LoRAs
      */
     function drawCard(card, more, prompt, preset) {
         const problems = [...card.problems, ...(more.problem ? [more.problem] : [])];
         return element("div", {class: "klora-card"},
             element("div", {class: "klora-files"}, ...Object.keys(ROLES).map(role => filePane(role, card[role], prompt))),
             element("div", {class: "klora-tiles"}, ...tiles(card, more.gamma, more.share)),
-            more.offered ? offer(preset) : null,
+            more.offered ? offer(card.subject.base, preset) : null,
             ...problems.map(sentence => element("p", {class: "klora-problem", role: "alert"}, sentence)),
             ...more.warnings.map(sentence => element("p", {class: "klora-warning"}, sentence)));
     }

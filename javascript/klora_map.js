@@ -242,8 +242,8 @@
         }
 
         shortName(layer) {
-            const parts = this.view.pair.layers.name[layer].split(".");
-            const name = parts.slice(/^(input|output|double|single)_/.test(parts[0]) ? 2 : 1).join(".");
+            const {layers} = this.view.pair, numbered = /\d$/.test(layers.block[layer]);
+            const name = layers.name[layer].split(".").slice(numbered ? 2 : 1).join(".");
             return name.replace(/transformer_blocks\./g, "").replace(/^(\d+)\.(\d+)\./, "$1.$2 ");
         }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from klora.analysis import Analysis, analyze
+from klora.core.families import listed
 from klora.core.score_cache import ScoreCache
 from klora.errors import Cancelled, KLoraError
 from klora.report import preflight
@@ -85,7 +86,10 @@ def _analyze_command(command: argparse.ArgumentParser) -> None:
 
 def _generate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--model", type=Path, required=True, help="an SDXL folder or single file, or a FLUX folder"
+        "--model",
+        type=Path,
+        required=True,
+        help=f"an {listed('or', short=True)} folder, or an SDXL single file",
     )
     command.add_argument(
         "--config",

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from klora.accelerators import ACCELERATORS, is_accelerator
-from klora.core.families import is_control_lora, other_base_by_metadata
+from klora.core.families import FAMILIES
+from klora.core.foreign_files import other_base_by_metadata
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
@@ -100,7 +101,7 @@ def check_pair(subject: LoraFile, style: LoraFile) -> None:
         )
 
 
-BASE_NAMES = {"sdxl": "SDXL", "flux": "FLUX"}
+BASE_NAMES = {family.key: family.short_name for family in FAMILIES.values()}
 
 
 def pair_warnings(
@@ -115,15 +116,16 @@ def pair_warnings(
                 f"The {role} LoRA {name} looks like an accelerator (it makes a model need few steps), which is neither a subject "
                 "nor a style: put it in the prompt and choose another LoRA here."
             )
-        if is_control_lora(lora.unknown_keys, {layer: info.shape for layer, info in lora.layers.items()}):
+        family = FAMILIES[lora.base]
+        if family.is_control(lora.unknown_keys, {layer: info.shape for layer, info in lora.layers.items()}):
             warnings.append(
                 f"The {role} LoRA {name} is a control LoRA (FLUX.1 Depth or Canny, or for FLUX.1 Fill), which follows an image given beside the "
                 "prompt and is neither a subject nor a style: choose another LoRA here."
             )
-        elif (other := other_base_by_metadata(lora.base, lora.metadata)) is not None:
+        elif (other := other_base_by_metadata(family, lora.metadata)) is not None:
             warnings.append(
-                f"The header of the {role} LoRA {name} says that it was made for {other}, whose names and sizes are those of FLUX.1 where it is "
-                "trained: fuse it with LoRAs for that model only."
+                f"The header of the {role} LoRA {name} says that it was made for {other}, whose names and sizes are those of {family.name} where "
+                "it is trained: fuse it with LoRAs for that model only."
             )
         elif lora.unknown_keys:
             few = ", ".join(printable(key, 80) for key in lora.unknown_keys[:3]) + (

@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from klora.analysis import BASE_NAMES, Analysis, Progress, analyze, check_pair
+from klora.core.families import listed
 from klora.core.lora_file import read_lora
 from klora.core.score_cache import ScoreCache
 from klora.errors import HostError, KLoraError, PairError
@@ -168,7 +169,7 @@ def load_pipeline(model: Path, config: Path | None = None) -> Any:
 
     if not model.exists():
         raise HostError(
-            f"There is no model at {model}: give --model an SDXL or FLUX folder, or an SDXL .safetensors file."
+            f"There is no model at {model}: give --model an {listed('or', short=True)} folder, or an SDXL .safetensors file."
         )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

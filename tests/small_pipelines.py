@@ -30,7 +30,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from klora.core.topology import Module, flux_modules, sdxl_modules
+from klora.core.families.flux import flux_modules
+from klora.core.families.sdxl import sdxl_modules
+from klora.core.topology import Module
 
 
 def sdxl_pipeline() -> StableDiffusionXLPipeline:

@@ -1,14 +1,17 @@
 """The house's promises: which part may import what."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
+from klora.core.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 CORE = sorted(
     [
-        *(ROOT / "klora" / "core").glob("*.py"),
+        *(ROOT / "klora" / "core").rglob("*.py"),
         ROOT / "klora" / "settings.py",
         ROOT / "klora" / "errors.py",
         ROOT / "klora" / "session.py",
@@ -51,6 +54,18 @@ def test_research_uses_klora_and_never_the_other_way():
         assert not {name.split(".")[0] for name in imports(path)} & {"evaluation", "tests"}, path
     for path in (ROOT / "evaluation").rglob("*.py"):
         assert not {name.split(".")[0] for name in imports(path)} & {*HOSTS_ONLY, "tests"}, path
+
+
+def test_a_family_stands_by_its_name_in_its_own_record_only():
+    literal = re.compile("|".join(rf"[\"']{key}[\"']" for key in FAMILIES), re.IGNORECASE)
+    for path in [*(ROOT / "klora").rglob("*.py"), *(ROOT / "javascript").glob("*.js")]:
+        if "families" not in path.parts:
+            assert not literal.search(path.read_text(encoding="utf-8")), path
+
+
+def test_nobody_asks_for_the_name_of_a_kind_of_lora():
+    for path in (ROOT / "klora").rglob("*.py"):
+        assert "kind.name ==" not in path.read_text(encoding="utf-8"), path
 
 
 def test_bare_install_does_nothing():

@@ -5,10 +5,11 @@ import pytest
 from PIL import Image, ImageFont
 
 from klora.core.blocks import block_of, forward_order
+from klora.core.families.flux import flux_modules
+from klora.core.families.sdxl import sdxl_modules
 from klora.core.plan import make_plan
 from klora.core.schedule import Schedule
 from klora.core.scores import LayerScore, PairScores
-from klora.core.topology import flux_modules, sdxl_modules
 from klora.lettering import Pen, own_font
 from klora.level_colours import BOTH
 from klora.selection_map import (

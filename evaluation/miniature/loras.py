@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evaluation.miniature import train, world
-from klora.core.topology import sdxl_modules
+from klora.core.families.sdxl import SDXL
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -145,7 +145,7 @@ def write(path: Path, recipe: Recipe, state: dict[str, Tensor]) -> None:
             )
         save_file(tensors, path)
         return
-    natives = {module.diffusers[0]: module.native for module in sdxl_modules()}
+    natives = {module.diffusers[0]: module.native for module in SDXL.modules}
     for name, value in state.items():
         layer, _, side = name.removesuffix(".weight").rpartition(".lora_")
         stem = "lora_unet_" + natives[layer].replace(".", "_")

@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from klora.core.families import FAMILIES
+from klora.core.text_encoders import TEXT_ENCODERS
 from klora.errors import LoraFileError
 
 _METADATA_KEY = "lora_adapter_metadata"
 _PEFT_DEFAULT_ALPHA = 8
-_COMPONENTS = {
-    "sdxl": ("unet",),
-    "flux": ("transformer",),
-    "te1": ("text_encoder",),
-    "te2": ("text_encoder_2",),
-    "t5": ("text_encoder_2", "text_encoder_3"),
-}
 _LARGEST_ALPHA = 1e30
 _MODULE_NAME = re.compile(r"\^?[\w.]+")
 
@@ -41,14 +36,18 @@ class AdapterConfig:
         except (ValueError, RecursionError):
             content = {}
         self._settings: dict[str, Any] = content if isinstance(content, dict) else {}
-        self._components = {base: self._component(base) for base in _COMPONENTS}
+        names = {
+            **{family.key: (family.component,) for family in FAMILIES.values()},
+            **{encoder.key: encoder.components for encoder in TEXT_ENCODERS.values()},
+        }
+        self._components = {base: self._component(components) for base, components in names.items()}
         self._patterns = {base: self._alpha_pattern(settings) for base, settings in self._components.items()}
 
     def scale(self, base: str, path: str, rank: int) -> float | None:
         """lora_alpha / rank (/ √rank with rank-stabilised LoRA) of the module `path`; None if the file does not say.
 
         Args:
-            base: "sdxl", "flux", "te1", "te2" or "t5".
+            base: the key of a family or of a text encoder.
             path: the module's dotted name in diffusers.
             rank: rows of its down.
 
@@ -84,8 +83,8 @@ class AdapterConfig:
             f'"{field}" in the header of "{self._name}" ("{_METADATA_KEY}") is not one number for each module name: export the LoRA again.'
         )
 
-    def _component(self, base: str) -> dict[str, Any]:
-        for component in _COMPONENTS[base]:
+    def _component(self, names: Sequence[str]) -> dict[str, Any]:
+        for component in names:
             opening = f"{component}."
             found = {
                 key.removeprefix(opening): value

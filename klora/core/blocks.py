@@ -5,28 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-GROUPS = {
-    "time_embed": "time", "label_emb": "label", "input_blocks": "down", "middle_block": "mid", "output_blocks": "up", "out": "out",
-    "img_in": "in", "txt_in": "in", "time_in": "in", "vector_in": "in", "guidance_in": "in",
-    "double_blocks": "double", "single_blocks": "single", "final_layer": "out",
-}  # fmt: skip
-"""First part of a canonical layer name -> its group, in the order of the forward pass of SDXL's UNet and of FLUX."""
+from klora.core.families import FAMILIES
 
-_RANKS = {head: place for place, head in enumerate(GROUPS)}
+_BLOCKS = {head: block for family in FAMILIES.values() for head, block in family.blocks.items()}
+_RANKS = {head: place for place, head in enumerate(_BLOCKS)}
 
 
 def group_of(layer: str) -> str:
     """The part of the network that a canonical layer is in: "down", "mid", "up", "double", "single", …"""
     head = layer.partition(".")[0]
-    return GROUPS.get(head, head)
+    return _BLOCKS[head].group if head in _BLOCKS else head
 
 
 def block_of(layer: str) -> str:
     """The block of a canonical layer, as people call it: "down 4", "mid", "up 0", "double 3", "single 37"."""
     head, *rest = layer.split(".")
     group = group_of(layer)
-    numbered = head in ("input_blocks", "output_blocks", "double_blocks", "single_blocks")
-    return f"{group} {rest[0]}" if numbered and rest else group
+    return f"{group} {rest[0]}" if rest and head in _BLOCKS and _BLOCKS[head].numbered else group
 
 
 def forward_order(layer: str) -> tuple:

@@ -2,22 +2,68 @@
 
 A delta is a matrix of shape (rows, columns). A convolution of shape (out, in, kh, kw) is the matrix (out, in * kh * kw),
 as K-LoRA only looks at the magnitudes of the entries. All factors are float32 on one device. `scale` multiplies every
-entry; for an up/down pair it is network_alpha / rank.
+entry; for an up/down pair it is network_alpha / rank. The forms that only one kind of LoRA has stand with that kind, in
+`adapters`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Union
+from abc import ABC, abstractmethod
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar
 
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from klora.core.products import product
 
 
 @dataclass(frozen=True)
-class LowRank:
+class Scan:
+    """Sum and sum of squares of a delta's magnitudes, and its k largest, (k,), falling."""
+
+    abs_sum: float
+    squared_sum: float
+    largest: NDArray[Any]
+
+
+class Delta(ABC):
+    """ΔW = scale · something, as a frozen dataclass whose tensors are its factors.
+
+    Attributes:
+        scale: what every entry is multiplied by.
+        rank: the rank that counts for K in eq. (5); None for a delta that has none.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    scale: float
+    rank: int | None
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop without `scale`, shape (stop - start, columns)."""
+
+    def row_slice(self, start: int, stop: int) -> Delta:
+        """The piece of a fused layer in rows start..stop."""
+        return Dense(self.rows(start, stop), self.scale, self.rank)
+
+    def with_halves_swapped(self) -> Delta:
+        """The delta with its upper and lower half of rows exchanged."""
+        half = self.shape[0] // 2
+        return Dense(self.rows(0, 2 * half).roll(half, 0), self.scale, self.rank)
+
+    def scan(self, k: int) -> Scan | None:
+        """The sums and the k largest without `scale`, where the factors tell them and ΔW need not be evaluated; else None."""
+        return None
+
+
+@dataclass(frozen=True)
+class LowRank(Delta):
     """ΔW = scale · left @ right: LoRA, LoCon (a Tucker mid is folded into `right`), and DoRA before its magnitude.
 
     Attributes:
@@ -37,7 +83,6 @@ class LowRank:
         return self.left.shape[0], self.right.shape[1]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop of left @ right, shape (stop - start, columns), without `scale`."""
         return product(self.left[start:stop], self.right)
 
     def row_slice(self, start: int, stop: int) -> LowRank:
@@ -46,68 +91,13 @@ class LowRank:
         used = left.ne(0).any(dim=0)
         return LowRank(left[:, used], self.right[used], self.scale, int(used.sum()))
 
-
-@dataclass(frozen=True)
-class Hadamard:
-    """LoHa: ΔW = scale · (left1 @ right1) ∘ (left2 @ right2) (LyCORIS; FedPara, arXiv 2108.06098)."""
-
-    left1: Tensor
-    right1: Tensor
-    left2: Tensor
-    right2: Tensor
-    scale: float
-    rank: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.left1.shape[0], self.right1.shape[1]
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop without `scale`, shape (stop - start, columns)."""
-        return product(self.left1[start:stop], self.right1) * product(self.left2[start:stop], self.right2)
-
-    def row_slice(self, start: int, stop: int) -> Hadamard:
-        """The piece of a fused layer in rows start..stop."""
-        return Hadamard(
-            self.left1[start:stop], self.right1, self.left2[start:stop], self.right2, self.scale, self.rank
-        )
+    def with_halves_swapped(self) -> LowRank:
+        return LowRank(self.left.roll(self.shape[0] // 2, 0), self.right, self.scale, self.rank)
 
 
 @dataclass(frozen=True)
-class Kronecker:
-    """LoKr: ΔW = scale · first ⊗ second (LyCORIS).
-
-    Attributes:
-        first: (m1, n1).
-        second: (m2, n2, spatial): the spatial positions of a convolution stay innermost; spatial is 1 for a linear layer.
-        rank: of the factorised factor, None if both factors are stored full.
-    """
-
-    first: Tensor
-    second: Tensor
-    scale: float
-    rank: int | None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        (m1, n1), (m2, n2, spatial) = self.first.shape, self.second.shape
-        return m1 * m2, n1 * n2 * spatial
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop without `scale`, shape (stop - start, columns)."""
-        m2 = self.second.shape[0]
-        index = torch.arange(start, stop, device=self.first.device)
-        first, second = self.first[index // m2], self.second[index % m2]
-        return (first[:, :, None, None] * second[:, None]).flatten(1)
-
-    def row_slice(self, start: int, stop: int) -> Dense:
-        """The piece of a fused layer in rows start..stop."""
-        return Dense(self.rows(start, stop), self.scale, self.rank)
-
-
-@dataclass(frozen=True)
-class Dense:
-    """ΔW = scale · values: a full difference."""
+class Dense(Delta):
+    """ΔW = scale · values: a full difference, or rows of a delta that no longer has factors."""
 
     values: Tensor
     scale: float
@@ -118,15 +108,11 @@ class Dense:
         return self.values.shape[0], self.values.shape[1]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop without `scale`, shape (stop - start, columns)."""
         return self.values[start:stop]
 
     def row_slice(self, start: int, stop: int) -> Dense:
         """The piece of a fused layer in rows start..stop."""
         return Dense(self.values[start:stop], self.scale, self.rank)
-
-
-Delta = Union[LowRank, Hadamard, Kronecker, Dense]
 
 
 def dense(delta: Delta) -> Tensor:

@@ -1,7 +1,7 @@
 """The key dialects of LoRA files, as tables: which trainer's key stands for which tensor of which layer.
 
 A key is <prefix><module><suffix>. The suffix names the role of the tensor, the prefix the network, and the module is
-looked up in tables made from the topology, so that a name with underscores has one meaning and no dot is guessed.
+looked up in tables made from all modules of one base model, so that a name with underscores has one meaning and no dot is guessed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,20 @@ from functools import cache
 from itertools import islice
 from types import MappingProxyType
 
-from klora.core import topology
+from klora.core.adapters import ADAPTERS, dora
+from klora.core.families import FAMILIES
+from klora.core.families.base import (
+    DIFFUSERS,
+    DIFFUSERS_FUSED,
+    NATIVE,
+    OLD_PROCESSOR,
+    SHORT,
+    XLABS,
+    Family,
+    Prefix,
+)
+from klora.core.text_encoders import TEXT_ENCODERS, TextEncoder
 from klora.core.topology import Module
-
-DENOISER = "denoiser"
-NATIVE, DIFFUSERS, OLD_PROCESSOR, XLABS = "native", "diffusers", "old processor", "XLabs"
-DIFFUSERS_FUSED, SHORT = "diffusers, fused", "without text_model"
 
 
 @dataclass(frozen=True)
@@ -26,10 +34,10 @@ class Target:
     """The place in the model that a module name of a file stands for.
 
     Attributes:
-        base: "sdxl", "flux", or the text encoder "te1", "te2", "t5".
-        module: the module of the topology.
+        base: the key of a family, or of a text encoder.
+        module: the network's module.
         layers: the canonical layers whose rows the file's matrix holds, top first: all or some of the module's.
-        naming: the naming convention that matched, one of NATIVE, DIFFUSERS, DIFFUSERS_FUSED, OLD_PROCESSOR, XLABS, SHORT.
+        naming: the naming convention that matched, see `families.base`.
         halves_swapped: the file has the two halves of the rows in diffusers' order, the layer in the native one.
     """
 
@@ -40,58 +48,12 @@ class Target:
     halves_swapped: bool = False
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """How a dialect opens its keys: `text`, the separator inside module names, the network, and what it tells."""
-
-    text: str
-    separator: str
-    network: str
-    dialect: str
-
-
-_PREFIXES = (
-    Prefix("lora_unet_", "_", DENOISER, "kohya"),
-    Prefix("lora_transformer_", "_", DENOISER, "OneTrainer"),
-    Prefix("lycoris_", "_", DENOISER, "SimpleTuner LyCORIS"),
-    Prefix("lora_te1_", "_", "te1", "kohya"),
-    Prefix("lora_te2_", "_", "te2", "kohya"),
-    Prefix("lora_te3_", "_", "t5", "kohya"),
-    Prefix("lora_te_", "_", "te1", "kohya"),
-    Prefix("text_encoders.clip_l.transformer.", ".", "te1", "ComfyUI"),
-    Prefix("text_encoders.clip_g.transformer.", ".", "te2", "ComfyUI"),
-    Prefix("text_encoders.t5xxl.transformer.", ".", "t5", "ComfyUI"),
-    Prefix("conditioner.embedders.0.transformer.", ".", "te1", "dotted native"),
-    Prefix("text_encoder.", ".", "te1", "diffusers"),
-    Prefix("text_encoder_2.", ".", "te2", "diffusers"),
-    Prefix("text_encoder_3.", ".", "t5", "diffusers"),
-    Prefix("base_model.model.transformer.", ".", DENOISER, "raw PEFT"),
-    Prefix("base_model.model.diffusion_model.", ".", DENOISER, "raw PEFT"),
-    Prefix("base_model.model.unet.", ".", DENOISER, "raw PEFT"),
-    Prefix("base_model.model.", ".", DENOISER, "raw PEFT"),
-    Prefix("model.diffusion_model.", ".", DENOISER, "dotted"),
-    Prefix("diffusion_model.", ".", DENOISER, "dotted"),
-    Prefix("unet.unet.", ".", DENOISER, "doubled unet prefix"),
-    Prefix("unet.", ".", DENOISER, "diffusers"),
-    Prefix("transformer.", ".", DENOISER, "diffusers"),
-    Prefix("", ".", DENOISER, "bare"),
-)
-
 SUFFIXES: Mapping[str, str] = MappingProxyType(
     {
-        ".lora_up.weight": "up", ".lora_down.weight": "down", ".lora_mid.weight": "mid",
-        ".lora_B.weight": "up", ".lora_A.weight": "down", ".lora_B.bias": "up_bias",
-        "_lora.up.weight": "up", "_lora.down.weight": "down", "_lora.alpha": "alpha",
-        ".lora.up.weight": "up", ".lora.down.weight": "down", ".lora.alpha": "alpha",
-        ".lora_linear_layer.up.weight": "up", ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.alpha": "alpha",
-        ".up.weight": "up", ".down.weight": "down",
+        **{suffix: role for adapter in ADAPTERS for suffix, role in adapter.suffixes.items()},
+        **dora.SUFFIXES,
         ".alpha": "alpha", ".scale": "scale",
-        ".dora_scale": "dora_scale", ".lora_magnitude_vector.weight": "peft_magnitude", ".lora_magnitude_vector": "peft_magnitude",
-        ".magnitude": "peft_magnitude",
-        ".diff": "diff", ".diff_b": "diff_b", ".w_norm": "w_norm", ".b_norm": "b_norm",
-        **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-        **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-        **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2", "bm")},
+        ".diff_b": "diff_b", ".w_norm": "w_norm", ".b_norm": "b_norm",
     }
 )  # fmt: skip
 _SUFFIXES_BY_LAST_PART = {
@@ -126,27 +88,62 @@ class ParsedKey:
     adapter: str = ""
 
 
-def parse_key(key: str) -> ParsedKey | None:
-    """The meaning of `key`, None if no dialect has it."""
+def parse_key(key: str, families: Iterable[Family] = FAMILIES.values()) -> ParsedKey | None:
+    """The meaning of `key` in a text encoder or the first of these families that has it, None if no dialect of any has it."""
+    cuts = list(_cuts(key))
+    return next(filter(None, (_meaning(cuts, network) for network in (*_ENCODERS, *families))), None)
+
+
+def parse_keys(keys: Iterable[str]) -> Mapping[str, dict[str, ParsedKey]]:
+    """{key of a family: {key of the file: its meaning there}}, text encoders' keys in all; keys that a family lacks are left out."""
+    found: dict[str, dict[str, ParsedKey]] = {name: {} for name in FAMILIES}
+    for key in keys:
+        cuts = list(_cuts(key))
+        shared = next(filter(None, (_meaning(cuts, encoder) for encoder in _ENCODERS)), None)
+        for name, family in FAMILIES.items():
+            meaning = shared or _meaning(cuts, family)
+            if meaning is not None:
+                found[name][key] = meaning
+    return found
+
+
+_ENCODERS: tuple[Family | TextEncoder, ...] = tuple(TEXT_ENCODERS.values())
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One way of taking a key apart: what is left of it without suffix and adapter name, also without what means nothing."""
+
+    suffix: str
+    stem: str
+    name: str
+    accident: str
+    adapter: str
+
+
+def _cuts(key: str) -> Iterator[_Cut]:
     named = _ADAPTER_NAME.search(key)
     adapter = named[2] if named else ""
     plain = _ADAPTER_NAME.sub(r"\1", key) if named else key
     for suffix in _SUFFIXES_BY_LAST_PART.get(plain.rpartition(".")[2], ()):
-        if not plain.endswith(suffix):
-            continue
-        stem = plain[: -len(suffix)]
-        name, accident = _without_accident(stem)
-        for prefix in _PREFIXES:
-            if name.startswith(prefix.text):
-                path = name[len(prefix.text) :]
-                target = _targets(prefix.network, prefix.separator).get(path)
+        if plain.endswith(suffix):
+            stem = plain[: -len(suffix)]
+            yield _Cut(suffix, stem, *_without_accident(stem), adapter)
+
+
+def _meaning(cuts: Iterable[_Cut], network: Family | TextEncoder) -> ParsedKey | None:
+    for cut in cuts:
+        for prefix in network.prefixes:
+            if cut.name.startswith(prefix.text):
+                path = cut.name[len(prefix.text) :]
+                target = _targets(network, prefix.separator).get(path)
                 if target is not None:
-                    dialect = _dialect(prefix, target, suffix)
-                    if accident:
-                        dialect = f"{dialect} ({accident})"
-                    elif adapter and prefix.dialect != "raw PEFT":
+                    dialect = _dialect(prefix, target, cut.suffix)
+                    if cut.accident:
+                        dialect = f"{dialect} ({cut.accident})"
+                    elif cut.adapter and prefix.dialect != "raw PEFT":
                         dialect = f"{dialect} (adapter names)"
-                    return ParsedKey(target, SUFFIXES[suffix], dialect, path, stem, adapter)
+                    return ParsedKey(target, SUFFIXES[cut.suffix], dialect, path, cut.stem, cut.adapter)
     return None
 
 
@@ -204,29 +201,32 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
             if prefix.text == "unet.unet."
             else "diffusers, old attention processors"
         )
-    if prefix.dialect == "kohya" and target.naming == DIFFUSERS and target.base in ("sdxl", "flux"):
+    family = FAMILIES.get(target.base)
+    if prefix.dialect == "kohya" and target.naming == DIFFUSERS and family is not None:
         return "kohya with diffusers names"
     if prefix.dialect == "doubled unet prefix":
         return "paper authors' (unet.unet.)"
     if target.naming in (DIFFUSERS_FUSED, SHORT):
         return f"{prefix.dialect}, {_ODD_NAMES[target.naming]}"
     if prefix.dialect == "dotted":
-        return _DIALECT_OF_DOTTED[target.naming]
+        return _DIALECT_OF_DOTTED.get(target.naming, target.naming)
     if prefix.dialect in ("bare", "diffusers") and suffix.startswith(".lora."):
         return "diffusers, lora.up keys"
     if prefix.dialect == "bare":
-        return _DIALECT_OF_BARE[target.naming]
+        return _DIALECT_OF_BARE.get(target.naming, target.naming)
     if prefix.dialect != "diffusers":
         return prefix.dialect
-    if target.base == "t5" or (
-        target.base == "flux" and (prefix.text, target.naming) != ("transformer.", DIFFUSERS)
-    ):
-        return f"diffusers PEFT ({prefix.text}{'' if target.base == 't5' else target.naming})"
-    return "diffusers PEFT"
+    if family is None:
+        plain, said = TEXT_ENCODERS[target.base].diffusers_is_read, ""
+    else:
+        own = (prefix.text, target.naming) == (f"{family.component}.", DIFFUSERS)
+        plain = own or not family.diffusers_is_read
+        said = target.naming
+    return "diffusers PEFT" if plain else f"diffusers PEFT ({prefix.text}{said})"
 
 
 @cache
-def _targets(network: str, separator: str) -> Mapping[str, Target]:
+def _targets(network: Family | TextEncoder, separator: str) -> Mapping[str, Target]:
     """{module name as files write it: where it goes} for one network and separator."""
     table: dict[str, Target] = {}
     for name, target in _names(network):
@@ -236,19 +236,16 @@ def _targets(network: str, separator: str) -> Mapping[str, Target]:
     return table
 
 
-def _names(network: str) -> Iterator[tuple[str, Target]]:
-    if network == DENOISER:
-        for module in topology.sdxl_modules():
-            yield from _module_names("sdxl", module)
-            yield from _sdxl_aliases(module)
-        for module in topology.flux_modules():
-            yield from _module_names("flux", module)
-        yield from _flux_aliases()
+def _names(network: Family | TextEncoder) -> Iterator[tuple[str, Target]]:
+    if isinstance(network, TextEncoder):
+        for encoder in (network, *(TEXT_ENCODERS[key] for key in network.also)):
+            for module in encoder.modules:
+                yield from _text_encoder_names(encoder.key, module)
         return
-    # Forge reads T5 under lora_te1_, lora_te2_ and lora_te3_; diffusers calls FLUX's T5 text_encoder_2.
-    for encoder in (network, "t5") if network != "t5" else ("t5",):
-        for module in topology.text_encoder_modules(encoder):
-            yield from _text_encoder_names(encoder, module)
+    for module in network.modules:
+        yield from _module_names(network.key, module)
+    for name, module, layers, naming in network.list_aliases():
+        yield name, Target(network.key, module, layers, naming)
 
 
 def _module_names(base: str, module: Module) -> Iterator[tuple[str, Target]]:
@@ -258,40 +255,6 @@ def _module_names(base: str, module: Module) -> Iterator[tuple[str, Target]]:
             yield name, Target(base, module, (layer,), DIFFUSERS)
     else:
         yield module.diffusers[0], Target(base, module, module.layers, DIFFUSERS, module.halves_swapped)
-
-
-def _sdxl_aliases(module: Module) -> Iterator[tuple[str, Target]]:
-    """Attention as diffusers wrote it before PEFT: `attn1.processor.to_q_lora.up.weight`, `attn1.to_out_lora…`."""
-    for name, naming in ((module.diffusers[0], DIFFUSERS), (module.native, NATIVE)):
-        block, dot, projection = name.rpartition(".to_")
-        if not dot:
-            continue
-        short = projection.removesuffix(".0")
-        yield f"{block}.processor.to_{short}", Target("sdxl", module, module.layers, OLD_PROCESSOR)
-        if short != projection:
-            yield f"{block}.to_{short}", Target("sdxl", module, module.layers, naming)
-
-
-def _flux_aliases() -> Iterator[tuple[str, Target]]:
-    """XLabs' processors (XLabs-AI/x-flux) and diffusers' own fused projections (`fuse_qkv_projections`)."""
-    for module in topology.flux_modules():
-        block, _, end = module.native.partition("_attn.")
-        block = block.removesuffix(".img").removesuffix(".txt")
-        number = "1" if ".img_attn" in module.native else "2"
-        attention = module.diffusers[0].rpartition(".")[0]
-        if end == "qkv":
-            yield f"{block}.processor.qkv_lora{number}", Target("flux", module, module.layers, XLABS)
-            fused = "to_qkv" if number == "1" else "to_added_qkv"
-            yield f"{attention}.{fused}", Target("flux", module, module.layers, DIFFUSERS_FUSED)
-        elif end == "proj":
-            yield f"{block}.processor.proj_lora{number}", Target("flux", module, module.layers, XLABS)
-        elif module.native.endswith(".linear1"):
-            block = module.native.removesuffix(".linear1")
-            yield f"{block}.processor.qkv", Target("flux", module, module.layers[:3], XLABS)
-            yield f"{attention}.to_qkv", Target("flux", module, module.layers[:3], DIFFUSERS_FUSED)
-        elif module.native.endswith(".linear2"):
-            block = module.native.removesuffix(".linear2")
-            yield f"{block}.processor.proj", Target("flux", module, module.layers, XLABS)
 
 
 def _text_encoder_names(encoder: str, module: Module) -> Iterator[tuple[str, Target]]:

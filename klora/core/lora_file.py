@@ -1,4 +1,4 @@
-"""Reading a LoRA file for SDXL or FLUX.1, of any trainer and any kind, into canonical layers.
+"""Reading a LoRA file of any family, any trainer and any kind into canonical layers.
 
     lora = read_lora("style.safetensors")
     with lora.open() as delta_of:
@@ -17,16 +17,18 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-from klora.core import families
+from klora.core import foreign_files
+from klora.core.adapters import dora
+from klora.core.families import FAMILIES, listed
+from klora.core.families.base import Family
 from klora.core.file_state import FileState, state_of
-from klora.core.key_names import ParsedKey, foreign_prefix, parse_key
+from klora.core.key_names import ParsedKey, foreign_prefix, parse_keys
 from klora.core.lora_modules import FileModule, Gathered, gather, used_rank
 from klora.core.lora_reader import LoraReader
 from klora.core.tensor_file import OpenTensors, TensorFile, read_tensor_file
 from klora.core.topology import CONV
 from klora.errors import LoraFileError
 
-_BASES = ("sdxl", "flux")
 _BUNDLED_EMBEDDING = "bundle_emb."
 
 
@@ -56,12 +58,12 @@ class LoraFile:
     Attributes:
         path: the file.
         state: its state before it was read.
-        base: "sdxl" or "flux".
+        base: the key of the family that it is for.
         dialect: how most of its keys are written, e.g. "kohya", "diffusers PEFT".
         dialects: how any of its keys is written, those of text encoders too.
-        layers: {canonical layer: what the header tells}, sorted by name; FLUX in split pieces. A layer or piece whose
+        layers: {canonical layer: what the header tells}, sorted by name; fused modules in split pieces. A layer or piece whose
             `up` (or full difference) is all zero is not changed by the file and not listed.
-        text_encoder_modules: the same for "te1:…", "te2:…" and "t5:…" modules.
+        text_encoder_modules: the same for the modules of text encoders, "te1:…".
         carried: norms and biases, by the name of their module or layer: they go with the LoRA, but are not scored.
         unknown_keys: keys that no dialect has, in the file's order.
         unused_keys: keys that would change layers by zeros only, which other keys of the file change.
@@ -89,7 +91,7 @@ class LoraFile:
 
     @property
     def text_encoder_layers(self) -> Mapping[str, int]:
-        """{"te1" | "te2" | "t5": number of its modules that the file changes}."""
+        """{key of a text encoder: number of its modules that the file changes}."""
         return dict(Counter(name.partition(":")[0] for name in self.text_encoder_modules))
 
     @property
@@ -128,30 +130,37 @@ def read_lora(path: str | PathLike[str]) -> LoraFile:
     """
     state = state_of(Path(path))
     file = read_tensor_file(Path(path))
-    meanings = {key: meaning for key in file.shapes if (meaning := parse_key(key)) is not None}
-    base = _base(file, meanings.values())
-    own = {
-        key: meaning
-        for key, meaning in meanings.items()
-        if meaning.target.base == base or meaning.target.base not in _BASES
-    }
+    others = []
     with file.open() as tensors:
-        gathered = gather(file, own, tensors)
-        layers = dict(
-            sorted(_infos((module for module in gathered.modules if module.target.base == base), tensors))
-        )
-        text = dict(
-            sorted(_infos((module for module in gathered.modules if module.target.base != base), tensors))
-        )
+        for family, meanings in _families(file):
+            lora = _of_family(family, file, state, meanings, tensors)
+            other = family.other_by_sizes({name: info.shape for name, info in lora.layers.items()})
+            if other is None:
+                return lora
+            others.append(other)
+    raise _made_for(file, others[0])
+
+
+def _of_family(
+    family: Family,
+    file: TensorFile,
+    state: FileState | None,
+    meanings: Mapping[str, ParsedKey],
+    tensors: OpenTensors,
+) -> LoraFile:
+    gathered = gather(file, meanings, tensors)
+    denoiser = [module for module in gathered.modules if module.target.base == family.key]
+    text_encoders = [module for module in gathered.modules if module.target.base != family.key]
+    layers = dict(sorted(_infos(denoiser, tensors)))
+    text = dict(sorted(_infos(text_encoders, tensors)))
     if not layers:
         raise _no_layers(file, gathered, bool(text))
-    _check_model(file, base, layers)
-    own_denoiser = [meaning.dialect for meaning in own.values() if meaning.target.base == base]
+    dialects = [meaning.dialect for meaning in meanings.values() if meaning.target.base == family.key]
     return LoraFile(
         path=file.path,
         state=state,
-        base=base,
-        dialect=Counter(own_denoiser).most_common(1)[0][0],
+        base=family.key,
+        dialect=Counter(dialects).most_common(1)[0][0],
         dialects=frozenset().union(*(module.dialects for module in gathered.modules)),
         layers=layers,
         text_encoder_modules=text,
@@ -166,55 +175,60 @@ def read_lora(path: str | PathLike[str]) -> LoraFile:
     )
 
 
-def _base(file: TensorFile, meanings: Iterable[ParsedKey]) -> str:
+def _families(file: TensorFile) -> list[tuple[Family, dict[str, ParsedKey]]]:
+    """The families whose denoisers have names for as many of the file's keys as any other's, with what these keys mean there.
+
+    They are several where networks are built of modules of the same names: only sizes tell them apart then.
+    """
     name = file.path.name
     if not file.shapes:
         raise LoraFileError(f'The LoRA file "{name}" holds no tensors: download or export it again.')
-    foreign = families.foreign_lora(file.shapes)
+    foreign = foreign_files.foreign_lora(file.shapes)
     if foreign is not None:
         raise LoraFileError(f'"{name}" {foreign}.')
-    is_lora = families.looks_like_lora(file.shapes)
-    other = families.other_base(file.shapes)
+    is_lora = foreign_files.looks_like_lora(file.shapes)
+    other = foreign_files.other_base(file.shapes)
     if other is not None and is_lora:
         raise _made_for(file, other)
-    counts = Counter(meaning.target.base for meaning in meanings)
-    found = Counter({base: counts[base] for base in _BASES}).most_common(1)[0]
-    if found[1]:
-        return found[0]
-    if counts:
-        raise LoraFileError(
-            f'"{name}" changes the text encoders only: K-LoRA needs LoRAs that change the SDXL or FLUX.1 denoiser.'
-        )
-    if families.multiplies(file.shapes):
+    found = parse_keys(file.shapes)
+    own = {
+        base: {key for key, meaning in meanings.items() if meaning.target.base == base}
+        for base, meanings in found.items()
+    }
+    best = max(own.values(), key=len)
+    if best:
+        return [(FAMILIES[base], found[base]) for base, keys in own.items() if keys >= best]
+    if any(found.values()):
+        raise _text_encoders_only(file)
+    if foreign_files.multiplies(file.shapes):
         raise _multiplies(file)
     first = next(iter(file.shapes))
     prefix = foreign_prefix(file.shapes)
     if prefix is not None:
         raise LoraFileError(
-            f'The names of the tensors in "{name}" open with "{prefix}" ("{first}"), which no WebUI knows: if it is a LoRA for SDXL or '
-            "FLUX.1, rename them without it or export it again; else choose another one."
+            f'The names of the tensors in "{name}" open with "{prefix}" ("{first}"), which no WebUI knows: if it is a LoRA for '
+            f"{listed('or')}, rename them without it or export it again; else choose another one."
         )
-    what = None if is_lora else families.not_a_lora(file.shapes)
+    what = None if is_lora else foreign_files.not_a_lora(file.shapes)
     if what is not None:
         raise LoraFileError(
-            f'"{name}" is {what}, not a LoRA for SDXL or FLUX.1 ("{first}"): choose a LoRA file.'
+            f'"{name}" is {what}, not a LoRA for {listed("or")} ("{first}"): choose a LoRA file.'
         )
     raise LoraFileError(
-        f'"{name}" is no LoRA for SDXL or FLUX.1 in any names that K-LoRA knows (its first tensor is "{first}"): choose a LoRA for one of '
+        f'"{name}" is no LoRA for {listed("or")} in any names that K-LoRA knows (its first tensor is "{first}"): choose a LoRA for one of '
         "these, or export it again in the keys of kohya or diffusers."
     )
 
 
-def _check_model(file: TensorFile, base: str, layers: Mapping[str, LayerInfo]) -> None:
-    """Refuse a LoRA of another model whose names are those of `base`, where its sizes tell."""
-    other = families.other_base_by_sizes(base, {name: info.shape for name, info in layers.items()})
-    if other is not None:
-        raise _made_for(file, other)
+def _text_encoders_only(file: TensorFile) -> LoraFileError:
+    return LoraFileError(
+        f'"{file.path.name}" changes the text encoders only: K-LoRA needs LoRAs that change the {listed("or")} denoiser.'
+    )
 
 
 def _made_for(file: TensorFile, other: str) -> LoraFileError:
     return LoraFileError(
-        f'"{file.path.name}" was made for {other}, and K-LoRA fuses LoRAs for SDXL and FLUX.1: choose a LoRA that was made for one of these.'
+        f'"{file.path.name}" was made for {other}, and K-LoRA fuses LoRAs for {listed("and")}: choose a LoRA that was made for one of these.'
     )
 
 
@@ -227,20 +241,20 @@ def _multiplies(file: TensorFile) -> LoraFileError:
 
 def _infos(modules: Iterable[FileModule], tensors: OpenTensors) -> Iterator[tuple[str, LayerInfo]]:
     for module in modules:
-        if module.kind is None or module.measure is None:
+        if module.kind is None or module.delta_shape is None:
             continue
         for layer, start, stop in module.pieces():
             rank = used_rank(module, tensors, start, stop)
             if rank != 0:
-                shape = (stop - start, module.measure.shape[1])
+                shape = (stop - start, module.delta_shape.shape[1])
                 yield layer, LayerInfo(rank, shape, _kind_name(module), module.network_alpha, module.scale)
 
 
 def _kind_name(module: FileModule) -> str:
     assert module.kind is not None
     if module.magnitude_role is not None:
-        return "DoRA"
-    return "LoCon" if module.kind.name == "LoRA" and module.target.module.kind == CONV else module.kind.name
+        return dora.NAME
+    return module.kind.name_of(module.target.module.kind == CONV)
 
 
 def _carried(gathered: Gathered) -> tuple[str, ...]:
@@ -255,17 +269,15 @@ def _carried(gathered: Gathered) -> tuple[str, ...]:
 
 def _no_layers(file: TensorFile, gathered: Gathered, text_encoders: bool) -> LoraFileError:
     name = file.path.name
-    if families.multiplies(file.shapes):
+    if foreign_files.multiplies(file.shapes):
         return _multiplies(file)
     if text_encoders:
-        return LoraFileError(
-            f'"{name}" changes the text encoders only: K-LoRA needs LoRAs that change the SDXL or FLUX.1 denoiser.'
-        )
+        return _text_encoders_only(file)
     if any(module.kind for module in gathered.modules):
         return LoraFileError(
             f'"{name}" changes nothing: all its up weights are zero, as before any training; choose another file.'
         )
     key = next(iter(file.shapes))
     return LoraFileError(
-        f'"{name}" holds no weight differences for SDXL or FLUX.1 (its first tensor is "{key}"): choose a LoRA file.'
+        f'"{name}" holds no weight differences for {listed("or")} (its first tensor is "{key}"): choose a LoRA file.'
     )

@@ -8,7 +8,8 @@ from itertools import accumulate, pairwise
 from math import prod
 
 from klora.core.adapter_config import AdapterConfig
-from klora.core.factors import Kind, Measure, Misfit, Shape, kind_of
+from klora.core.adapters import Adapter, adapter_of, dora
+from klora.core.adapters.base import DeltaShape, Shape, ShapeMismatch
 from klora.core.key_names import ParsedKey, Target
 from klora.core.tensor_file import FLOATS, OpenTensors, TensorFile
 from klora.core.topology import NORM
@@ -16,7 +17,6 @@ from klora.errors import LoraFileError
 
 BIAS_ROLES = ("diff_b", "up_bias", "b_norm")
 _NORM_ROLES = {"w_norm", "b_norm", "diff", "diff_b"}
-_MAGNITUDE_ROLES = ("dora_scale", "peft_magnitude")
 _BLOCK_ROWS = 512
 
 
@@ -32,7 +32,7 @@ class FileModule:
         dialects: how its keys are written.
         adapter: PEFT's name of the adapter, where the keys have it.
         kind: how the delta is stored; None for a norm and for a bias alone.
-        measure: shape and rank of the whole matrix; None if `kind` is.
+        delta_shape: shape and rank of the whole matrix; None if `kind` is.
         network_alpha: the file's alpha, None if it has none or no formula uses it.
         scale: what the product of the factors is multiplied by.
         scale_from_metadata: the scale stands in the header only, where WebUIs do not look.
@@ -44,8 +44,8 @@ class FileModule:
     path: str
     dialects: frozenset[str] = frozenset()
     adapter: str = ""
-    kind: Kind | None = None
-    measure: Measure | None = None
+    kind: Adapter | None = None
+    delta_shape: DeltaShape | None = None
     network_alpha: float | None = None
     scale: float = 1.0
     scale_from_metadata: bool = False
@@ -60,23 +60,22 @@ class FileModule:
 
     @property
     def magnitude_role(self) -> str | None:
-        return next((role for role in _MAGNITUDE_ROLES if role in self.keys), None)
+        return next((role for role in dora.ROLES if role in self.keys), None)
 
     def pieces(self) -> Iterator[tuple[str, int, int]]:
         """(canonical layer, first row, row after the last), top first."""
-        if self.measure is not None:
-            rows, columns = self.measure.shape
+        columns: int | None = None
+        if self.delta_shape is not None:
+            rows, columns = self.delta_shape.shape
         else:
             rows = max(prod(shape) for shape in self.shapes.values())
-            columns = rows // 7  # FLUX's linear1 is 3 + 4 times as high as wide
         layers = self.target.layers
-        width = columns if len(layers) == 4 else rows // len(layers)
-        heights = [width] * min(3, len(layers)) + [rows - 3 * width] * (len(layers) == 4)
+        heights = self.target.module.heights(layers, rows, columns)
         if sum(heights) != rows or heights[-1] <= 0:
-            raise Misfit(
-                next(iter(self.keys)),
-                f"has {rows} rows, which cannot be cut into {len(layers)} layers of {columns} columns",
+            what = (
+                f"{len(layers)} layers" if columns is None else f"{len(layers)} layers of {columns} columns"
             )
+            raise ShapeMismatch(next(iter(self.keys)), f"has {rows} rows, which cannot be cut into {what}")
         for layer, (start, stop) in zip(layers, pairwise(accumulate(heights, initial=0)), strict=True):
             yield layer, start, stop
 
@@ -138,7 +137,7 @@ def _module(
     meanings = [parsed[key] for key in keys.values()]
     path, dialects = meanings[0].path, frozenset(meaning.dialect for meaning in meanings)
     adapter = next((meaning.adapter for meaning in meanings if meaning.adapter), "")
-    kind = None if target.module.kind == NORM else kind_of(shapes)
+    kind = None if target.module.kind == NORM else adapter_of(shapes)
     if kind is None:
         complete = _NORM_ROLES.issuperset(keys) if target.module.kind == NORM else "diff_b" in keys
         return _whole(file, FileModule(target, keys, shapes, path, dialects, adapter)) if complete else None
@@ -148,24 +147,24 @@ def _module(
             f'"{file.path.name}" is incomplete: "{next(iter(keys.values()))}" has no partner "{missing}"; download or export it again.'
         )
     try:
-        measure = kind.measure(shapes)
-        _check_additions(shapes, measure)
+        delta_shape = kind.delta_shape(shapes)
+        _check_additions(shapes, delta_shape)
         given = _scalar(file, tensors, keys.get("scale"))
-        counts = given is None and measure.divisor
+        counts = given is None and delta_shape.divisor
         alpha = _scalar(file, tensors, keys.get("alpha")) if counts else None
         said = None
-        if given is None and alpha is None and kind.name == "LoRA" and measure.divisor:
-            said = config.scale(target.base, path, measure.divisor)
+        if given is None and alpha is None and kind.scale_in_header and delta_shape.divisor:
+            said = config.scale(target.base, path, delta_shape.divisor)
         if given is not None:
             scale = given
-        elif alpha is not None and measure.divisor:
-            scale = alpha / measure.divisor
+        elif alpha is not None and delta_shape.divisor:
+            scale = alpha / delta_shape.divisor
         else:
             scale = 1.0 if said is None else said
-    except Misfit as misfit:
-        raise _misfit(file, keys, misfit) from None
+    except ShapeMismatch as mismatch:
+        raise _mismatched(file, keys, mismatch) from None
     module = FileModule(
-        target, keys, shapes, path, dialects, adapter, kind, measure, alpha, scale, said is not None
+        target, keys, shapes, path, dialects, adapter, kind, delta_shape, alpha, scale, said is not None
     )
     return _whole(file, module)
 
@@ -174,26 +173,26 @@ def _whole(file: TensorFile, module: FileModule) -> FileModule:
     """The module, if its rows can be cut into its layers."""
     try:
         list(module.pieces())
-    except Misfit as misfit:
-        raise _misfit(file, module.keys, misfit) from None
+    except ShapeMismatch as mismatch:
+        raise _mismatched(file, module.keys, mismatch) from None
     return module
 
 
-def _misfit(file: TensorFile, keys: Mapping[str, str], misfit: Misfit) -> LoraFileError:
-    role, what = misfit.args
+def _mismatched(file: TensorFile, keys: Mapping[str, str], mismatch: ShapeMismatch) -> LoraFileError:
+    role, what = mismatch.args
     return LoraFileError(
         f'The tensor "{keys.get(role, role)}" of "{file.path.name}" {what}: export the LoRA again.'
     )
 
 
-def _check_additions(shapes: Mapping[str, Shape], measure: Measure) -> None:
-    """Raises Misfit where a bias is not a number a row, or a magnitude neither a number a row nor one an input."""
-    rows, columns = measure.shape
-    for role in shapes.keys() & {*BIAS_ROLES, *_MAGNITUDE_ROLES}:
+def _check_additions(shapes: Mapping[str, Shape], delta_shape: DeltaShape) -> None:
+    """Raises ShapeMismatch where a bias is not a number a row, or a magnitude neither a number a row nor one an input."""
+    rows, columns = delta_shape.shape
+    for role in shapes.keys() & {*BIAS_ROLES, *dora.ROLES}:
         count = prod(shapes[role])
-        of_inputs = role in _MAGNITUDE_ROLES and count and columns % count == 0
+        of_inputs = role in dora.ROLES and count and columns % count == 0
         if count != rows and not of_inputs:
-            raise Misfit(role, f"has {count} numbers where {rows} are needed")
+            raise ShapeMismatch(role, f"has {count} numbers where {rows} are needed")
 
 
 def _scalar(file: TensorFile, tensors: OpenTensors, key: str | None) -> float | None:
@@ -272,13 +271,13 @@ def used_rank(module: FileModule, tensors: OpenTensors, start: int, stop: int) -
 
     0 says that the rows do not change the layer. Reads `up` in blocks of rows and stops as soon as the answer is known.
     """
-    assert module.kind is not None and module.measure is not None
+    assert module.kind is not None and module.delta_shape is not None
     if module.kind.row_role is None or (module.magnitude_role is not None and len(module.target.layers) == 1):
-        return module.measure.rank
+        return module.delta_shape.rank
     matrix = tensors.whole(module.keys[module.kind.row_role])
     if matrix.dtype not in FLOATS:
-        return module.measure.rank
-    fused = len(module.target.layers) > 1 and module.kind.name == "LoRA"
+        return module.delta_shape.rank
+    fused = len(module.target.layers) > 1 and module.kind.rank_of_rows
     used = None
     for top in range(start, stop, _BLOCK_ROWS):
         block = matrix[top : min(top + _BLOCK_ROWS, stop)].flatten(1).float().ne(0).any(dim=0)
@@ -286,4 +285,4 @@ def used_rank(module: FileModule, tensors: OpenTensors, start: int, stop: int) -
         if used.all() or (not fused and used.any()):
             break
     count = 0 if used is None else int(used.sum())
-    return count if fused or count == 0 else module.measure.rank
+    return count if fused or count == 0 else module.delta_shape.rank

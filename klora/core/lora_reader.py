@@ -9,25 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from klora.core.adapters.dora import Magnitude, is_of_inputs
 from klora.core.deltas import Delta, LowRank
-from klora.core.factors import glora_input_factor, row_piece, swap_row_halves
 from klora.core.lora_modules import FileModule
 from klora.core.tensor_file import FLOATS, OpenTensors
 from klora.errors import LoraFileError
-
-
-@dataclass(frozen=True)
-class Magnitude:
-    """DoRA's magnitude m of a layer: the weight becomes m · (W + ΔW) / ‖W + ΔW‖ (arXiv 2402.09353).
-
-    Attributes:
-        values: float32; one number an output row (axis 0) or an input column or channel (axis 1).
-        axis: 0 if the norm runs over everything but the rows (PEFT, LyCORIS' wd_on_out); 1 if over everything but the
-            inputs (the older LyCORIS). In a fused module the norm of axis 1 runs over the rows of all its pieces.
-    """
-
-    values: Tensor
-    axis: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +41,7 @@ class LoraReader:
     def __call__(self, layer: str) -> Delta:
         """ΔW of a layer or text-encoder module, float32 on the CPU, before DoRA's magnitude, without GLoRA's W·A."""
         module, start, stop = self._parts[layer]
-        if module.kind is None or module.measure is None:
+        if module.kind is None or module.delta_shape is None:
             raise KeyError(layer)
         fused = len(module.target.layers) > 1
         rows = module.kind.row_role if fused else None
@@ -63,12 +49,12 @@ class LoraReader:
         def get(role: str) -> Tensor:
             return self._float(module, role, slice(start, stop) if role == rows else None)
 
-        delta = module.kind.delta(get, module.shapes, module.scale, module.measure.rank)
+        delta = module.kind.delta(get, module.shapes, module.scale, module.delta_shape.rank)
         if module.target.halves_swapped:
-            return swap_row_halves(delta)
+            return delta.with_halves_swapped()
         if not fused:
             return delta
-        return row_piece(delta, 0, stop - start) if rows else row_piece(delta, start, stop)
+        return delta.row_slice(0, stop - start) if rows else delta.row_slice(start, stop)
 
     def magnitude(self, layer: str) -> Magnitude | None:
         """The layer's DoRA magnitude, None if it has none."""
@@ -77,7 +63,7 @@ class LoraReader:
         if role is None:
             return None
         values = self._float(module, role)
-        if role == "dora_scale" and values.dim() > 1 and values.shape[0] == 1 and values.shape[1] > 1:
+        if is_of_inputs(role, values.shape):
             return Magnitude(values.flatten(), 1)
         return Magnitude(_rows(module, values.flatten(), start, stop), 0)
 
@@ -97,11 +83,11 @@ class LoraReader:
         return NormChange(self._float(module, weight) if weight else None, self.bias(name))
 
     def input_factor(self, layer: str) -> LowRank | None:
-        """A of GLoRA's ΔW = W A + B, (in, in); None for all other kinds. B is the delta."""
+        """A of ΔW = W A + B, (in, in), where B is the delta; None for a kind whose change does not depend on the weight."""
         module, _, _ = self._parts[layer]
-        if module.kind is None or module.kind.name != "GLoRA":
+        if module.kind is None:
             return None
-        return glora_input_factor(lambda role: self._float(module, role), module.shapes, module.scale)
+        return module.kind.input_factor(lambda role: self._float(module, role), module.shapes, module.scale)
 
     def check(self, module: FileModule, leave_out: Collection[str] = ()) -> None:
         """Look for NaN and Inf in all tensors of a module but the scalars, which were looked at when the file was read."""

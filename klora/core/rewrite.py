@@ -1,7 +1,7 @@
 """Writing a LoRA file under the key names that A1111, Forge and their kin load.
 
-SDXL becomes kohya with sgm names. FLUX becomes kohya where the file is fused and diffusers with PEFT's lora_A / lora_B
-where it is split; both may stand in one file, which Forge reads. Tensors are copied byte for byte.
+A module becomes kohya with native names, but for pieces of a fused module that stand alone: these become diffusers' names with PEFT's
+lora_A / lora_B. Both may stand in one file, which Forge reads. Tensors are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from klora.core.adapters import dora
+from klora.core.families import FAMILIES
+from klora.core.families.base import DIFFUSERS
 from klora.core.key_names import SUFFIXES
 from klora.core.lora_file import LoraFile
 from klora.core.lora_modules import FileModule
 from klora.core.tensor_file import OpenTensors
+from klora.core.text_encoders import TEXT_ENCODERS
 from klora.errors import LoraFileError
 
 _KOHYA = {"up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight", "alpha": ".alpha"}
 _PEFT = {**_KOHYA, "up": ".lora_B.weight", "down": ".lora_A.weight"}
 _OTHER = {role: suffix for suffix, role in SUFFIXES.items() if role not in _KOHYA}
-_RENAMED = {"up_bias": ".diff_b", "peft_magnitude": ".dora_scale"}
-_TEXT_ENCODERS = {"te1": "lora_te1_", "te2": "lora_te2_", "t5": "lora_te3_"}
-_ROW_ROLES = {"up", "diff", "diff_b", "up_bias", "hada_w1_a", "hada_w2_a", "peft_magnitude"}
+_RENAMED = {"up_bias": ".diff_b", dora.PEFT: ".dora_scale"}
+_BIASES = ("diff_b", "up_bias")
 _DTYPES = {
     "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8", "bool",
 }  # fmt: skip
@@ -88,50 +91,51 @@ def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, .
 
 
 def _entries(lora: LoraFile, module: FileModule) -> Iterator[tuple[str, _Entry]]:
-    places = list(_places(module))
-    for name, suffixes, rows in places:
-        for role, key in module.keys.items():
-            cut = (
-                rows
-                if role in _ROW_ROLES
-                or (role == "dora_scale" and max(module.shapes[role][:1], default=1) > 1)
-                else None
+    kind = module.kind
+    cut_roles = (*_BIASES, *(kind.cut_roles if kind else ()))
+    for name, suffixes, rows in _places(module):
+        if rows is not None and kind is not None and not kind.cut_roles:
+            key = next(module.keys[role] for role in kind.terms[0] if role in module.keys)
+            raise LoraFileError(
+                f'The fused tensor "{key}" of "{lora.path.name}" cannot be cut for WebUIs: export the LoRA as kohya.'
             )
-            if rows is not None and (role.startswith("lokr_") or role == "b1"):
-                raise LoraFileError(
-                    f'The fused tensor "{key}" of "{lora.path.name}" cannot be cut for WebUIs: export the LoRA as kohya.'
-                )
+        for role, key in module.keys.items():
+            cut = rows if role in cut_roles or dora.has_rows(role, module.shapes[role]) else None
             suffix = suffixes.get(role) or _RENAMED.get(role) or _OTHER[role]
-            shape = _magnitude_shape(module, cut) if role == "peft_magnitude" else None
+            shape = _magnitude_shape(module, cut) if role == dora.PEFT else None
             yield (
                 name + suffix,
                 _Entry(key, rows=cut, shape=shape, factor=module.scale if role == "up_bias" else 1.0),
             )
-        if "alpha" not in module.keys and module.measure is not None and module.measure.divisor:
-            needs_alpha = module.scale_from_metadata or (
-                module.kind is not None and module.kind.name == "GLoRA"
-            )
-            if needs_alpha:
-                yield name + ".alpha", _Entry(None, number=module.scale * module.measure.divisor)
+        needs_alpha = module.scale_from_metadata or (kind is not None and kind.needs_alpha)
+        divisor = module.delta_shape.divisor if module.delta_shape else None
+        if needs_alpha and "alpha" not in module.keys and divisor:
+            yield name + ".alpha", _Entry(None, number=module.scale * divisor)
 
 
 def _places(module: FileModule) -> Iterator[tuple[str, Mapping[str, str], slice | None]]:
     """(opening of the key, suffixes of the pair, rows or None for all) of each module that the host shall see."""
     target = module.target
     native = target.module.native
-    if target.base in _TEXT_ENCODERS:
-        yield _TEXT_ENCODERS[target.base] + _flat(native.partition(":")[2]), _KOHYA, None
-    elif target.layers == target.module.layers and not target.halves_swapped:
-        split_name = target.base == "flux" and target.naming == "diffusers" and len(target.layers) == 1
+    if target.base in TEXT_ENCODERS:
+        yield TEXT_ENCODERS[target.base].prefixes[0].text + _flat(native.partition(":")[2]), _KOHYA, None
+        return
+    family = FAMILIES[target.base]
+    if target.layers == target.module.layers and not target.halves_swapped:
+        split_name = family.diffusers_is_read and target.naming == DIFFUSERS and len(target.layers) == 1
         yield (
-            (f"transformer.{target.module.diffusers[0]}", _PEFT, None)
+            (f"{family.component}.{target.module.diffusers[0]}", _PEFT, None)
             if split_name
             else (f"lora_unet_{_flat(native)}", _KOHYA, None)
         )
     else:
         names = dict(zip(target.module.layers, target.module.diffusers, strict=True))
         for layer, start, stop in module.pieces():
-            yield f"transformer.{names[layer]}", _PEFT, slice(start, stop) if len(target.layers) > 1 else None
+            yield (
+                f"{family.component}.{names[layer]}",
+                _PEFT,
+                slice(start, stop) if len(target.layers) > 1 else None,
+            )
 
 
 def _flat(name: str) -> str:
@@ -139,7 +143,7 @@ def _flat(name: str) -> str:
 
 
 def _magnitude_shape(module: FileModule, rows: slice | None) -> tuple[int, ...]:
-    height = prod(module.shapes["peft_magnitude"]) if rows is None else rows.stop - rows.start
+    height = prod(module.shapes[dora.PEFT]) if rows is None else rows.stop - rows.start
     return (height, *[1] * (len(module.shapes["down"]) - 1))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klora.core.deltas import Delta, Dense, Hadamard, Kronecker, LowRank
+from klora.core.deltas import Delta, LowRank, Scan
 from klora.core.products import product
 from klora.core.profiles import TABLE_LENGTH, LayerProfile, table_k
 
@@ -72,25 +72,14 @@ def new_buffer(device: torch.device) -> Tensor:
 # --- one pass over one delta
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """abs_sum and squared_sum of ΔW, and its k largest magnitudes, (k,), falling."""
-
-    abs_sum: float
-    squared_sum: float
-    largest: Magnitudes
-
-
-def _scan(delta: Delta, k: int, buffer: Tensor, check: Check) -> _Scan:
+def _scan(delta: Delta, k: int, buffer: Tensor, check: Check) -> Scan:
     delta = _moderate(delta)
-    if isinstance(delta, Kronecker):
-        scan = _scan_kronecker(delta, k)
-    elif buffer.device.type == "cpu":
-        scan = _scan_cpu(delta, k, buffer, check)
-    else:
-        scan = _scan_gpu(delta, k, check)
+    scan = delta.scan(k)
+    if scan is None:
+        on_cpu = buffer.device.type == "cpu"
+        scan = _scan_cpu(delta, k, buffer, check) if on_cpu else _scan_gpu(delta, k, check)
     scale = abs(delta.scale)
-    return _Scan(
+    return Scan(
         scan.abs_sum * scale, scan.squared_sum * scale * scale, scan.largest.astype(np.float64) * scale
     )
 
@@ -114,21 +103,7 @@ def _moderate(delta: Delta) -> Delta:
     return replace(delta, scale=scale, **moved)
 
 
-def _scan_kronecker(delta: Kronecker, k: int) -> _Scan:
-    """Sums and norms of a Kronecker product are products of its factors' own.
-
-    With both |factors| sorted falling, (i + 1)(j + 1) products are no smaller than the one at (i, j): the k largest are
-    among those with (i + 1)(j + 1) <= k.
-    """
-    factors = sorted((delta.first, delta.second), key=Tensor.numel)
-    few, many = (np.sort(factor.abs().double().cpu().numpy(), axis=None)[::-1] for factor in factors)
-    candidates = [few[i] * many[: k // (i + 1)] for i in range(min(k, few.size))]
-    products = np.concatenate([*candidates, np.empty(0)])
-    largest = np.sort(np.partition(products, products.size - k)[products.size - k :])[::-1] if k else products
-    return _Scan(float(few.sum() * many.sum()), float(np.dot(few, few) * np.dot(many, many)), largest)
-
-
-def _scan_cpu(delta: LowRank | Hadamard | Dense, k: int, buffer: Tensor, check: Check) -> _Scan:
+def _scan_cpu(delta: Delta, k: int, buffer: Tensor, check: Check) -> Scan:
     squared_sum = _gram_squared_sum(delta) if isinstance(delta, LowRank) and _gram_is_cheap(delta) else None
     blocks = _low_rank_blocks(delta, buffer) if isinstance(delta, LowRank) else _plain_blocks(delta)
     largest = Largest(k)
@@ -141,7 +116,7 @@ def _scan_cpu(delta: LowRank | Hadamard | Dense, k: int, buffer: Tensor, check: 
         if limit > largest.bound:
             largest.add(block.numpy())
     check()
-    return _Scan(abs_sum, block_squares if squared_sum is None else squared_sum, largest.falling())
+    return Scan(abs_sum, block_squares if squared_sum is None else squared_sum, largest.falling())
 
 
 def _low_rank_blocks(delta: LowRank, buffer: Tensor) -> Iterator[tuple[Tensor, float]]:
@@ -162,7 +137,7 @@ def _low_rank_blocks(delta: LowRank, buffer: Tensor) -> Iterator[tuple[Tensor, f
         yield block.abs_(), longest_row * longest_column
 
 
-def _plain_blocks(delta: Hadamard | Dense) -> Iterator[tuple[Tensor, float]]:
+def _plain_blocks(delta: Delta) -> Iterator[tuple[Tensor, float]]:
     """|ΔW| / |scale| in blocks, each flat, without a limit."""
     rows, columns = delta.shape
     step = _rows_per_block(columns, BLOCK_NUMEL)
@@ -186,7 +161,7 @@ def _gram_squared_sum(delta: LowRank) -> float:
     return float(((left.T @ left) * (right @ right.T)).sum())
 
 
-def _scan_gpu(delta: LowRank | Hadamard | Dense, k: int, check: Check) -> _Scan:
+def _scan_gpu(delta: Delta, k: int, check: Check) -> Scan:
     """Whole rows through torch.topk: a GPU needs no bounds."""
     rows, columns = delta.shape
     step = _rows_per_block(columns, GPU_BLOCK_NUMEL)
@@ -200,7 +175,7 @@ def _scan_gpu(delta: LowRank | Hadamard | Dense, k: int, check: Check) -> _Scan:
         found = block.topk(min(k, block.numel()), sorted=False).values
         largest = torch.cat([largest, found])
         largest = largest.topk(min(k, largest.numel())).values
-    return _Scan(abs_sum, squared_sum, largest.cpu().numpy())
+    return Scan(abs_sum, squared_sum, largest.cpu().numpy())
 
 
 class Largest:

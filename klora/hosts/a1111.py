@@ -15,10 +15,10 @@ from typing import Any
 from weakref import ref
 
 from klora.core.blocks import leader_of
+from klora.core.families import FAMILIES, of_checkpoint
 from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
-from klora.core.topology import sdxl_modules
 from klora.errors import HostError
 from klora.hosts.base import Member, Pair, Strengths, present, still_loaded
 from klora.hosts.sizes import Padded, Sizes, native_sizes
@@ -38,12 +38,15 @@ class A1111:
         self._networks = networks
 
     def base_of(self, model: Any) -> str | None:
-        return "sdxl" if getattr(model, "is_sdxl", False) else None
+        return of_checkpoint(model, model.model.diffusion_model)
 
     def sizes_of(self, model: Any) -> Sizes:
         known = dict(model.model.diffusion_model.named_modules())
+        base = self.base_of(model)
         return native_sizes(
-            sdxl_modules(), lambda path: getattr(known.get(path), "weight", None), _padded_for_inpainting
+            FAMILIES[base].modules if base else (),
+            lambda path: getattr(known.get(path), "weight", None),
+            _padded_for_inpainting,
         )
 
     def switch(self, model: Any, pair: Pair) -> A1111Switch:

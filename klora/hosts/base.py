@@ -106,10 +106,10 @@ class WebUI(Protocol):
     """An adapter to one kind of WebUI."""
 
     def base_of(self, model: Any) -> str | None:
-        """ "sdxl" or "flux", None for a checkpoint of any other kind."""
+        """The key of the checkpoint's family, None for a checkpoint of any other kind."""
 
     def sizes_of(self, model: Any) -> Sizes:
-        """The sizes of the layers of an SDXL or FLUX checkpoint's denoiser, without any LoRA.
+        """The sizes of the layers of a checkpoint's denoiser, none if it is of no family, without any LoRA.
 
         Raises:
             HostError: as `switch`.

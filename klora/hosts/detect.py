@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from klora.core.topology import DOUBLE_BLOCKS, SINGLE_BLOCKS, flux_modules, sdxl_modules
+from klora.core.families import FAMILIES, of_checkpoint
 from klora.errors import HostError
 from klora.hosts.a1111 import A1111
 from klora.hosts.base import Pair, PairSwitch, WebUI
@@ -24,7 +24,6 @@ FLAGS = {
     "is_sd1": "Stable Diffusion 1.x",
     "is_sd2": "Stable Diffusion 2.x",
     "is_sd3": "Stable Diffusion 3",
-    "is_sdxl": "SDXL",
 }
 """What every host sets on a checkpoint of one of the older base models."""
 
@@ -46,17 +45,13 @@ class ForgeLike:
         self._kind = kind
 
     def base_of(self, model: Any) -> str | None:
-        if getattr(model, "is_sdxl", False):
-            return "sdxl"
-        denoiser = model.forge_objects.unet.model.diffusion_model
-        depths = [len(getattr(denoiser, name, ())) for name in ("double_blocks", "single_blocks")]
-        return "flux" if depths == [DOUBLE_BLOCKS, SINGLE_BLOCKS] and hasattr(denoiser, "vector_in") else None
+        return of_checkpoint(model, model.forge_objects.unet.model.diffusion_model)
 
     def sizes_of(self, model: Any) -> Sizes:
         self._refuse_nunchaku(model)
-        modules = sdxl_modules() if self.base_of(model) == "sdxl" else flux_modules()
+        base = self.base_of(model)
         return native_sizes(
-            modules,
+            FAMILIES[base].modules if base else (),
             lambda path: self._kind.original_weight(model.forge_objects.unet, path),
             self._kind.padded,
         )
@@ -74,7 +69,7 @@ class ForgeLike:
 
 
 def name_of_base(model: Any) -> str | None:
-    """What people call the base model of a loaded checkpoint that `WebUI.base_of` knows or not; None if nothing tells."""
+    """What people call the base model of a loaded checkpoint that `WebUI.base_of` does not know; None if nothing tells."""
     flagged = (name for flag, name in FLAGS.items() if getattr(model, flag, False))
     return next(flagged, ENGINES.get(type(model).__name__))
 

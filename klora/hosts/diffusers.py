@@ -1,4 +1,4 @@
-"""A diffusers pipeline as a host: SDXL's UNet and FLUX's transformer, merged layer by layer."""
+"""A diffusers pipeline as a host: its UNet or transformer, merged layer by layer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ from torch import Tensor, nn
 
 from klora.core.blocks import leader_of
 from klora.core.deltas import dense
+from klora.core.families import FAMILIES, listed, of_pipeline
 from klora.core.lora_file import LoraFile
 from klora.core.lora_reader import LoraReader
-from klora.core.topology import Module, flux_modules, sdxl_modules
 from klora.errors import HostError
 from klora.hosts.base import Strengths, present
 from klora.hosts.sizes import LayerSize, check_fit, matrix_of, true_shape
-
-TEXT_ENCODERS = {
-    "sdxl": {"te1": "text_encoder", "te2": "text_encoder_2"},
-    "flux": {"te1": "text_encoder", "t5": "text_encoder_2"},
-}
-"""Base model -> part of a LoRA file -> attribute of the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +29,22 @@ class Lora:
 
 
 def base_of(pipeline: Any) -> str:
-    """ "sdxl" or "flux".
+    """The key of the pipeline's family.
 
     Raises:
-        HostError: the pipeline is of neither.
+        HostError: the pipeline is of none.
     """
-    if hasattr(pipeline, "unet") and hasattr(pipeline, "text_encoder_2"):
-        return "sdxl"
-    if hasattr(pipeline, "transformer") and type(pipeline.transformer).__name__ == "FluxTransformer2DModel":
-        return "flux"
-    raise HostError(
-        f"K-LoRA knows SDXL and FLUX pipelines, not {type(pipeline).__name__}: choose an SDXL or a FLUX model."
-    )
+    base = of_pipeline(pipeline)
+    if base is None:
+        raise HostError(
+            f"K-LoRA knows {listed('and', short=True)} pipelines, not {type(pipeline).__name__}: choose a model of one of these."
+        )
+    return base
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
     """The network whose layers K-LoRA switches."""
-    return pipeline.unet if base_of(pipeline) == "sdxl" else pipeline.transformer
+    return getattr(pipeline, FAMILIES[base_of(pipeline)].component)
 
 
 @dataclass(frozen=True)
@@ -188,7 +181,8 @@ def text_encoders_with(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
     """Inside the block the text-encoder parts of these LoRAs apply at their multipliers."""
     merger = Merger()
     encoders = {
-        part: getattr(pipeline, name, None) for part, name in TEXT_ENCODERS[base_of(pipeline)].items()
+        part: getattr(pipeline, name, None)
+        for part, name in FAMILIES[base_of(pipeline)].text_encoders.items()
     }
     modules = {
         part: dict(encoder.named_modules()) for part, encoder in encoders.items() if encoder is not None
@@ -211,8 +205,7 @@ def text_encoders_with(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
 def _layers(denoiser: nn.Module, base: str) -> Iterator[tuple[str, nn.Module]]:
     """Canonical layer name and the diffusers module that holds it, for all that `denoiser` has."""
     known = dict(denoiser.named_modules())
-    modules: tuple[Module, ...] = sdxl_modules() if base == "sdxl" else flux_modules()
-    for module in modules:
+    for module in FAMILIES[base].modules:
         for layer, path in zip(module.layers, module.diffusers, strict=True):
             if path in known:
                 yield layer, known[path]

@@ -20,16 +20,16 @@ from torch import Tensor
 
 from klora.core.blocks import leader_of
 from klora.core.deltas import dense
+from klora.core.families import FAMILIES
 from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
-from klora.core.topology import flux_modules
+from klora.core.topology import Module
 from klora.errors import HostError
 from klora.hosts.base import Member, Pair, Strengths, present, still_loaded
-from klora.hosts.sizes import Padded
+from klora.hosts.sizes import Padded, matrix_of, true_shape
 
 DENOISER = "diffusion_model."
-FUSED = {module.native: module.layers for module in flux_modules() if module.pieces}
 
 Patches = dict[str, list[Any]]
 """{weight key of the model: patches in the order in which they are merged}. A patch opens with strength, value, strength of the
@@ -72,6 +72,10 @@ class PatcherSwitch(ABC):
     @property
     def _model(self) -> Any:
         return still_loaded(self._loaded_model)
+
+    @property
+    def _fused(self) -> Mapping[str, Module]:
+        return FAMILIES[self._pair.members[0].file.base].fused
 
     def tags(self) -> Sequence[tuple[str, float]]:
         return ()
@@ -214,15 +218,15 @@ class PatcherSwitch(ABC):
 
     def _host_reads(self, lora: LoraFile) -> bool:
         """Whether the host's loader understands a file's keys as they are (backend/patcher/lora.py, model_lora_keys_unet)."""
-        other = "kohya with diffusers names" if lora.base == "sdxl" else "diffusers PEFT"
-        return is_in(lora, ("kohya", other))
+        return is_in(lora, FAMILIES[lora.base].readable)
 
     def _find_layers(self) -> None:
         """Which layers of the plan each weight holds; a norm or a bias goes with its leading layer."""
         layers = set(self._pair.layers)
         for key in dict.fromkeys(key for loaded in self._loaded.values() for key in loaded.unet):
             path = key.removeprefix(DENOISER).rpartition(".")[0]
-            own = tuple(layer for layer in FUSED.get(path, (path,)) if layer in layers)
+            holds = self._fused[path].layers if path in self._fused else (path,)
+            own = tuple(layer for layer in holds if layer in layers)
             self._layers_of[key] = own or (leader_of(path, self._pair.layers),)
             for layer in self._layers_of[key]:
                 self._keys_of.setdefault(layer, []).append(key)
@@ -259,9 +263,11 @@ class PatcherSwitch(ABC):
                 yield patch
 
     def _first_row(self, layer: str) -> int:
-        """q, k and v are as high as the network is wide; a single block's MLP input lies below them (flux/modules/layers.py)."""
-        pieces = FUSED[layer.partition(":")[0]]
-        return pieces.index(layer) * self._model.forge_objects.unet.model.diffusion_model.hidden_size
+        """Where a piece of a fused weight begins."""
+        module = self._fused[layer.partition(":")[0]]
+        shape = true_shape(self.original_weight(self._model.forge_objects.unet, module.native))
+        assert shape is not None
+        return sum(module.heights(module.layers, *matrix_of(shape))[: module.layers.index(layer)])
 
     def _file(self, role: str) -> LoraFile:
         return next(member.file for member in self._pair.members if member.role == role)

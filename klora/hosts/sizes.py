@@ -74,7 +74,7 @@ def native_sizes(
         shape = None if module.kind == NORM else true_shape(weight_of(module.native))
         if shape is not None:
             rows, columns = matrix_of(shape)
-            heights = _heights(len(module.layers), rows, columns)
+            heights = module.heights(module.layers, rows, columns)
             found.update(
                 {
                     layer: LayerSize((height, columns), padded(shape))
@@ -82,11 +82,6 @@ def native_sizes(
                 }
             )
     return found
-
-
-def _heights(pieces: int, rows: int, columns: int) -> list[int]:
-    """q, k and v are as high as each other; in a single block, where the MLP's rows are below them, as high as the network is wide."""
-    return [columns, columns, columns, rows - 3 * columns] if pieces == 4 else [rows // pieces] * pieces
 
 
 def check_fit(files: Sequence[LoraFile], sizes: Sizes, model: str = "the loaded checkpoint") -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from klora.analysis import BASE_NAMES, pair_warnings
 from klora.core.blocks import block_of, forward_order, group_of
 from klora.core.changes import as_changes, number
+from klora.core.families import FAMILIES
 from klora.core.lora_file import LoraFile
 from klora.core.methods import MAGNITUDES, METHODS, Comparison
 from klora.core.pair_scores import PairScores
@@ -216,6 +217,7 @@ def _file(lora: loras.HostLora, file: LoraFile) -> dict[str, Any]:
     return {
         "name": printable(lora.name),
         "base": BASE_NAMES[file.base],
+        "schedule": FAMILIES[file.base].schedule,
         "trainedOn": trained_on(file.metadata),
         "dialect": file.dialect,
         "kinds": ", ".join(
@@ -269,6 +271,9 @@ def _add_checkpoint(answer: dict[str, Any], files: Sequence[LoraFile]) -> None:
     if info is None or (wanted is not None and wanted.filename != info.filename):
         return
     webui = find_webui(networks, data.sd_model)
-    answer["checkpoint"] = {"name": info.name_for_extra, "base": webui.base_of(data.sd_model)}
+    answer["checkpoint"] = {
+        "name": info.name_for_extra,
+        "base": BASE_NAMES.get(webui.base_of(data.sd_model) or ""),
+    }
     if len({file.base for file in files}) == 1:
         loras.check_checkpoint(files, webui, data.sd_model)

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from klora import analysis
+from klora.core.families import FAMILIES, listed
 from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.score_cache import ScoreCache
@@ -26,8 +27,6 @@ from klora.hosts.sizes import check_fit
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt")
 LONGEST_REFRESH_SECONDS = 60.0
-PRECISE_NAMES = {**analysis.BASE_NAMES, "flux": "FLUX.1"}
-"""Of the base models where others of nearly the same name are about."""
 
 
 @dataclass(frozen=True)
@@ -206,11 +205,11 @@ def check_checkpoint(files: Sequence[LoraFile], webui: WebUI, model: Any) -> Non
 
 def _of_another_base(files: Sequence[LoraFile], checkpoint: str | None) -> str:
     """What to tell where K-LoRA knows no such checkpoint: LoRAs of Chroma and some of FLUX.2 have FLUX.1's keys and may well be for it."""
-    wanted = PRECISE_NAMES[files[0].base]
+    wanted = FAMILIES[files[0].base].name
     notes = ", ".join(dict.fromkeys(filter(None, (trained_on(file.metadata) for file in files))))
     one = len(files) == 1
     return (
-        f"K-LoRA fuses on checkpoints of {' and '.join(PRECISE_NAMES.values())}, and the loaded one is {checkpoint or 'of another kind'}. "
+        f"K-LoRA fuses on checkpoints of {listed('and')}, and the loaded one is {checkpoint or 'of another kind'}. "
         f"{_named_together(files)} {'has' if one else 'have'} the keys of {wanted}{f' (and in the header: {notes})' if notes else ''}: load a "
         f"checkpoint of {wanted} if that is what {'it was' if one else 'they were'} made for; otherwise use "
         f"{'it' if one else 'them'} in the prompt, with K-LoRA off."

@@ -27,12 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from klora.core.deltas import LowRank
+from klora.core.families.flux import flux_modules
+from klora.core.families.sdxl import sdxl_modules
 from klora.core.layer_pass import over_layers
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import score_pair
 from klora.core.topk import BLOCK_NUMEL
-from klora.core.topology import flux_modules, sdxl_modules
 
 Pair = tuple[LoraFile, LoraFile]
 FLUX_ROWS = {".qkv": 3, "mlp.0": 4, "mod.lin": 6, "linear1": 7, "modulation.lin": 3}

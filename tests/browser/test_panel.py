@@ -225,7 +225,7 @@ def test_for_flux_s_star_is_offered_and_one_press_sets_it(page):
         answer = route.fetch()
         card = answer.json()
         for role in ("subject", "style"):
-            card[role] = card[role] and {**card[role], "base": "FLUX"}
+            card[role] = card[role] and {**card[role], "base": "FLUX", "schedule": "s*"}
         route.fulfill(response=answer, json=card)
 
     page.route("**/klora/internal/card", for_flux)

@@ -6,9 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klora.core import families, topology
+from klora.core import foreign_files
+from klora.core.families.flux import flux_modules
+from klora.core.families.sdxl import sdxl_modules
 from klora.core.key_names import SUFFIXES, parse_key
-from klora.core.topology import CONV, LINEAR, NORM
+from klora.core.text_encoders import TEXT_ENCODERS
+from klora.core.topology import CONV, LINEAR, NORM, Module
 
 ROLES = (
     ("lora_up.weight", "up"),
@@ -46,7 +49,7 @@ def test_sdxl_names_are_those_of_diffusers_own_unet() -> None:
         for name, m in unet.named_modules()
         if any(True for _ in m.parameters(recurse=False))
     }
-    assert {m.diffusers[0]: m.kind for m in topology.sdxl_modules()} == real
+    assert {m.diffusers[0]: m.kind for m in sdxl_modules()} == real
 
 
 def test_flux_names_are_those_of_diffusers_own_transformer() -> None:
@@ -63,36 +66,34 @@ def test_flux_names_are_those_of_diffusers_own_transformer() -> None:
         axes_dims_rope=(2, 2, 0),
     )
     real = {name for name, m in flux.named_modules() if any(True for _ in m.parameters(recurse=False))}
-    assert {name for m in topology.flux_modules() for name in m.diffusers} == real
+    assert {name for m in flux_modules() for name in m.diffusers} == real
 
 
 def test_flux_has_304_block_matrices_fused_and_494_split() -> None:
-    blocks = [
-        m for m in topology.flux_modules() if m.kind == LINEAR and m.native.startswith(("double", "single"))
-    ]
+    blocks = [m for m in flux_modules() if m.kind == LINEAR and m.native.startswith(("double", "single"))]
     assert len(blocks) == 304
     assert sum(len(m.layers) for m in blocks) == 494
 
 
 def test_sdxl_has_560_attention_layers() -> None:
-    assert sum(".attn" in m.native and m.kind == LINEAR for m in topology.sdxl_modules()) == 560
+    assert sum(".attn" in m.native and m.kind == LINEAR for m in sdxl_modules()) == 560
 
 
 def test_no_layer_of_sdxl_or_flux_is_taken_for_another_model() -> None:
-    text_encoders = [m for encoder in ("te1", "te2", "t5") for m in topology.text_encoder_modules(encoder)]
+    text_encoders = [m for encoder in TEXT_ENCODERS.values() for m in encoder.modules]
     for module in (*ALL, *text_encoders):
         for name in (module.native.partition(":")[2] or module.native, *module.diffusers):
             keys = [f"{name}.alpha", f"transformer.{name}.alpha", f"lora_unet_{name.replace('.', '_')}.alpha"]
-            assert families.other_base([*keys, f"lora_transformer_{name.replace('.', '_')}.alpha"]) is None, (
-                name
-            )
+            assert (
+                foreign_files.other_base([*keys, f"lora_transformer_{name.replace('.', '_')}.alpha"]) is None
+            ), name
 
 
-ALL = [*topology.sdxl_modules(), *topology.flux_modules()]
+ALL = [*sdxl_modules(), *flux_modules()]
 
 
 @given(st.sampled_from(ALL), st.sampled_from(ROLES), st.sampled_from(["lora_unet_", "lycoris_"]))
-def test_underscore_names_mean_one_place(module: topology.Module, role: tuple[str, str], prefix: str) -> None:
+def test_underscore_names_mean_one_place(module: Module, role: tuple[str, str], prefix: str) -> None:
     suffix, meaning = role
     for name, layers in (
         (module.native, module.layers),
@@ -108,9 +109,7 @@ def test_underscore_names_mean_one_place(module: topology.Module, role: tuple[st
     st.sampled_from(sorted(SUFFIXES)),
     st.sampled_from(["diffusion_model.", "unet.", "transformer.", "base_model.model.", ""]),
 )
-def test_dotted_names_are_understood_under_every_prefix(
-    module: topology.Module, suffix: str, prefix: str
-) -> None:
+def test_dotted_names_are_understood_under_every_prefix(module: Module, suffix: str, prefix: str) -> None:
     parsed = parse_key(prefix + module.native + suffix)
     assert parsed is not None
     assert parsed.target.module == module

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_lora import MemoryLora, low_rank
 
-from klora.core import deltas, factors, topk
+from klora.core import deltas, topk
+from klora.core.adapters import loha, lokr
 from klora.core.lora_file import read_lora
 from klora.core.products import product, second_axis_product, tf32_parts
 from klora.core.scores import profile_file, score_pair
@@ -112,7 +113,7 @@ def test_on_a_gpu_that_rounds_to_tf32_too(expected, monkeypatch):
     def of_gpu(left, right, out=None):
         return rounding_mm(11)(*tf32_parts(left, right), out=out)
 
-    for module in (deltas, factors, topk):
+    for module in (deltas, loha, lokr, topk):
         monkeypatch.setattr(module, "product", of_gpu)
     monkeypatch.setattr(topk, "_scan_cpu", lambda delta, k, buffer, check: topk._scan_gpu(delta, k, check))
     assert equals_the_oracle(expected.parent)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from memory_lora import low_rank
 
 from klora.core import topk
-from klora.core.deltas import Dense, Hadamard, Kronecker, LowRank
+from klora.core.adapters.loha import Hadamard
+from klora.core.adapters.lokr import Kronecker
+from klora.core.deltas import Dense, LowRank
 from klora.core.profiles import TABLE_LENGTH, LayerProfile, table_k
 from klora.core.topk import new_buffer, profile, top_sum
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evaluation.miniature import loras, model, train, world
-from klora.core.topology import sdxl_modules
+from klora.core.families.sdxl import sdxl_modules
 
 
 def test_a_picture_follows_from_its_seed():

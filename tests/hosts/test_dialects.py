@@ -6,7 +6,8 @@ from host import replaced, same
 from safetensors.torch import load_file
 
 from klora.core import file_state
-from klora.core.topology import flux_modules, sdxl_modules
+from klora.core.families.flux import flux_modules
+from klora.core.families.sdxl import sdxl_modules
 
 KOHYA = (".lora_down.weight", ".lora_up.weight")
 PEFT = (".lora_A.weight", ".lora_B.weight")

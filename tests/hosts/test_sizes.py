@@ -6,8 +6,9 @@ from host import same
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from klora.core.families.flux import flux_modules
+from klora.core.families.sdxl import sdxl_modules
 from klora.core.lora_file import read_lora
-from klora.core.topology import flux_modules, sdxl_modules
 
 UP, DOWN = ("lora_up", "lora_B"), ("lora_down", "lora_A")
 

@@ -7,8 +7,9 @@ import torch
 from forge_family import ClassicPatcher, ComfyPatcher, ForgePatcher, Networks, checkpoint
 from torch import nn
 
+from klora.core.families.flux import flux_modules
+from klora.core.families.sdxl import sdxl_modules
 from klora.core.lora_file import LayerInfo
-from klora.core.topology import flux_modules, sdxl_modules
 from klora.errors import HostError, PairError
 from klora.hosts.a1111 import A1111
 from klora.hosts.detect import find_webui, name_of_base

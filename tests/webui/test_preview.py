@@ -99,7 +99,7 @@ def test_the_card_says_what_the_files_are():
     assert subject["preview"] == f"./thumb?filename={PAIR / 'subject'}.png"
     assert found["style"]["dialect"] == "raw PEFT"
     assert found["problems"] == []
-    assert found["checkpoint"] == {"name": "tiny", "base": "sdxl"}
+    assert found["checkpoint"] == {"name": "tiny", "base": "SDXL"}
 
 
 def test_the_card_counts_the_layers_as_the_plan_does():
@@ -188,7 +188,7 @@ def test_a_pair_that_does_not_fit_the_checkpoint_is_said(host):
     layer, (rows, columns) = layers_of("style")[-1]
     host.models.model_data.sd_model = model(higher=[layer])
     found = the_card(style="style")
-    assert found["checkpoint"]["base"] == "sdxl"
+    assert found["checkpoint"]["base"] == "SDXL"
     assert f"{layer} is {rows} × {columns} and there it is {2 * rows} × {columns}" in found["problems"][0]
 
 

@@ -1,10 +1,13 @@
-"""What a file is when it is not a LoRA for SDXL or FLUX.1, told by its keys and sizes, so that the error can say it."""
+"""What a file is when it is not a LoRA for one of `families`, told by its keys, so that the error can say it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
+
+from klora.core.families import FAMILIES
+from klora.core.families.base import Family
 
 _BLOCKS = r"(^|\.|lora_unet_|lycoris_)blocks[._]\d+[._]"
 _OTHER_BASES = tuple(
@@ -44,30 +47,6 @@ _NUMBERED = re.compile(
     r"(?:^|[._])(double_blocks|single_blocks|single_transformer_blocks|transformer_blocks)[._](\d+)[._]",
     re.MULTILINE,
 )
-_NAMED_IN_METADATA = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"chroma", "Chroma"),
-        (r"flux[-_. ]?2", "FLUX.2"),
-        (r"hunyuan", "HunyuanVideo"),
-        (r"^(stable-diffusion-3|sd_?3)", "Stable Diffusion 3"),
-        (r"qwen", "Qwen-Image"),
-        (r"aura_?flow|pony-?v7", "AuraFlow (Pony V7)"),
-    )
-)
-"""Of a LoRA whose names are FLUX's: what else `modelspec.architecture` and `ss_base_model_version` call such a model."""
-
-_WIDTHS = {
-    1536: "Stable Diffusion 3 Medium",
-    2432: "Stable Diffusion 3.5 Large",
-    4096: "FLUX.2 Klein 9B",
-    6144: "FLUX.2",
-}
-"""Columns of an attention projection, where FLUX.1 has 3072."""
-
-_CONTEXTS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner"}
-"""Columns of a key projection of cross-attention, where SDXL has 2048."""
-
 _FOREIGN_LORAS = tuple(
     (re.compile(pattern, re.MULTILINE), sentence)
     for pattern, sentence in (
@@ -108,9 +87,11 @@ _NOT_LORAS = tuple(
 
 
 def other_base(keys: Iterable[str]) -> str | None:
-    """The base model, neither SDXL nor FLUX.1, that a LoRA with these keys was made for; None if no key tells."""
+    """The base model, none of `FAMILIES`, that a LoRA with these keys was made for; None if no key tells."""
     lines = _lines(keys)
-    return _first(_OTHER_BASES, lines) or _by_number_of_blocks(lines)
+    name = _first(_OTHER_BASES, lines) or _by_number_of_blocks(lines)
+    ours = {family.name for family in FAMILIES.values()}
+    return None if name is None or not ours.isdisjoint(re.split(", | or ", name)) else name
 
 
 def _by_number_of_blocks(lines: str) -> str | None:
@@ -129,38 +110,11 @@ def _by_number_of_blocks(lines: str) -> str | None:
     return "Stable Diffusion 3.5 or another transformer" if blocks >= 19 else None
 
 
-def other_base_by_sizes(base: str, layers: Mapping[str, tuple[int, int]]) -> str | None:
-    """The base model that a LoRA was made for whose names are those of `base`, but not its sizes; None if they may be.
-
-    Args:
-        base: "sdxl" or "flux".
-        layers: {canonical layer: (rows, columns)}.
-    """
-    tell = _flux_by_size if base == "flux" else _sdxl_by_size
-    return next((other for name, shape in layers.items() if (other := tell(name, *shape))), None)
-
-
-def _flux_by_size(name: str, rows: int, columns: int) -> str | None:
-    """FLUX.2's gated MLP is 3 widths wide inside and has 6 in its first matrix; FLUX.1's has 4 and 4."""
-    if name.endswith((".linear1:mlp", "_mlp.0")):
-        return "FLUX.2" if rows == 6 * columns else None
-    if name.endswith("_mlp.2"):
-        return "FLUX.2" if columns == 3 * rows else None
-    if name.endswith(".linear2"):
-        return "FLUX.2" if columns == 4 * rows else None
-    return _WIDTHS.get(columns) if "_attn." in name or ".linear1:" in name else None
-
-
-def _sdxl_by_size(name: str, rows: int, columns: int) -> str | None:
-    return _CONTEXTS.get(columns) if name.endswith((".attn2.to_k", ".attn2.to_v")) else None
-
-
-def other_base_by_metadata(base: str, metadata: Mapping[str, str]) -> str | None:
-    """The base model that the header of a LoRA with the names of `base` gives, where it is known as another one of these names."""
-    if base != "flux":
-        return None
+def other_base_by_metadata(family: Family, metadata: Mapping[str, str]) -> str | None:
+    """The base model that the header of a LoRA with the names of `family` gives, where it is known as another one of these names."""
     given = (metadata.get(key, "").lower() for key in ("modelspec.architecture", "ss_base_model_version"))
-    return next(filter(None, (_first(_NAMED_IN_METADATA, text) for text in given)), None)
+    told = (name for text in given for pattern, name in family.namesakes if re.search(pattern, text))
+    return next(told, None)
 
 
 def foreign_lora(keys: Iterable[str]) -> str | None:
@@ -181,13 +135,6 @@ def looks_like_lora(keys: Iterable[str]) -> bool:
 def not_a_lora(keys: Iterable[str]) -> str | None:
     """What a file with these keys is, none of which is a LoRA's; None if no key tells."""
     return _first(_NOT_LORAS, _lines(keys))
-
-
-def is_control_lora(unknown_keys: Iterable[str], layers: Mapping[str, tuple[int, int]]) -> bool:
-    """Whether a FLUX.1 LoRA follows a control image: Black Forest Labs' Depth and Canny replace norms and widen the image input."""
-    return any(key.endswith("_norm.scale") for key in unknown_keys) or (
-        "img_in" in layers and layers["img_in"][1] in (128, 384)
-    )
 
 
 LONGEST_KEY = 500

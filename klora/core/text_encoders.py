@@ -1,0 +1,111 @@
+"""The text encoders that LoRAs change beside the denoiser, by the names that transformers gives their modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from klora.core.families.base import Prefix
+from klora.core.topology import LINEAR, NORM, Module
+
+_Names = Iterator[tuple[str, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """One text encoder.
+
+    Attributes:
+        key: what its modules' canonical names open with, before a colon.
+        list_names: makes the dotted name and kind of each of its modules.
+        prefixes: how dialects open its keys; the first is the one under which every WebUI reads them.
+        components: its names in diffusers' pipelines.
+        also: keys of encoders whose names may stand under its prefixes too.
+        diffusers_is_read: whether WebUIs read the keys that diffusers itself writes.
+    """
+
+    key: str
+    list_names: Callable[[], _Names]
+    prefixes: tuple[Prefix, ...]
+    components: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    diffusers_is_read: bool = True
+
+    @cached_property
+    def modules(self) -> tuple[Module, ...]:
+        """All its modules."""
+        return tuple(Module(f"{self.key}:{name}", (name,), kind) for name, kind in self.list_names())
+
+
+def _clip(layers: int) -> _Names:
+    for layer in range(layers):
+        path = f"text_model.encoder.layers.{layer}"
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.out_proj",
+            "mlp.fc1",
+            "mlp.fc2",
+        ):
+            yield f"{path}.{name}", LINEAR
+        yield f"{path}.layer_norm1", NORM
+        yield f"{path}.layer_norm2", NORM
+    yield "text_model.embeddings.token_embedding", LINEAR
+    yield "text_model.embeddings.position_embedding", LINEAR
+    yield "text_model.final_layer_norm", NORM
+    yield "text_projection", LINEAR
+
+
+def _t5() -> _Names:
+    for block in range(24):
+        path = f"encoder.block.{block}.layer"
+        for name in ("0.SelfAttention.q", "0.SelfAttention.k", "0.SelfAttention.v", "0.SelfAttention.o"):
+            yield f"{path}.{name}", LINEAR
+        for name in ("1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1", "1.DenseReluDense.wo"):
+            yield f"{path}.{name}", LINEAR
+        yield f"{path}.0.layer_norm", NORM
+        yield f"{path}.1.layer_norm", NORM
+    yield "encoder.block.0.layer.0.SelfAttention.relative_attention_bias", LINEAR
+    yield "encoder.final_layer_norm", NORM
+
+
+CLIP_L = TextEncoder(
+    "te1",
+    lambda: _clip(12),
+    (
+        Prefix("lora_te1_", "_", "kohya"),
+        Prefix("lora_te_", "_", "kohya"),
+        Prefix("text_encoders.clip_l.transformer.", ".", "ComfyUI"),
+        Prefix("conditioner.embedders.0.transformer.", ".", "dotted native"),
+        Prefix("text_encoder.", ".", "diffusers"),
+    ),
+    ("text_encoder",),
+    also=("t5",),
+)
+CLIP_G = TextEncoder(
+    "te2",
+    lambda: _clip(32),
+    (
+        Prefix("lora_te2_", "_", "kohya"),
+        Prefix("text_encoders.clip_g.transformer.", ".", "ComfyUI"),
+        Prefix("text_encoder_2.", ".", "diffusers"),
+    ),
+    ("text_encoder_2",),
+    also=("t5",),
+)
+T5 = TextEncoder(
+    "t5",
+    _t5,
+    (
+        Prefix("lora_te3_", "_", "kohya"),
+        Prefix("text_encoders.t5xxl.transformer.", ".", "ComfyUI"),
+        Prefix("text_encoder_3.", ".", "diffusers"),
+    ),
+    ("text_encoder_2", "text_encoder_3"),
+    diffusers_is_read=False,
+)
+
+TEXT_ENCODERS: Mapping[str, TextEncoder] = {encoder.key: encoder for encoder in (CLIP_L, CLIP_G, T5)}
+"""CLIP-L, OpenCLIP bigG and T5-XXL's encoder. Forge reads T5 under the prefixes of all three; diffusers calls FLUX's T5 text_encoder_2."""
