@@ -29,7 +29,7 @@ LATENT_CHANNELS, INPAINTING_CHANNELS = 4, 9
 
 
 class A1111:
-    """`WebUI` of A1111.
+    """`Adapter` of A1111.
 
     Args:
         networks: the module of the host's Lora extension.

@@ -7,7 +7,7 @@ from typing import Any
 from klora.core.topology import DOUBLE_BLOCKS, SINGLE_BLOCKS, flux_modules, sdxl_modules
 from klora.errors import HostError
 from klora.hosts.a1111 import A1111
-from klora.hosts.base import Pair, PairSwitch, WebUI
+from klora.hosts.base import Adapter, Pair, PairSwitch
 from klora.hosts.classic import ClassicSwitch
 from klora.hosts.forge import ForgeSwitch
 from klora.hosts.neo import NeoSwitch
@@ -34,7 +34,7 @@ class UnknownHost(HostError):
 
 
 class ForgeLike:
-    """`WebUI` of Forge and its relatives.
+    """`Adapter` of Forge and its relatives.
 
     Args:
         networks: the module of the host's Lora extension.
@@ -74,12 +74,12 @@ class ForgeLike:
 
 
 def name_of_base(model: Any) -> str | None:
-    """What people call the base model of a loaded checkpoint that `WebUI.base_of` knows or not; None if nothing tells."""
+    """What people call the base model of a loaded checkpoint that `Adapter.base_of` knows or not; None if nothing tells."""
     flagged = (name for flag, name in FLAGS.items() if getattr(model, flag, False))
     return next(flagged, ENGINES.get(type(model).__name__))
 
 
-def find_webui(networks: Any, model: Any) -> WebUI:
+def find_adapter(networks: Any, model: Any) -> Adapter:
     """The adapter for this host.
 
     Args:

@@ -9,9 +9,10 @@ from fastapi import Body, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from klora.errors import Cancelled, KLoraError
+from klora.hosts.webui import HOST
 from klora.settings import Settings
 from klora.webui import card
-from klora.webui.turns import Busy, is_awaited, place, spare_turn, while_connected
+from klora.webui.turns import Busy, place, spare_turn, while_connected
 
 
 def register(app: FastAPI) -> None:
@@ -37,7 +38,7 @@ async def scores(request: Request, asked: dict[str, Any] = Body(...)) -> JSONRes
     What is wrong is part of an answer with status 200, as browsers log others: {"problem": sentence, "again": whether to ask again soon}.
     """
     return await while_connected(
-        request, lambda gone: _scored(asked, lambda: gone() or _generating() or is_awaited())
+        request, lambda gone: _scored(asked, lambda: gone() or HOST.is_generating() or HOST.is_awaited())
     )
 
 
@@ -60,12 +61,6 @@ def _later(sentence: str) -> JSONResponse:
 
 def _names(request: dict[str, Any]) -> dict[str, str]:
     return {role: str(request.get(role) or "") for role in card.ROLES}
-
-
-def _generating() -> bool:
-    from modules import shared
-
-    return bool(shared.state.job)
 
 
 def _logged_in(request: Request) -> None:

@@ -18,8 +18,9 @@ from klora.analysis import analyze
 from klora.core import scores as scored
 from klora.core.blocks import block_of, forward_order
 from klora.core.lora_file import read_lora
+from klora.hosts.webui import HOST
 from klora.settings import Settings
-from klora.webui import card, paths, preview, turns
+from klora.webui import card, paths, preview
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 PAIR = GOLDEN / "sdxl_layers_missing"
@@ -285,7 +286,7 @@ def test_it_gives_way_to_whoever_waits_for_the_machine(queue_lock, monkeypatch):
 
     def slow(*args, **kwargs):
         generating.start()
-        while not turns.is_awaited():
+        while not HOST.is_awaited():
             time.sleep(0.01)
         return real(*args, **kwargs)
 
