@@ -45,7 +45,7 @@ def demo(folder: Path) -> None:
         shipped.load_model(), folder / "rows", steps=STEPS, seeds=SEEDS, size=shipped.SIZE, guidance=shipped.GUIDANCE, batch=SEEDS,
         made_of=shipped.fingerprint(),
     )  # fmt: skip
-    of = {variant.label: variant for variant in variants(["selectors"])}
+    of = {variant.label: variant for variant in variants(["methods"])}
     methods = [of[label] for label in METHODS]
     evaluation.run(pairs, methods, lambda line: print(f"  {line}", flush=True))
     for pair in pairs:
@@ -54,7 +54,7 @@ def demo(folder: Path) -> None:
         for schedule, word in (("s", "s"), ("s*", "sstar")):
             plan = analyze(pair.subject, pair.style, Settings(schedule=schedule), steps=STEPS).plan
             draw_map(plan, pair.subject.stem, pair.style.stem).save(folder / f"{name}_map_{word}.png")
-    found = tables(evaluation.rows, ["selectors"])
+    found = tables(evaluation.rows, ["methods"])
     text = "\n\n".join(as_text(lines) for lines in found.values())
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     write_report(folder / "report.html", evaluation, pairs, methods, found)

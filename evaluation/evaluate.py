@@ -1,4 +1,4 @@
-"""`python -m klora evaluate`: pictures of many pairs and seeds under every selector and setting, measured, as tables and a report."""
+"""`python -m klora evaluate`: pictures of many pairs and seeds under every method and setting, measured, as tables and a report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from evaluation.image_metrics import Measure, clip_similarity, dino_similarity, 
 from evaluation.miniature import shipped
 from evaluation.tables import GROUPS, Row, as_text, tables
 from klora.analysis import analyze
+from klora.core.methods import METHODS, STYLE, SUBJECT, everywhere
 from klora.core.plan import Plan
 from klora.core.score_cache import ScoreCache
-from klora.core.selectors import SELECTORS, Choice
 from klora.errors import KLoraError
 from klora.runner import Request, fused_pictures, load_pipeline
 from klora.settings import Settings
@@ -55,7 +55,7 @@ class Variant:
     """One way to fuse.
 
     Attributes:
-        changed: changes a plan, where no selector does what is asked.
+        changed: changes a plan, where no method does what is asked.
         single: each seed has a plan of its own (else one plan for all).
     """
 
@@ -72,24 +72,24 @@ def variants(groups: Sequence[str]) -> list[Variant]:
 
 
 def _all_variants() -> Iterator[Variant]:
-    yield Variant("selectors", "K-LoRA S")
-    yield Variant("selectors", "K-LoRA S*", Settings(schedule="s*"))
-    for name in SELECTORS:
+    yield Variant("methods", "K-LoRA S")
+    yield Variant("methods", "K-LoRA S*", Settings(schedule="s*"))
+    for name, known in METHODS.items():
         if name != "K-LoRA":
-            yield Variant("selectors", name, Settings(selector=name), single=name == "Random")
+            yield Variant("methods", name, Settings(method=name), single=known.seeded)
     for scale in K_SCALES:
         yield Variant("k-scale", f"K × {scale:g}", Settings(k_scale=scale))
     for beta in BETAS:
         for alpha in ALPHAS:
             yield Variant("alpha-beta", f"α {alpha:g}, β {beta:g}", Settings(alpha=alpha, beta=beta))
-    for selector in ("K-LoRA", "Frobenius"):
-        yield Variant("gamma", f"{selector}, γ auto", Settings(selector=selector))
-        yield Variant("gamma", f"{selector}, γ off", Settings(selector=selector, gamma="off"))
-    yield Variant("order", "subject, then style", changed=partial(_halves, first=Choice.SUBJECT))
-    yield Variant("order", "style, then subject", changed=partial(_halves, first=Choice.STYLE))
+    for method in ("K-LoRA", "Frobenius"):
+        yield Variant("gamma", f"{method}, γ auto", Settings(method=method))
+        yield Variant("gamma", f"{method}, γ off", Settings(method=method, gamma="off"))
+    yield Variant("order", "subject, then style", changed=partial(_halves, first=SUBJECT))
+    yield Variant("order", "style, then subject", changed=partial(_halves, first=STYLE))
     for role, absent in (("subject", "style"), ("style", "subject")):
         alone = Settings(**{f"{absent}_weight": 0.0}, text_encoder=role)  # type: ignore[arg-type]
-        own, other = (Choice.SUBJECT, Choice.STYLE) if role == "subject" else (Choice.STYLE, Choice.SUBJECT)
+        own, other = (SUBJECT, STYLE) if role == "subject" else (STYLE, SUBJECT)
         group = f"{role}-alone"
         yield Variant(group, "all steps and layers", alone, partial(_share, own=own, share=1.0))
         yield Variant(group, "first half of the steps", alone, partial(_halves, first=own))
@@ -100,19 +100,18 @@ def _all_variants() -> Iterator[Variant]:
             )
 
 
-def _halves(plan: Plan, _seed: int, *, first: Choice) -> Plan:
-    early = np.arange(plan.steps) < plan.steps / 2
-    chosen = np.where(early if first == Choice.SUBJECT else ~early, Choice.SUBJECT, Choice.STYLE).astype(
-        np.uint8
-    )
-    return replace(plan, selection=np.repeat(chosen[:, None], len(plan.scores.layers), axis=1))
+def _halves(plan: Plan, _seed: int, *, first: tuple[int, int]) -> Plan:
+    second = STYLE if first == SUBJECT else SUBJECT
+    strengths = everywhere(plan.strengths.shape[:2], second)
+    strengths[np.arange(plan.steps) < plan.steps / 2] = first
+    return replace(plan, strengths=strengths)
 
 
-def _share(plan: Plan, seed: int, *, own: Choice, share: float) -> Plan:
+def _share(plan: Plan, seed: int, *, own: tuple[int, int], share: float) -> Plan:
     """`own` on a random share of the layers, drawn anew at each step; the other LoRA is there at weight 0 and so stands for none."""
-    draws = np.random.RandomState(seed % 2**32).random_sample(plan.selection.shape)
-    other = Choice.STYLE if own == Choice.SUBJECT else Choice.SUBJECT
-    return replace(plan, selection=np.where(draws < share, own, other).astype(np.uint8))
+    strengths = everywhere(plan.strengths.shape[:2], STYLE if own == SUBJECT else SUBJECT)
+    strengths[np.random.RandomState(seed % 2**32).random_sample(strengths.shape[:2]) < share] = own
+    return replace(plan, strengths=strengths)
 
 
 class Evaluation:

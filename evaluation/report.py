@@ -84,7 +84,7 @@ def _tables(tables: Mapping[str, Sequence[Line]]) -> Iterator[str]:
 
 
 def _pictures(evaluation: Evaluation, pairs: Sequence[Pair], variants: Sequence[Variant]) -> Iterator[str]:
-    shown = [variant for variant in variants if variant.group == "selectors"] or list(variants)
+    shown = [variant for variant in variants if variant.group == "methods"] or list(variants)
     yield "<h2>Pictures</h2><p>The first seeds of every pair; before them a training picture of the subject and one of the style.</p>"
     yield "<div class='scroll'><table class='pictures'><tr><td></td><td></td>"
     yield "".join(f"<td>{html.escape(variant.label)}</td>" for variant in shown) + "</tr>"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 GROUPS = {
-    "selectors": "All selectors",
+    "methods": "All methods",
     "k-scale": "K scale",
     "alpha-beta": "α and β",
     "gamma": "γ auto and off",

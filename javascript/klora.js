@@ -3,7 +3,7 @@
 /* The K-LoRA panel of txt2img and of img2img: asks for the files and scores of a pair once, and draws the rest in the browser. */
 (function(klora) {
     const TABS = ["txt2img", "img2img"];
-    const DEBOUNCE = 250, TRY_AGAIN = 2500, MOST_PAIRS = 6;
+    const DEBOUNCE = 250, TRY_AGAIN = 2500, MOST_PAIRS = 6, MOST_PLANS = 24;
     const panels = {};
 
     async function ask(route, body, signal) {
@@ -60,10 +60,16 @@
             this.values = {...this.constants.defaults};
             this.prompt = new Prompt(tab);
             this.pairs = new Map();
+            this.plans = new Map();
+            this.wanted = new Map();
+            this.lastPlan = null;
             this.card = null;
             this.passes = [];
             this.shown = "planned";
-            for (const [name, colour] of Object.entries(this.constants.colours)) root.style.setProperty(`--klora-${name}`, colour);
+            for (const [name, ...strengths] of [["subject", 1, 0], ["style", 0, 1]]) {
+                const {levels} = this.constants;
+                root.style.setProperty(`--klora-${name}`, levels[klora.codeOf(levels, ...strengths)].colour);
+            }
             this.build();
         }
 
@@ -79,7 +85,7 @@
                 this.widen.setAttribute("aria-pressed", String(this.map.wide));
                 this.map.draw();
             });
-            this.map = new klora.SelectionMap(this.constants.colours);
+            this.map = new klora.SelectionMap(this.constants);
             this.mapPlace = element("div", {class: "klora-map-place", hidden: true},
                 element("div", {class: "klora-map-head"}, this.choices, this.title, this.widen), this.map.root);
             this.root.replaceChildren(this.cardPlace, this.status, this.mapPlace);
@@ -180,9 +186,12 @@
         }
 
         draw() {
+            this.wanted.clear();
             const plan = this.pair && this.planned();
             this.drawCard(plan);
             const applied = this.applied();
+            clearTimeout(this.planTimer);
+            if (this.wanted.size && !this.askingPlan) this.planTimer = setTimeout(() => this.loadPlan(), DEBOUNCE);
             if (!applied) this.shown = "planned";
             const view = this.shown === "planned" ? plan : applied;
             this.mapPlace.hidden = !(view && view.rows);
@@ -198,7 +207,7 @@
                 return;
             }
             const known = this.pairs.get(this.pairKey) || {};
-            const shares = plan && plan.rows ? plan.rows.map(row => klora.subjectShare(row)).filter(share => share !== null) : [];
+            const shares = plan && plan.rows ? plan.rows.map(row => klora.subjectShare(row, this.constants.levels)).filter(share => share !== null) : [];
             const share = shares.length ? shares.reduce((sum, one) => sum + one, 0) / shares.length : null;
             const problems = [known.problem, plan && plan.problem].filter(Boolean).join(" ");
             const offered = ["subject", "style"].every(role => (this.card[role] || {}).base === "FLUX") && this.values.schedule === "s";
@@ -232,7 +241,7 @@
                 }
             }
             const beta = numbers.beta === "auto" ? this.constants.schedules[values.schedule] : numbers.beta;
-            return {selector: values.selector, schedule: values.schedule, alpha: numbers.alpha, beta, gamma: numbers.gamma, steps, seed};
+            return {method: values.method, schedule: values.schedule, alpha: numbers.alpha, beta, gamma: numbers.gamma, steps, seed};
         }
 
         /** Steps of the whole schedule, and the first that runs: img2img enters where its noise level stands. */
@@ -249,16 +258,48 @@
             const seed = hostNumber(this.tab, "seed", -1), {steps, first} = this.course();
             const settings = this.settingsOf(this.values, steps, Math.max(0, Math.trunc(seed)));
             if (settings.problem) return settings;
-            const plan = klora.makePlan(this.pair, settings, this.constants.alphaM);
-            for (const row of plan.rows.slice(0, first)) row.fill(klora.NOT_RUN);
-            const unknown = settings.selector === "Random" && seed < 0 ? ", here with seed 0: the true one is drawn at Generate" : "";
-            return {...plan, pair: this.pair, selector: settings.selector, names: this.names, title: this.titleOf(settings, plan.gamma) + unknown};
+            const plan = this.planOf(this.pair, this.pairKey, settings);
+            if (!plan.rows) return !plan.problem && this.lastPlan && this.lastPlan.pair === this.pair ? this.lastPlan : plan;
+            const rows = plan.rows.map((row, step) => step < first ? new Uint8Array(row.length).fill(klora.NOT_RUN) : row);
+            const unknown = this.constants.seeded.includes(settings.method) && seed < 0 ? ", here with seed 0: the true one is drawn at Generate" : "";
+            this.lastPlan = {...plan, rows, pair: this.pair, method: settings.method, names: this.names, title: this.titleOf(settings, plan.gamma) + unknown};
+            return this.lastPlan;
         }
 
-        titleOf({selector, schedule, alpha, beta, steps}, gamma) {
+        /** {rows, s, gamma} of a pair: by the method's own rule where the page has it, else as the server says; rows is null until it has said it. */
+        planOf(pair, pairKey, settings) {
+            const {alphaM, comparisons, levels} = this.constants, rule = comparisons[settings.method];
+            const s = klora.scheduleValues(settings, alphaM), gamma = klora.gammaOf(pair, settings.gamma);
+            if (rule) return {rows: klora.compared(rule, pair, s, gamma, levels), s, gamma};
+            const [names, kScale] = JSON.parse(pairKey), seed = this.constants.seeded.includes(settings.method) ? settings.seed : 0;
+            const asked = {...names, k_scale: kScale, ...settings, seed}, key = JSON.stringify(asked), told = this.plans.get(key);
+            if (!told) this.wanted.set(key, asked);
+            return {rows: told && !told.problem ? told : null, problem: told && told.problem, s, gamma};
+        }
+
+        /** Ask for one of the plans that the last drawing lacked, and draw again: that asks for the next. */
+        async loadPlan() {
+            const [key, asked] = this.wanted.entries().next().value;
+            let wait = 0;
+            this.askingPlan = true;
+            try {
+                const found = await ask("strengths", asked);
+                if (found.again) wait = TRY_AGAIN;
+                else this.plans.set(key, found.problem ? found : klora.rowsOf(found, this.constants.levels));
+                if (this.plans.size > MOST_PLANS) this.plans.delete(this.plans.keys().next().value);
+            } catch {
+                wait = TRY_AGAIN;
+            }
+            setTimeout(() => {
+                this.askingPlan = false;
+                this.redraw();
+            }, wait);
+        }
+
+        titleOf({method, schedule, alpha, beta, steps}, gamma) {
             const sum = `${klora.short(alpha)} t/T ${beta < 0 ? "−" : "+"} ${klora.short(Math.abs(beta))}`;
             const s = schedule === "s*" ? `S* = (${sum}) mod ${this.constants.alphaM}` : `S = ${sum}`;
-            return `${selector}, ${s}, γ ${klora.short(gamma)}, ${steps} steps`;
+            return `${method}, ${s}, γ ${klora.short(gamma)}, ${steps} steps`;
         }
 
         drawChoices(applied) {
@@ -300,38 +341,32 @@
             const pass = this.passes[this.passIndex];
             if (!pass) return null;
             const params = this.info.extra_generation_params, values = {...this.constants.defaults};
-            for (const [name, label] of Object.entries(this.constants.infotext)) {
-                if (label in params) values[name] = decoded(String(params[label]));
+            for (const [name, labels] of Object.entries(this.constants.infotext)) {
+                const label = labels.find(one => one in params);
+                if (label) values[name] = decoded(String(params[label]));
             }
-            const pair = this.pairOf(pass, values);
+            const [pairKey, pair] = this.pairOf(pass, values);
             if (!pair) return null;
             const seed = (this.info.all_seeds || [0])[pass.batch * (this.info.batch_size || 1)] || 0;
             const settings = this.settingsOf(values, pass.steps, seed);
-            const rows = klora.recordedRows(pass, pair.layers.name.length);
-            if (settings.problem) return {rows, s: null, gamma: null, pair, names: values, selector: values.selector, title: "as applied"};
-            const plan = klora.makePlan(pair, settings, this.constants.alphaM);
-            return {...plan, rows, pair, selector: settings.selector, names: values, title: this.verdict(rows, plan.rows)};
+            const rows = klora.rowsOf(pass, this.constants.levels), view = {rows, pair, method: values.method, names: values};
+            if (settings.problem) return {...view, s: null, gamma: null, title: "as applied"};
+            const plan = this.planOf(pair, pairKey, settings);
+            return {...view, s: plan.s, gamma: plan.gamma, title: this.verdict(rows, plan.rows)};
         }
 
+        /** What is to be said of recorded rows, and how they compare with the planned ones, null while those are not known. */
         verdict(rows, planned) {
             const ran = rows.filter(row => row[0] !== klora.NOT_RUN).length;
+            if (!planned) return `last picture: ${ran} of ${rows.length} steps ran`;
             const other = rows.reduce((sum, row, step) => row[0] === klora.NOT_RUN ? sum : sum + row.filter((choice, layer) => choice !== planned[step][layer]).length, 0);
             return `last picture: ${ran} of ${rows.length} steps ran, ${other ? `${other} choices other than planned` : "all as planned"}`;
         }
 
-        pairOf(pass, {subject, style}) {
-            const own = key => {
-                const [names] = JSON.parse(key);
-                return names.subject === subject && names.style === style;
-            };
-            const known = [this.pair, ...[...this.pairs].filter(([key]) => own(key)).map(([, pair]) => pair)];
-            const pair = known.find(one => one && one.layers && (one !== this.pair || own(this.pairKey)));
-            if (!pair) return null;
-            const width = (pass.rows.find(row => row !== null) || {length: pair.layers.name.length}).length;
-            if (!pass.layers) return width === pair.layers.name.length ? pair : null;
-            const at = new Map(pair.layers.name.map((name, i) => [name, i])), picked = pass.layers.map(name => at.get(name));
-            if (picked.includes(undefined)) return null;
-            return {...pair, layers: Object.fromEntries(Object.entries(pair.layers).map(([name, column]) => [name, picked.map(i => column[i])]))};
+        /** [key, scores] of the pair that a recorded pass is of; empty where they are not known here. */
+        pairOf(pass, {subject, style, k_scale}) {
+            const key = JSON.stringify([{subject, style}, klora.readNumber(k_scale, this.constants.numbers.k_scale)]), pair = this.pairs.get(key);
+            return pair && pair.layers && pair.layers.name.length === pass.layers ? [key, pair] : [];
         }
 
         /** Something on the page changed that may matter here. */

@@ -84,8 +84,9 @@
 
     /** One map in the page. `show` draws a plan or a recorded pass; nothing else is kept but the place that is pointed at. */
     class SelectionMap {
-        constructor(colours) {
-            this.colours = colours;
+        constructor({levels, comparisons, magnitudes}) {
+            Object.assign(this, {levels, comparisons, magnitudes});
+            this.colours = {subject: levels[klora.codeOf(levels, 1, 0)].colour, style: levels[klora.codeOf(levels, 0, 1)].colour};
             this.wide = false;
             this.axis = element("canvas", {class: "klora-axis", "aria-hidden": "true"});
             this.cells = element("canvas", {class: "klora-cells", tabindex: "0", role: "img"});
@@ -108,7 +109,7 @@
         }
 
         /**
-         * @param view {pair, rows, s, selector, gamma, names: {subject, style}}; s null where the run's schedule is not known
+         * @param view {pair, rows, s, method, gamma, names: {subject, style}}; s null where the run's schedule is not known
          */
         show(view) {
             this.view = view;
@@ -156,14 +157,12 @@
         drawCells() {
             const {pair, rows} = this.view, {columns, groups, blocks, width} = this.layout, {cell, row} = this;
             const context = canvasOf(this.cells, width, this.height, cell);
-            const fills = [this.colours.style, this.colours.subject, this.colours.both, null];
             context.globalCompositeOperation = "lighter"; // layers narrower than a pixel add up to their mean colour
             for (const {layer, left} of columns) {
                 for (let first = 0, step = 1; step <= rows.length; step++) {
                     if (step < rows.length && rows[step][layer] === rows[first][layer]) continue;
-                    const fill = fills[rows[first][layer]];
-                    if (fill) {
-                        context.fillStyle = fill;
+                    if (rows[first][layer] !== klora.NOT_RUN) {
+                        context.fillStyle = this.levels[rows[first][layer]].colour;
                         context.fillRect(left, this.topOf(first), cell, (step - first) * row);
                     }
                     first = step;
@@ -259,29 +258,29 @@
 
         /** S(t) against the steps, the place where it passes 1, and bars of the subject's share. */
         drawCourse() {
-            const {rows, s, selector} = this.view, context = canvasOf(this.course, COURSE, this.height), bottom = this.topOf(rows.length);
+            const {rows, s, method} = this.view, context = canvasOf(this.course, COURSE, this.height), bottom = this.topOf(rows.length);
             const bars = CURVE + 8, barWidth = COURSE - bars - 2;
             context.fillStyle = this.ink;
             context.textAlign = "right";
             context.fillText("subject", bars + barWidth, TOP - 14);
             context.textAlign = "left";
             rows.forEach((row, step) => {
-                const share = klora.subjectShare(row);
-                if (share === null) return;
+                const shares = klora.sharesOf(row, this.levels);
+                if (shares === null) return;
                 const height = Math.max(1, this.row - (this.row > 5 ? 1 : 0));
                 context.fillStyle = this.colours.style;
-                context.fillRect(bars, this.topOf(step), barWidth, height);
+                context.fillRect(bars, this.topOf(step), (shares.subject + shares.style) * barWidth, height);
                 context.fillStyle = this.colours.subject;
-                context.fillRect(bars, this.topOf(step), share * barWidth, height);
+                context.fillRect(bars, this.topOf(step), shares.subject * barWidth, height);
             });
             context.fillStyle = this.ink;
             context.fillText("0", bars, bottom + 13);
             context.textAlign = "right";
             context.fillText("100%", bars + barWidth, bottom + 13);
-            const summary = `Subject's share of the layers: ${percent(klora.subjectShare(rows[0]))} at the first step, ` +
-                `${percent(klora.subjectShare(rows[rows.length - 1]))} at the last.`;
+            const summary = `Subject's share of the layers: ${percent(klora.subjectShare(rows[0], this.levels))} at the first step, ` +
+                `${percent(klora.subjectShare(rows[rows.length - 1], this.levels))} at the last.`;
             this.course.setAttribute("aria-label", summary);
-            if (s) this.drawCurve(context, s, bottom, klora.LOOK_AT_S.includes(selector));
+            if (s) this.drawCurve(context, s, bottom, Boolean((this.comparisons[method] || {}).s));
         }
 
         drawCurve(context, s, bottom, inUse) {
@@ -345,9 +344,18 @@
             context.stroke();
         }
 
+        /** What the method compares on a layer, or else the first magnitude there is: {words, subject, style, ratio}; null where it is one LoRA's alone. */
+        comparedOn(layer) {
+            const {pair, method} = this.view, {layers} = pair;
+            if (layers.only[layer]) return null;
+            const field = (this.comparisons[method] || {}).magnitude || Object.keys(this.magnitudes)[0], found = pair.magnitudes[field];
+            const words = this.magnitudes[field].replace("{k}", layers.k[layer]);
+            return {words, subject: found.subject[layer], style: found.style[layer], ratio: found.ratio[layer]};
+        }
+
         ratioOf(layer) {
-            const {pair, selector, gamma} = this.view, found = klora.magnitudes(pair.layers, layer, selector);
-            return found && gamma !== null && found.style * gamma ? found.subject / (found.style * gamma) : null;
+            const {gamma} = this.view, found = this.comparedOn(layer);
+            return found && gamma && found.style ? found.ratio / gamma : null;
         }
 
         pointAt(event) {
@@ -400,17 +408,16 @@
         }
 
         tipLines(layer, step) {
-            const {pair, rows, s, selector, names} = this.view, {layers} = pair;
-            const who = ["the style", "the subject", "both LoRAs", "did not run"][rows[step][layer]];
-            const swatch = element("span", {class: `klora-swatch klora-${["style", "subject", "both", "blank"][rows[step][layer]]}`});
+            const {pair, rows, s, names} = this.view, {layers} = pair, code = rows[step][layer];
+            const who = code === klora.NOT_RUN ? "did not run" : this.levels[code].words;
+            const swatch = this.swatch(code);
             const lines = [
                 element("b", {}, layers.name[layer]),
                 element("div", {}, swatch, `step ${step}: ${who}`, s ? `, S = ${short(s[step])}` : ""),
             ];
-            const found = klora.magnitudes(layers, layer, selector), ratio = this.ratioOf(layer);
+            const found = this.comparedOn(layer), ratio = this.ratioOf(layer);
             if (found) {
-                const what = selector === "Frobenius" ? "squared norms" : `sums of the ${layers.k[layer]} largest`;
-                lines.push(element("div", {}, `${what}: subject ${short(found.subject)}, style ${short(found.style)}`));
+                lines.push(element("div", {}, `${found.words}: subject ${short(found.subject)}, style ${short(found.style)}`));
                 if (ratio !== null) lines.push(element("div", {}, `ratio subject ÷ γ · style: ${short(ratio)}`));
             } else {
                 lines.push(element("div", {}, `Only ${layers.only[layer] === "subject" ? names.subject : names.style} changes this layer.`));
@@ -421,16 +428,24 @@
             return lines;
         }
 
+        swatch(code) {
+            const made = element("span", {class: `klora-swatch${code === klora.NOT_RUN ? " klora-blank" : ""}`});
+            if (code !== klora.NOT_RUN) made.style.background = this.levels[code].colour;
+            return made;
+        }
+
         drawLegend() {
-            const {pair, rows, names} = this.view;
-            const entry = (kind, text) => element("span", {}, element("span", {class: `klora-swatch klora-${kind}`}), text);
-            const has = choice => rows.some(row => row.includes(choice));
+            const {pair, rows, names} = this.view, {levels} = this;
+            const entry = (swatch, text) => element("span", {}, swatch, text);
+            const subject = klora.codeOf(levels, 1, 0), style = klora.codeOf(levels, 0, 1);
+            const has = code => rows.some(row => row.includes(code));
+            const mixed = [...levels.keys()].filter(code => code !== subject && code !== style && has(code));
             this.legend.replaceChildren(...[
-                entry("subject", `subject: ${names.subject}`),
-                entry("style", `style: ${names.style}`),
-                has(klora.BOTH) ? entry("both", "both") : null,
-                pair.layers.only.some(Boolean) ? entry("hatched", "only one LoRA changes this layer") : null,
-                has(klora.NOT_RUN) ? entry("blank", "did not run") : null,
+                entry(this.swatch(subject), `subject: ${names.subject}`),
+                entry(this.swatch(style), `style: ${names.style}`),
+                ...mixed.reverse().map(code => entry(this.swatch(code), levels[code].words)),
+                pair.layers.only.some(Boolean) ? entry(element("span", {class: "klora-swatch klora-hatched"}), "only one LoRA changes this layer") : null,
+                has(klora.NOT_RUN) ? entry(this.swatch(klora.NOT_RUN), "did not run") : null,
             ].filter(Boolean));
         }
 
@@ -438,16 +453,16 @@
             const {pair, rows} = this.view, shown = rows.filter(row => row[0] !== klora.NOT_RUN), layers = pair.layers.name.length;
             const last = Math.max(0, shown.length - 1), marks = [...new Set([0, Math.round(last / 3), Math.round(2 * last / 3), last])];
             const steps = [...rows.keys()].filter(step => rows[step][0] !== klora.NOT_RUN);
-            const mean = shown.reduce((sum, row) => sum + klora.subjectShare(row), 0) / (shown.length || 1);
+            const mean = shown.reduce((sum, row) => sum + klora.subjectShare(row, this.levels), 0) / (shown.length || 1);
             const never = [...pair.layers.name.keys()].filter(layer => !klora.switchesOf(shown, layer).length).length;
             this.summary = `${shown.length} of ${rows.length} steps, ${layers} layers. The subject holds ${percent(mean)} of the layers over the run` +
-                (shown.length ? `, ${percent(klora.subjectShare(shown[0]))} at the first step and ${percent(klora.subjectShare(shown[last]))} at the last` : "") +
+                (shown.length ? `, ${percent(klora.subjectShare(shown[0], this.levels))} at the first step and ${percent(klora.subjectShare(shown[last], this.levels))} at the last` : "") +
                 `; ${never} layers never switch.`;
             this.cells.setAttribute("aria-label", `Selection map. ${this.summary} Arrow keys move from layer to layer and from step to step.`);
             const head = element("tr", {}, element("th", {}, "block"), element("th", {}, "layers"),
                 ...marks.map(mark => element("th", {}, `step ${steps[mark] ?? 0}`)));
             const body = layOut(pair.layers, 1).blocks.map(({name, layers: members}) => element("tr", {}, element("th", {scope: "row"}, name),
-                element("td", {}, String(members.length)), ...marks.map(mark => element("td", {}, shown[mark] ? percent(klora.subjectShare(shown[mark], members)) : "–"))));
+                element("td", {}, String(members.length)), ...marks.map(mark => element("td", {}, shown[mark] ? percent(klora.subjectShare(shown[mark], this.levels, members)) : "–"))));
             this.text.replaceChildren(element("p", {}, this.summary),
                 element("table", {}, element("caption", {}, "The subject's share of each block's layers"), element("thead", {}, head), element("tbody", {}, ...body)));
         }

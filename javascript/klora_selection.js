@@ -1,8 +1,10 @@
 "use strict";
 
-/* Who is chosen on each layer at each step: klora.core.schedule, klora.core.selectors and klora.core.plan in the browser, bit for bit. */
+/* How strongly each LoRA is on each layer at each step: S(t) and the rule of the methods that compare, bit for bit as in klora.core;
+   of all other methods, and of what was applied, the server tells the changes. A row of a plan has one code a layer: the place of its
+   strengths in `levels`, the list of {subject, style, colour, words} that the server gives. */
 (function(klora) {
-    const STYLE = 0, SUBJECT = 1, BOTH = 2, NOT_RUN = 3;
+    const NOT_RUN = 255;
 
     /** The nearest whole number, halves to the even one, as numpy.rint. */
     function rint(x) {
@@ -22,112 +24,80 @@
     }
 
     /** S(t) of every step, eq. (7), or S*(t), eq. (12). */
-    function scheduleValues({schedule, alpha, beta}, steps, alphaM) {
+    function scheduleValues({schedule, alpha, beta, steps}, alphaM) {
         return Float64Array.from({length: steps}, (_, step) => {
             const s = rounded(alpha * (step / steps) + beta);
             return schedule === "s*" ? rounded(modulo(s, alphaM)) : s;
         });
     }
 
-    /** Doubles in [0, 1) of numpy.random.RandomState(seed).random_sample: the Mersenne Twister MT19937. */
-    function randomState(seed) {
-        const N = 624, M = 397, state = new Uint32Array(N);
-        state[0] = Number(BigInt(seed) % 4294967296n);
-        for (let i = 1; i < N; i++) {
-            state[i] = Math.imul(1812433253, state[i - 1] ^ (state[i - 1] >>> 30)) + i;
-        }
-        let next = N;
-
-        function word() {
-            if (next === N) {
-                for (let i = 0; i < N; i++) {
-                    const y = (state[i] & 0x80000000) | (state[(i + 1) % N] & 0x7fffffff);
-                    state[i] = state[(i + M) % N] ^ (y >>> 1) ^ (y & 1 ? 0x9908b0df : 0);
-                }
-                next = 0;
-            }
-            let y = state[next++];
-            y ^= y >>> 11;
-            y ^= (y << 7) & 0x9d2c5680;
-            y ^= (y << 15) & 0xefc60000;
-            return (y ^ (y >>> 18)) >>> 0;
-        }
-
-        return () => {
-            const high = word() >>> 5, low = word() >>> 6;
-            return (high * 67108864 + low) / 9007199254740992;
-        };
+    /** γ in force: of the pair, none, or the user's number. */
+    function gammaOf(pair, gamma) {
+        return gamma === "auto" ? pair.gamma : gamma === "off" ? 1 : gamma;
     }
 
-    function rowsOf(steps, layers, choose) {
-        return Array.from({length: steps}, (_, step) => Uint8Array.from({length: layers}, (_, layer) => choose(step, layer)));
+    function codeOf(levels, subject, style) {
+        return levels.findIndex(level => level.subject === subject && level.style === style);
     }
 
-    /** Subject where its magnitude >= style's times factor[step]; one-sided layers to the one that has them. */
-    function compare(layers, [subject, style], factor, steps) {
-        return rowsOf(steps, subject.length, (step, layer) => {
-            const only = layers.only[layer];
-            return only ? +(only === "subject") : +(subject[layer] >= style[layer] * factor[step]);
+    /**
+     * The rows of a method that compares: the subject alone where its ratio >= γ · S(t), else the style alone.
+     * @param rule {magnitude, gamma, s}: whose ratio, null for 1 on all layers; whether γ and S(t) take part
+     * @param pair the answer of /klora/internal/scores
+     * @param s S(t) of every step
+     * @param gamma in force
+     */
+    function compared(rule, pair, s, gamma, levels) {
+        const ratios = rule.magnitude === null ? pair.layers.name.map(() => 1) : pair.magnitudes[rule.magnitude].ratio;
+        const subject = codeOf(levels, 1, 0), style = codeOf(levels, 0, 1);
+        return Array.from(s, value => {
+            const threshold = (rule.gamma ? gamma : 1) * (rule.s ? value : 1);
+            return Uint8Array.from(ratios, ratio => ratio >= threshold ? subject : style);
         });
     }
 
-    const topK = layers => [layers.subject_score, layers.style_score];
-    const frobenius = layers => [layers.subject_frobenius, layers.style_frobenius];
-    const alike = (layers, steps, choose) => rowsOf(steps, layers.name.length, choose);
-    const constant = (steps, value) => new Float64Array(steps).fill(value);
-
-    /** Selector -> choices from the layers' scores and {s, gamma, steps, seed}. */
-    const SELECTORS = {
-        "K-LoRA": (layers, {s, gamma, steps}) => compare(layers, topK(layers), s.map(value => gamma * value), steps),
-        "Top-K only": (layers, {steps}) => compare(layers, topK(layers), constant(steps, 1), steps),
-        "Top-K with γ": (layers, {gamma, steps}) => compare(layers, topK(layers), constant(steps, gamma), steps),
-        "Fixed": (layers, {s, steps}) => alike(layers, steps, step => +(s[step] <= 1)),
-        "Random": (layers, {steps, seed}) => {
-            const draw = randomState(seed);
-            return alike(layers, steps, () => +(draw() < 1 / 3));
-        },
-        "Frobenius": (layers, {s, gamma, steps}) => compare(layers, frobenius(layers), s.map(value => gamma * value), steps),
-        "LoRA Switch": (layers, {steps}) => alike(layers, steps, step => +(step % 2 === 0)),
-        "Direct merge": (layers, {steps}) => alike(layers, steps, () => BOTH),
-        "Subject only": (layers, {steps}) => alike(layers, steps, () => SUBJECT),
-        "Style only": (layers, {steps}) => alike(layers, steps, () => STYLE),
-    };
-
-    /** Selectors whose choice moves with S(t). */
-    const LOOK_AT_S = ["K-LoRA", "Fixed", "Frobenius"];
-
-    /**
-     * The plan of a scored pair.
-     * @param pair the answer of /klora/internal/scores
-     * @param settings {selector, schedule, alpha, beta, gamma, steps, seed}; gamma is "auto", "off" or a number
-     * @returns {rows: one Uint8Array a step, s: S(t) of every step, gamma: in force}
-     */
-    function makePlan(pair, settings, alphaM) {
-        const steps = settings.steps;
-        const gamma = settings.gamma === "auto" ? pair.gamma : settings.gamma === "off" ? 1 : settings.gamma;
-        const s = scheduleValues(settings, steps, alphaM);
-        return {rows: SELECTORS[settings.selector](pair.layers, {s, gamma, steps, seed: settings.seed}), s, gamma};
+    /** The numbers of a text such as "0-3,7". */
+    function numbersIn(spans) {
+        return spans.split(",").filter(Boolean).flatMap(span => {
+            const [first, last = first] = span.split("-").map(Number);
+            return Array.from({length: last - first + 1}, (_, i) => first + i);
+        });
     }
 
-    /** The two magnitudes that a selector compares on a layer, null where it compares none. */
-    function magnitudes(layers, layer, selector) {
-        const pair = selector === "Frobenius" ? frobenius(layers) : topK(layers);
-        return layers.only[layer] ? null : {subject: pair[0][layer], style: pair[1][layer]};
+    /** The rows of what the server tells as changes, klora.core.changes. */
+    function rowsOf({steps, layers, ran, changes}, levels) {
+        const rows = Array.from({length: steps}, () => new Uint8Array(layers).fill(NOT_RUN)), row = new Uint8Array(layers);
+        let next = 0;
+        for (const step of numbersIn(ran)) {
+            for (; next < changes.length && changes[next][0] === step; next++) {
+                const [, [subject, style], changed] = changes[next], code = codeOf(levels, subject, style);
+                for (const layer of numbersIn(changed)) row[layer] = code;
+            }
+            rows[step].set(row);
+        }
+        return rows;
     }
 
-    /** The rows of a recorded pass: of each step a string of digits, a choice a layer, or null where it did not run. */
-    function recordedRows(pass, layers) {
-        return pass.rows.map(row => row === null ? new Uint8Array(layers).fill(NOT_RUN) : Uint8Array.from(row, Number));
-    }
-
-    /** Share of the layers that the subject holds in a row, a shared one counting half; null where the step did not run. */
-    function subjectShare(row, members = [...row.keys()]) {
+    /** Shares of the layers that subject and style hold in a row, each layer split as its two strengths are; null where the step did not run. */
+    function sharesOf(row, levels, members = [...row.keys()]) {
         if (!members.length || row[members[0]] === NOT_RUN) return null;
-        const held = members.reduce((sum, layer) => sum + (row[layer] === SUBJECT ? 1 : row[layer] === BOTH ? 0.5 : 0), 0);
-        return held / members.length;
+        const held = {subject: 0, style: 0};
+        for (const layer of members) {
+            const {subject, style} = levels[row[layer]];
+            if (!subject && !style) continue;
+            held.subject += subject / (subject + style);
+            held.style += style / (subject + style);
+        }
+        return {subject: held.subject / members.length, style: held.style / members.length};
     }
 
-    /** The steps at which a layer's choice differs from the step before. */
+    /** The subject's share of a row; null where the step did not run. */
+    function subjectShare(row, levels, members) {
+        const shares = sharesOf(row, levels, members);
+        return shares && shares.subject;
+    }
+
+    /** The steps at which a layer's strengths differ from the step before. */
     function switchesOf(rows, layer) {
         return [...rows.keys()].filter(step => step > 0 && rows[step][layer] !== rows[step - 1][layer]);
     }
@@ -142,6 +112,6 @@
     }
 
     Object.assign(klora, {
-        STYLE, SUBJECT, BOTH, NOT_RUN, SELECTORS, LOOK_AT_S, makePlan, magnitudes, recordedRows, subjectShare, switchesOf, readNumber,
+        NOT_RUN, scheduleValues, gammaOf, codeOf, compared, rowsOf, sharesOf, subjectShare, switchesOf, readNumber,
     });
 })(globalThis.klora = globalThis.klora || {});

@@ -16,13 +16,10 @@ from klora.core.score_cache import ScoreCache
 from klora.errors import Cancelled, KLoraError
 from klora.report import preflight
 from klora.selection_map import draw_map
-from klora.settings import SPECS, Settings, as_text, markdown_table
-
-PLAN_OPTIONS = ("selector", "schedule", "alpha", "beta", "k_scale", "gamma")
-"""The settings that decide what is chosen; the others only matter where a picture is made."""
+from klora.settings import PLAN_FIELDS, SPECS, Settings, as_text, markdown_table
 
 RESEARCH = {
-    "evaluate": "make and measure pictures of many pairs and seeds under every selector",
+    "evaluate": "make and measure pictures of many pairs and seeds by every method",
     "demo": "compare the methods on pairs of the miniature, in two minutes",
 }
 """Commands of the folder `evaluation`, which klora itself never needs: it is there in a clone, not in an installed package."""
@@ -79,8 +76,8 @@ def _analyze_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("subject", type=Path, metavar="SUBJECT", help="the subject LoRA's file")
     command.add_argument("style", type=Path, metavar="STYLE", help="the style LoRA's file")
     command.add_argument("--steps", type=positive, default=30, help="steps of the schedule (default 30)")
-    command.add_argument("--seed", type=int, default=0, help="for the selector Random (default 0)")
-    _add_settings(command, PLAN_OPTIONS)
+    command.add_argument("--seed", type=int, default=0, help="for the method Random (default 0)")
+    _add_settings(command, PLAN_FIELDS)
     command.add_argument("--json", metavar="FILE|-", help="write the plan as JSON")
     command.add_argument("--map", type=Path, metavar="FILE.png", help="write the selection map")
     command.set_defaults(run=_analyze)

@@ -54,7 +54,7 @@ def analyze(
     """Read both files, score the pair and plan a schedule of `steps` steps.
 
     Args:
-        settings: of it the selector, schedule, α, β, K scale and γ.
+        settings: of it the method, schedule, α, β, K scale and γ.
         device: where to score; CUDA or ROCm if there is one, else the CPU, if None.
         accelerators: words in the name of a LoRA that is neither a subject nor a style.
         progress: called as progress(layers done, layers in all) while scoring.
@@ -80,7 +80,7 @@ def analyze(
         scores,
         steps=steps,
         schedule=settings.schedule_of_run(),
-        selector=settings.selector,
+        method=settings.method,
         gamma=settings.gamma,
         seed=seed,
     )

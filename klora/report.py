@@ -8,7 +8,7 @@ import numpy as np
 
 from klora.analysis import BASE_NAMES, Analysis
 from klora.core.lora_file import LoraFile
-from klora.core.selectors import Choice
+from klora.core.methods import STYLE, SUBJECT
 
 BAR_WIDTH = 40
 
@@ -51,15 +51,17 @@ def _pair_lines(analysis: Analysis) -> Iterator[str]:
     yield f"pair     {len(layers) - sum(alone.values())} layers shared, {alone['subject']} only in the subject, {alone['style']} only in the style"
     yield f"         gamma {plan.gamma:.6g}"
     still = np.array([not steps for steps in plan.switches()])
-    first = plan.selection[0]
-    counts = {choice: int((still & (first == choice)).sum()) for choice in Choice}
-    both = f", {counts[Choice.BOTH]} carry both" if counts[Choice.BOTH] else ""
-    stay = f"{counts[Choice.SUBJECT]} stay with the subject, {counts[Choice.STYLE]} with the style{both}"
+    first = plan.strengths[0]
+    subject, style = (int((still & (first == levels).all(axis=1)).sum()) for levels in (SUBJECT, STYLE))
+    mixed = int(still.sum()) - subject - style
+    stay = f"{subject} stay with the subject, {style} with the style" + (
+        f", {mixed} carry both" if mixed else ""
+    )
     yield f"         {int(still.sum())} layers never switch: {stay}"
 
 
 def _share_lines(analysis: Analysis) -> Iterator[str]:
     plan = analysis.plan
-    yield f"step     S       subject's share ({plan.selector}, {plan.steps} steps)"
+    yield f"step     S       subject's share ({plan.method}, {plan.steps} steps)"
     for step, (s, share) in enumerate(zip(plan.schedule.values(plan.steps), plan.subject_share, strict=True)):
         yield f"{step:4}     {s:5.3f}   {'#' * round(share * BAR_WIDTH):{BAR_WIDTH}} {share:6.1%}"

@@ -1,4 +1,7 @@
-"""The selection map (K-LoRA fig. 6): steps down, layers across, blue where the subject is applied and green where the style is."""
+"""The selection map (K-LoRA fig. 6): steps down, layers across, blue where the subject is applied and green where the style is.
+
+What else a layer may have, each in a colour of its own, is in `level_colours`.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from klora.core.blocks import block_of, forward_order
-from klora.core.plan import Plan
+from klora.core.methods import FULL
+from klora.core.plan import Plan, shares
 from klora.core.schedule import ALPHA_M
-from klora.core.selectors import Choice
 from klora.lettering import Fonts, Pen, own_font
+from klora.level_colours import PAIRS, STYLE, SUBJECT, colour_of, words_of
 
-SUBJECT, STYLE, BOTH, NOT_RUN = (31, 95, 191), (124, 205, 108), (226, 164, 60), (232, 232, 232)
-"""Told apart by lightness as well as by hue, so that colour-blind people can."""
-INK, FAINT, PAPER = (40, 40, 40), (150, 150, 150), (255, 255, 255)
+INK, FAINT, PAPER, NOT_RUN = (40, 40, 40), (150, 150, 150), (255, 255, 255), (232, 232, 232)
 
 LEFT, TOP, GAP, SHARE_WIDTH, SHARE_LEFT = 64, 58, 3, 120, 24
 MAP_WIDTH, ROWS_HEIGHT, BLOCK_LABELS, MARGIN = 1400, 420, 74, 16
@@ -27,7 +29,7 @@ LONGEST_NAME = 48
 
 @dataclass(frozen=True)
 class Column:
-    """One layer in the picture: where it is in the selection, where it is drawn, and whether one LoRA has it alone."""
+    """One layer in the picture: where it is in the plan, where it is drawn, and whether one LoRA has it alone."""
 
     index: int
     left: int
@@ -39,7 +41,7 @@ def draw_map(
     plan: Plan,
     subject: str,
     style: str,
-    selection: np.ndarray | None = None,
+    strengths: np.ndarray | None = None,
     note: str = "",
     fonts: Fonts = own_font,
 ) -> Image.Image:
@@ -47,11 +49,11 @@ def draw_map(
 
     Args:
         subject, style: names for the legend; the middle of very long ones is left out.
-        selection: recorded rows instead of the plan's, int of shape (steps, layers); -1 where a step did not run.
+        strengths: recorded levels instead of the plan's, int of shape (steps, layers, 2); -1 where a step did not run.
         note: what the title says beside the names.
     """
     pen = Pen(fonts)
-    rows = plan.selection.astype(np.int16) if selection is None else selection
+    rows = plan.strengths if strengths is None else strengths
     columns, cell = _columns(plan)
     height = max(3, min(24, ROWS_HEIGHT // len(rows)))
     width = columns[-1].left + cell
@@ -99,16 +101,23 @@ def _columns(plan: Plan) -> tuple[list[Column], int]:
 
 def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, width: int) -> np.ndarray:
     """The map itself, uint8 of shape (steps * height, width, 3); one-sided layers are hatched where they ran."""
-    colours = np.array([STYLE, SUBJECT, BOTH, NOT_RUN], np.uint8)
+    colours = np.array([*(colour_of(*pair) for pair in PAIRS), NOT_RUN], np.uint8)
+    codes = _codes(rows)
     pixels = np.full((len(rows) * height, width, 3), PAPER, np.uint8)
     hatch = _hatch(*pixels.shape[:2])
-    hatch[np.repeat((rows < 0).any(axis=1), height)] = False
+    hatch[np.repeat((codes < 0).any(axis=1), height)] = False
     for column in columns:
         span = slice(column.left, column.left + cell)
-        pixels[:, span] = np.repeat(colours[rows[:, column.index]], height, axis=0)[:, None]
+        pixels[:, span] = np.repeat(colours[codes[:, column.index]], height, axis=0)[:, None]
         if column.one_sided:
             pixels[:, span][hatch[:, span]] = PAPER
     return pixels
+
+
+def _codes(rows: np.ndarray) -> np.ndarray:
+    """The place in PAIRS of every layer's levels, int of shape (steps, layers); -1 where a step did not run."""
+    subject, style = rows[..., 0].astype(np.int16), rows[..., 1]
+    return np.where(subject < 0, -1, subject * (FULL + 1) + style)
 
 
 def _shortened(name: str) -> str:
@@ -124,7 +133,7 @@ def _subtitle(plan: Plan) -> str:
         if s.name == "s"
         else f"S* = ({s.alpha:g} t/T + {s.beta:g}) mod {ALPHA_M:g}"
     )
-    return f"{plan.selector}    {schedule}    γ = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
+    return f"{plan.method}    {schedule}    γ = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
 
 
 def _steps_axis(image: Image.Image, steps: int, height: int, pen: Pen) -> None:
@@ -155,10 +164,13 @@ def _shares(image: Image.Image, rows: np.ndarray, height: int, left: int, pen: P
     for step, row in enumerate(rows):
         if (row < 0).any():
             continue
-        share = float(np.select([row == Choice.SUBJECT, row == Choice.BOTH], [1.0, 0.5], 0.0).mean())
+        own, other = shares(row)
         top = TOP + step * height
-        right = left + round(share * SHARE_WIDTH)
-        draw.rectangle((left, top, left + SHARE_WIDTH - 1, top + height - 2), STYLE)
+        right = left + round(own * SHARE_WIDTH)
+        if other > 0:
+            draw.rectangle(
+                (left, top, left + round((own + other) * SHARE_WIDTH) - 1, top + height - 2), STYLE
+            )
         if right > left:
             draw.rectangle((left, top, right - 1, top + height - 2), SUBJECT)
 
@@ -175,8 +187,8 @@ class Entry:
 
 def _legend_entries(plan: Plan, rows: np.ndarray, subject: str, style: str, pen: Pen) -> list[Entry]:
     said = [(SUBJECT, f"subject: {subject}"), (STYLE, f"style: {style}")]
-    if (plan.selection == Choice.BOTH).any():
-        said.append((BOTH, "both"))
+    mixed = {PAIRS[code] for code in np.unique(_codes(rows)) if code >= 0} - {(FULL, 0), (0, FULL)}
+    said += [(colour_of(*pair), words_of(*pair)) for pair in sorted(mixed, reverse=True)]
     if (rows < 0).any():
         said.append((NOT_RUN, "did not run"))
     if any(layer.only for layer in plan.scores.layers):

@@ -1,4 +1,4 @@
-"""One sampling pass: attach to a host, at each step switch the layers whose choice changes, give everything back."""
+"""One sampling pass: attach to a host, at each step switch the layers whose strengths change, give everything back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from types import TracebackType
 
 import numpy as np
 
+from klora.core.methods import FULL
 from klora.core.plan import Plan
-from klora.core.selectors import Choice
 from klora.hosts.base import LayerSwitch
 
 
@@ -16,7 +16,7 @@ class Session:
 
     Attributes:
         plan: of the whole schedule.
-        applied: what was on the layers at the steps that ran, {step: uint8 row of Choice, shape (layers,)}.
+        applied: the levels on the layers at the steps that ran, {step: uint8 of shape (layers, 2)}.
     """
 
     def __init__(self, plan: Plan, switch: LayerSwitch) -> None:
@@ -42,7 +42,7 @@ class Session:
 
     def prepare(self, index: int) -> None:
         """Make the layers what the first step to run, `index`, wants: cheapest before the host loads the denoiser."""
-        self._put(self.plan.selection[min(index, self.plan.steps - 1)])
+        self._put(self.plan.strengths[min(index, self.plan.steps - 1)])
 
     def step(self, index: int) -> None:
         """Step `index` runs (0-based in the whole schedule; the last step beyond its end): make the layers what the plan says for it.
@@ -50,18 +50,21 @@ class Session:
         Several model evaluations of one step may each call it: only the first can find something to switch.
         """
         index = min(index, self.plan.steps - 1)
-        self._put(self.plan.selection[index])
-        self.applied[index] = self.plan.selection[index]
+        self._put(self.plan.strengths[index])
+        self.applied[index] = self.plan.strengths[index]
 
     def recorded(self) -> np.ndarray:
-        """`applied` as an int16 array of shape (steps, layers), -1 where a step did not run."""
-        rows = np.full(self.plan.selection.shape, -1, np.int16)
+        """`applied` as an int8 array of shape (steps, layers, 2), -1 where a step did not run."""
+        rows = np.full(self.plan.strengths.shape, -1, np.int8)
         for index, row in self.applied.items():
             rows[index] = row
         return rows
 
     def _put(self, row: np.ndarray) -> None:
-        changed = np.arange(len(row)) if self._current is None else np.flatnonzero(row != self._current)
+        changed = np.arange(len(row))
+        if self._current is not None:
+            changed = np.flatnonzero((row != self._current).any(axis=1))
         if len(changed):
-            self._switch.apply({self._names[i]: Choice(int(row[i])) for i in changed})
+            strengths = (row[changed] / FULL).tolist()
+            self._switch.apply({self._names[i]: (a, b) for i, (a, b) in zip(changed, strengths, strict=True)})
         self._current = row

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from klora.core.methods import METHODS
 from klora.core.schedule import SCHEDULES, Schedule
-from klora.core.selectors import SELECTORS
 from klora.errors import SettingsError
 
 MOST_UNKNOWN = 8
@@ -36,6 +36,7 @@ class Spec:
         slider: minimum, maximum and step that the UI offers within the bounds.
         axis: whether the X/Y/Z plot offers it.
         advanced: whether the UI folds it away.
+        formerly: the field's earlier name, which requests and infotexts may still have.
     """
 
     label: str
@@ -47,6 +48,12 @@ class Spec:
     slider: tuple[float, float, float] | None = None
     axis: bool = True
     advanced: bool = True
+    formerly: str = ""
+
+    @property
+    def infotexts(self) -> tuple[str, ...]:
+        """The names under which an image's parameters may have it, today's first."""
+        return (self.infotext, f"K-LoRA {self.formerly}") if self.formerly else (self.infotext,)
 
 
 def _field(default: Any, label: str, help: str, kind: str, **more: Any) -> Any:
@@ -95,12 +102,13 @@ class Settings:
         slider=(0, 2, 0.05),
         advanced=False,
     )
-    selector: str = _field(
+    method: str = _field(
         "K-LoRA",
-        "Selector",
-        "How a layer's LoRA is chosen at a step: the paper's method, its ablations, and what people compare it with.",
+        "Method",
+        "How the two LoRAs are put on the layers at each step: the paper's method, its ablations, and what people compare it with.",
         "choice",
-        choices=tuple(SELECTORS),
+        choices=tuple(METHODS),
+        formerly="selector",
     )
     schedule: str = _field(
         "s",
@@ -172,6 +180,7 @@ class Settings:
         """
         problems: dict[str, str] = {}
         good: dict[str, Any] = {}
+        values = _under_todays_names(values)
         unknown = [name for name in values if name not in SPECS]
         for name in unknown[:MOST_UNKNOWN]:
             problems[name] = f"K-LoRA has no setting {_shown(name)}{_nearest(name, SPECS)}"
@@ -241,12 +250,11 @@ class Settings:
         return {name: getattr(self, name) for name in SPECS if getattr(self, name) != DEFAULTS[name]}
 
     def text_encoder_roles(self) -> tuple[str, ...]:
-        """Whose text-encoder parts apply, in order: as the rule says, but never of a LoRA that the selector leaves out altogether."""
+        """Whose text-encoder parts apply, in order: as the rule says, but never of a LoRA that the method leaves out altogether."""
         by_rule = {"both": ("subject", "style"), "subject": ("subject",), "style": ("style",), "none": ()}[
             self.text_encoder
         ]
-        left_out = {"Subject only": "style", "Style only": "subject"}.get(self.selector)
-        return tuple(role for role in by_rule if role != left_out)
+        return tuple(role for role in by_rule if role != METHODS[self.method].absent)
 
     def weight(self, role: str) -> float:
         """The multiplier of "subject" or "style"."""
@@ -258,6 +266,9 @@ class Settings:
 
 
 SPECS: dict[str, Spec] = {f.name: f.metadata["spec"] for f in dataclasses.fields(Settings)}
+PLAN_FIELDS = ("method", "schedule", "alpha", "beta", "k_scale", "gamma")
+"""The fields that make the plan of a pair; the others only matter where an image is made."""
+FORMER_NAMES = {spec.formerly: name for name, spec in SPECS.items() if spec.formerly}
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Settings)}
 
 
@@ -313,6 +324,12 @@ def markdown_table() -> str:
             )
         )
     return "\n".join(lines)
+
+
+def _under_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values; of a field that is there under both of its names, the one under today's."""
+    former = {FORMER_NAMES[name]: value for name, value in values.items() if name in FORMER_NAMES}
+    return {**former, **{name: value for name, value in values.items() if name not in FORMER_NAMES}}
 
 
 def _values(spec: Spec) -> str:

@@ -31,7 +31,8 @@ def test_analyze_reports_and_writes_json_and_map(tmp_path, capsys):
     ):
         assert words in report
     expected = json.loads((GOLDEN / "sdxl_layers_missing" / "expected.json").read_text())
-    assert json.loads(plan.read_text())["selection"] == expected["selection"]["s"]
+    strengths = [[[1, 0] if choice else [0, 1] for choice in row] for row in expected["selection"]["s"]]
+    assert json.loads(plan.read_text())["strengths"] == strengths
     with Image.open(picture) as image:
         assert image.width > 800
 
@@ -48,18 +49,18 @@ def test_analyze_writes_only_json_to_standard_output(capsys):
                 "s*",
                 "--steps",
                 "7",
-                "--selector",
+                "--method",
                 "top-k with gamma",
             ]
         )
         == 0
     )
     data = json.loads(capsys.readouterr().out)
-    assert (data["steps"], data["schedule"], data["beta"], data["selector"]) == (7, "s*", 1.3, "Top-K with γ")
+    assert (data["steps"], data["schedule"], data["beta"], data["method"]) == (7, "s*", 1.3, "Top-K with γ")
 
 
 FAULTS = [
-    (["--selector", "klora"], "did you mean 'K-LoRA'?"),
+    (["--method", "klora"], "did you mean 'K-LoRA'?"),
     (["--alpha", "nan"], "'alpha' (α) is a number from -100 to 100"),
     (["--gamma", "high"], "auto or off or a number"),
     (["--map", "/nowhere/map.png"], "Cannot write"),

@@ -10,9 +10,9 @@ from klora.core.schedule import Schedule
 from klora.core.scores import LayerScore, PairScores
 from klora.core.topology import flux_modules, sdxl_modules
 from klora.lettering import Pen, own_font
+from klora.level_colours import BOTH
 from klora.selection_map import (
     BLOCK_LABELS,
-    BOTH,
     GAP,
     INK,
     LEFT,

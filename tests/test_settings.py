@@ -1,6 +1,9 @@
 """The one declaration of the settings and what every surface makes of it."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,7 +17,7 @@ PAIR = {"subject": "cat", "style": "ink"}
 
 def test_order_of_positional_arguments_is_frozen():
     assert list(SPECS) == [
-        "enabled", "subject", "style", "subject_weight", "style_weight", "selector", "schedule",
+        "enabled", "subject", "style", "subject_weight", "style_weight", "method", "schedule",
         "alpha", "beta", "k_scale", "gamma", "text_encoder", "hires",
     ]  # fmt: skip
 
@@ -63,12 +66,12 @@ def test_too_many_positional_values_are_refused():
 def test_all_bad_fields_are_reported_at_once_each_with_a_way_out():
     with pytest.raises(SettingsError) as caught:
         Settings.parse(
-            {"alpah": 1, "selector": "klora", "beta": "x", "gamma": -1, "enabled": True, "subject": "cat"}
+            {"alpah": 1, "method": "klora", "beta": "x", "gamma": -1, "enabled": True, "subject": "cat"}
         )
     problems = caught.value.problems
-    assert set(problems) == {"alpah", "selector", "beta", "gamma", "style"}
+    assert set(problems) == {"alpah", "method", "beta", "gamma", "style"}
     assert "did you mean 'alpha'?" in problems["alpah"]
-    assert "did you mean 'K-LoRA'?" in problems["selector"]
+    assert "did you mean 'K-LoRA'?" in problems["method"]
     assert "auto or a number from -100 to 100" in problems["beta"]
     assert "switch K-LoRA off" in problems["style"]
 
@@ -96,8 +99,24 @@ def test_beta_auto_is_the_schedules_own():
     assert Settings(schedule="s*", beta=0.5).schedule_of_run().beta == 0.5
 
 
-def test_selector_may_be_typed_without_greek():
-    assert Settings.parse({"selector": "top-k with gamma"}).selector == "Top-K with γ"
+def test_a_method_may_be_typed_without_greek():
+    assert Settings.parse({"method": "top-k with gamma"}).method == "Top-K with γ"
+
+
+def test_a_setting_is_known_by_its_former_name_too_and_todays_wins():
+    assert Settings.parse({"selector": "Fixed"}).method == "Fixed"
+    assert Settings.parse({"method": "Random", "selector": "Fixed"}).method == "Random"
+    assert (
+        Settings.parse_api([{**PAIR, "selector": "Fixed"}], overrides={"method": "Random"}).method == "Random"
+    )
+
+
+def test_the_declaration_needs_no_torch():
+    found = subprocess.run(
+        [sys.executable, "-c", "import sys, klora.settings; print('torch' in sys.modules)"],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert found.stdout.strip() == "False"
 
 
 numbers = {name: st.floats(*spec.bounds) for name, spec in SPECS.items() if spec.kind == "number"}
@@ -120,4 +139,4 @@ def test_schema_lists_every_setting_with_its_default_and_allows_no_other():
     assert list(schema["properties"]) == list(SPECS)
     assert schema["additionalProperties"] is False
     assert schema["properties"]["gamma"]["default"] == DEFAULTS["gamma"] == "auto"
-    assert schema["properties"]["selector"]["enum"][0] == "K-LoRA"
+    assert schema["properties"]["method"]["enum"][0] == "K-LoRA"

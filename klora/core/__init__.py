@@ -1,1 +1,1 @@
-"""The method itself: LoRA files, scores, schedule, selectors, plan. Needs torch, numpy and safetensors only."""
+"""The method itself: LoRA files, scores, schedule, methods, plan. Needs torch, numpy and safetensors only."""

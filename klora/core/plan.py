@@ -1,4 +1,4 @@
-"""The plan of a run: which LoRA is on which layer at which step. A value: it can be printed, drawn, compared and saved."""
+"""The plan of a run: how strongly each LoRA is on which layer at which step. A value: it can be printed, drawn, compared and saved."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from klora.core.changes import number
+from klora.core.methods import FULL, METHODS, MethodContext
+from klora.core.pair_scores import PairScores
 from klora.core.schedule import Schedule
-from klora.core.scores import PairScores
-from klora.core.selectors import SELECTORS, Choice, Course
 
 JSON_LAYER_FIELDS = (
     "name", "k", "rank_subject", "rank_style", "subject_score", "style_score", "subject_abs_sum", "style_abs_sum", "only",
@@ -18,25 +19,25 @@ JSON_LAYER_FIELDS = (
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The choice for every step and layer of one whole schedule.
+    """The strengths of both LoRAs for every step and layer of one whole schedule.
 
     Attributes:
-        scores: of the pair; its layers, sorted by name, are the columns of `selection`.
-        selector: name in SELECTORS.
+        scores: of the pair; its layers, sorted by name, are the second axis of `strengths`.
+        method: name in METHODS.
         schedule: S(t).
         gamma: γ in force: eq. (9)'s, 1 when it is off, or the user's number.
-        selection: uint8 of shape (steps, layers) with values of `Choice`; read-only.
+        strengths: levels of subject and style, uint8 of shape (steps, layers, 2), in units of 1 / FULL; read-only.
     """
 
     scores: PairScores
-    selector: str
+    method: str
     schedule: Schedule
     gamma: float
-    selection: np.ndarray
+    strengths: np.ndarray
 
     @property
     def steps(self) -> int:
-        return self.selection.shape[0]
+        return self.strengths.shape[0]
 
     @property
     def layer_names(self) -> list[str]:
@@ -44,14 +45,12 @@ class Plan:
 
     @property
     def subject_share(self) -> np.ndarray:
-        """Share of the layers that the subject holds at each step, float64 in [0, 1], shape (steps,); a shared layer counts half."""
-        return np.select(
-            [self.selection == Choice.SUBJECT, self.selection == Choice.BOTH], [1.0, 0.5], 0.0
-        ).mean(axis=1)
+        """The subject's share of all strengths at each step, float64 in [0, 1], shape (steps,)."""
+        return shares(self.strengths)[..., 0]
 
     def switches(self) -> list[list[int]]:
-        """For each layer the steps at which its choice differs from the step before."""
-        changed = self.selection[1:] != self.selection[:-1]
+        """For each layer the steps at which its strengths differ from the step before."""
+        changed = (self.strengths[1:] != self.strengths[:-1]).any(axis=2)
         return [(np.flatnonzero(column) + 1).tolist() for column in changed.T]
 
     def to_json(self, warnings: list[str]) -> dict[str, Any]:
@@ -66,12 +65,26 @@ class Plan:
             "schedule": self.schedule.name,
             "alpha": self.schedule.alpha,
             "beta": self.schedule.beta,
-            "selector": self.selector,
+            "method": self.method,
             "layers": layers,
-            "selection": self.selection.tolist(),
+            "strengths": as_numbers(self.strengths),
             "subject_share": self.subject_share.tolist(),
             "warnings": warnings,
         }
+
+
+def shares(strengths: np.ndarray) -> np.ndarray:
+    """Subject's and style's share of the layers, float64, shape (..., 2), from levels of shape (..., layers, 2).
+
+    A layer counts 1 in all, split as its two levels are; one with neither counts nothing.
+    """
+    total = strengths.sum(axis=-1, keepdims=True)
+    return np.divide(strengths, total, out=np.zeros(strengths.shape), where=total > 0).mean(axis=-2)
+
+
+def as_numbers(strengths: np.ndarray) -> list:
+    """Levels as the numbers that multiply the user's multipliers: 0, 0.5 or 1, in lists of the same shape."""
+    return np.array([number(level) for level in range(FULL + 1)], dtype=object)[strengths].tolist()
 
 
 def make_plan(
@@ -79,7 +92,7 @@ def make_plan(
     *,
     steps: int,
     schedule: Schedule,
-    selector: str = "K-LoRA",
+    method: str = "K-LoRA",
     gamma: float | str = "auto",
     seed: int = 0,
 ) -> Plan:
@@ -87,9 +100,9 @@ def make_plan(
 
     Args:
         gamma: "auto" takes γ of the pair (eq. 9), "off" takes 1, a number is taken as it is.
-        seed: only the selector "Random" looks at it.
+        seed: only the method "Random" looks at it.
     """
     in_force = scores.gamma if gamma == "auto" else 1.0 if gamma == "off" else float(gamma)
-    selection = SELECTORS[selector](scores, Course(schedule.values(steps), in_force, seed))
-    selection.flags.writeable = False
-    return Plan(scores, selector, schedule, in_force, selection)
+    strengths = METHODS[method].strengths(MethodContext(scores, schedule.values(steps), in_force, seed))
+    strengths.flags.writeable = False
+    return Plan(scores, method, schedule, in_force, strengths)

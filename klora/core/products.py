@@ -16,6 +16,9 @@ TF32_BITS = -1 << 13
 
 HALF_A_TF32_STEP = 1 << 12
 
+CPU_HAS_ITS_OWN_SWITCH = hasattr(torch.backends, "fp32_precision")
+"""From torch 2.9 on. The older switch for all devices sets it too; before, only "medium" of that one reached the CPU."""
+
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left @ right, each entry to about 1e-6 of Σ |left_ik| |right_kj|.
@@ -64,9 +67,8 @@ def _high_and_low(values: Tensor) -> tuple[Tensor, Tensor]:
 def _cpu_may_round() -> bool:
     """Whether the process lets float32 products on the CPU be made from rounded factors (oneDNN; AMX does, so far).
 
-    Asked before every product, which costs a microsecond; the answer costs half the speed where it is yes. torch 2.9 has a
-    switch for the CPU alone, of which the old one sets a part; before it only "medium" reached the CPU.
+    Asked before every product, which costs two microseconds; the answer costs half the speed where it is yes.
     """
-    if hasattr(torch.backends, "fp32_precision"):
+    if CPU_HAS_ITS_OWN_SWITCH:
         return torch.backends.mkldnn.matmul.fp32_precision not in ("ieee", "none")  # type: ignore[attr-defined]
     return torch.get_float32_matmul_precision() == "medium"

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import Literal, Protocol
@@ -19,6 +18,7 @@ from torch import device as Device
 from klora.core.deltas import Delta
 from klora.core.file_state import FileState
 from klora.core.layer_pass import SECONDS_BETWEEN_CHECKS, Result, Work, over_layers, scoring_device
+from klora.core.pair_scores import LayerScore, PairScores
 from klora.core.profiles import FileProfile, LayerProfile, table_k
 from klora.core.score_cache import ScoreCache
 from klora.core.topk import profile, top_sum
@@ -52,41 +52,6 @@ class LoraSource(Protocol):
     def open(self) -> AbstractContextManager[Callable[[str], Delta]]: ...
 
     def check_unscored(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class LayerScore:
-    """One layer of a pair. A layer that only one of the two changes is not scored: k and all sums are 0.
-
-    Attributes:
-        name: canonical layer name.
-        k: K of eq. (5).
-        rank_subject, rank_style: None for a delta stored full, 0 for a layer the file does not change.
-        subject_score, style_score: sum of the K largest |ΔW|, eqs. (1)-(4).
-        subject_abs_sum, style_abs_sum: Σ|ΔW|, for γ.
-        subject_frobenius, style_frobenius: Σ ΔW², squared norms.
-        only: the one LoRA that changes the layer, None if both do.
-    """
-
-    name: str
-    k: int
-    rank_subject: int | None
-    rank_style: int | None
-    subject_score: float
-    style_score: float
-    subject_abs_sum: float
-    style_abs_sum: float
-    subject_frobenius: float
-    style_frobenius: float
-    only: Literal["subject", "style"] | None
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """Scores of every layer that the subject or the style changes, sorted by name, and γ of eq. (9)."""
-
-    layers: tuple[LayerScore, ...]
-    gamma: float
 
 
 def profile_file(
@@ -381,7 +346,7 @@ def _layer_score(name: str, k: int | None, subject: _Side, style: _Side) -> Laye
         style_score=style.top_sum(name, k),
         subject_abs_sum=ours.abs_sum,
         style_abs_sum=theirs.abs_sum,
-        subject_frobenius=ours.squared_sum,
-        style_frobenius=theirs.squared_sum,
+        subject_energy=ours.squared_sum,
+        style_energy=theirs.squared_sum,
         only=None,
     )

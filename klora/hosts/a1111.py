@@ -18,10 +18,9 @@ from klora.core.blocks import leader_of
 from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
-from klora.core.selectors import Choice
 from klora.core.topology import sdxl_modules
 from klora.errors import HostError
-from klora.hosts.base import Member, Pair, still_loaded
+from klora.hosts.base import Member, Pair, Strengths, present, still_loaded
 from klora.hosts.sizes import Padded, Sizes, native_sizes
 
 DENOISER = "diffusion_model"
@@ -68,9 +67,9 @@ class A1111Switch:
         self._pair: dict[str, Any] = {}
         self._others: list[Any] = []
         self._on_text_encoder: list[Any] = []
-        self._choices: dict[str, Choice] = {}
+        self._on_layers: dict[str, Strengths] = {}
         self._settled: set[str] = set()
-        self._strengths: list[tuple] = []
+        self._strengths_of_others: list[tuple] = []
         self._watch: Any = None
         self._failure: BaseException | None = None
         self._originals: dict[str, Callable] = {}
@@ -173,12 +172,12 @@ class A1111Switch:
             setattr(self._networks, name, ours)
         if self._watch is None:
             denoiser = self._model.model.diffusion_model
-            self._watch = denoiser.register_forward_pre_hook(self._follow_strengths)
+            self._watch = denoiser.register_forward_pre_hook(self._follow_other_networks)
 
-    def apply(self, choices: Mapping[str, Choice]) -> None:
-        """The layers take their new network at their next forward, where the host itself applies (its memory modes move them)."""
-        self._choices.update(choices)
-        for layer in choices:
+    def apply(self, strengths: Mapping[str, Strengths]) -> None:
+        """The layers take their new networks at their next forward, where the host itself applies (its memory modes move them)."""
+        self._on_layers.update(strengths)
+        for layer in strengths:
             self._settled.difference_update(self._names_of[layer])
 
     def fail(self, error: BaseException) -> None:
@@ -191,7 +190,7 @@ class A1111Switch:
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
-        self._choices.clear()
+        self._on_layers.clear()
         self._settled.clear()
 
     def leave(self) -> None:
@@ -219,14 +218,14 @@ class A1111Switch:
             )
         self._settled.add(name)
 
-    def _follow_strengths(self, _denoiser: Any, _inputs: Any) -> None:
+    def _follow_other_networks(self, _denoiser: Any, _inputs: Any) -> None:
         """Other extensions change the strengths of the prompt's networks from step to step: then every layer is to be applied anew.
 
         Looked at when the denoiser is called, once all callbacks of the step are done.
         """
         strengths = [(net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in self._others]
-        if strengths != self._strengths:
-            self._strengths = strengths
+        if strengths != self._strengths_of_others:
+            self._strengths_of_others = strengths
             self._settled.clear()
 
     def _forward(self, module: Any, values: Any, original_forward: Callable) -> Any:
@@ -241,22 +240,35 @@ class A1111Switch:
         self._networks.network_restore_weights_from_backup(module)
         module.network_current_names = ()
 
-    def _wanted(self, name: str | None) -> list[Any]:
+    def _wanted(self, name: str | None) -> list[tuple[Any, float]]:
+        """The networks that a module is to have, each with its strength."""
         if name is None or not name.startswith(DENOISER):
-            return [*self._others, *self._on_text_encoder]
-        choice = self._choices.get(self._layer_of.get(name, ""))
-        return (
-            self._others if choice is None else [*self._others, *(self._pair[role] for role in choice.roles)]
-        )
+            return [(net, 1.0) for net in (*self._others, *self._on_text_encoder)]
+        strengths = self._on_layers.get(self._layer_of.get(name, ""), (0.0, 0.0))
+        return [
+            *((net, 1.0) for net in self._others),
+            *((self._pair[role], strength) for role, strength in present(strengths)),
+        ]
 
     @contextmanager
-    def _loaded(self, wanted: list[Any]) -> Iterator[None]:
+    def _loaded(self, wanted: list[tuple[Any, float]]) -> Iterator[None]:
+        """These networks alone are loaded, with multipliers that are scaled by their strengths.
+
+        The host reads a multiplier whenever it computes a layer, from the one network that all its modules know: a copy of the
+        network would leave them at the old one.
+        """
         loaded = self._networks.loaded_networks
         before = list(loaded)
-        loaded[:] = wanted
+        multipliers = [(net, net.unet_multiplier) for net, strength in wanted if strength != 1]
+        loaded[:] = [net for net, _ in wanted]
         try:
+            for net, strength in wanted:
+                if strength != 1:
+                    net.unet_multiplier *= strength
             yield
         finally:
+            for net, multiplier in multipliers:
+                net.unet_multiplier = multiplier
             loaded[:] = before
 
 

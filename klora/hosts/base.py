@@ -16,13 +16,22 @@ from weakref import ReferenceType
 import torch
 
 from klora.core.lora_file import LoraFile
-from klora.core.selectors import Choice
 from klora.errors import HostError
 from klora.hosts.sizes import Sizes
 
+Strengths = tuple[float, float]
+"""How strongly the subject and the style are on a layer: each multiplies the user's multiplier of that LoRA."""
+
+
+def present(strengths: Strengths) -> list[tuple[str, float]]:
+    """(role, strength) of the LoRAs that are on a layer, in the order in which both are applied."""
+    return [
+        (role, strength) for role, strength in zip(("subject", "style"), strengths, strict=True) if strength
+    ]
+
 
 class LayerSwitch(Protocol):
-    """Puts one LoRA of the pair, or both, on single layers of a host's denoiser.
+    """Puts the two LoRAs of the pair on single layers of a host's denoiser, each as strongly as it is told.
 
     An object serves one run. `detach` gives back exactly what `attach` found, may be called at any time and more than once.
     """
@@ -30,8 +39,12 @@ class LayerSwitch(Protocol):
     def attach(self) -> None:
         """Take hold of the denoiser; first undo what an earlier run that died may have left."""
 
-    def apply(self, choices: Mapping[str, Choice]) -> None:
-        """Put the given choice on each named layer (canonical names); leave all other layers as they are."""
+    def apply(self, strengths: Mapping[str, Strengths]) -> None:
+        """Put the pair on each named layer (canonical names) at these strengths; leave all other layers as they are.
+
+        A layer is bit for bit what the host's own <lora:name:weight> makes of it, at the user's multiplier times the strength;
+        a LoRA of strength 0 is not on it at all.
+        """
 
     def detach(self) -> None:
         """Give the denoiser back bit for bit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from klora.core.blocks import leader_of
 from klora.core.deltas import dense
 from klora.core.lora_file import LoraFile
 from klora.core.lora_reader import LoraReader
-from klora.core.selectors import Choice
 from klora.core.topology import Module, flux_modules, sdxl_modules
 from klora.errors import HostError
+from klora.hosts.base import Strengths, present
 from klora.hosts.sizes import LayerSize, check_fit, matrix_of, true_shape
 
 TEXT_ENCODERS = {
@@ -60,6 +60,10 @@ class OpenLora:
 
     lora: Lora
     reader: LoraReader
+
+    def at(self, strength: float) -> OpenLora:
+        """The same with so much of its multiplier."""
+        return replace(self, lora=replace(self.lora, multiplier=self.lora.multiplier * strength))
 
     def add_weight(self, weight: Tensor, original: Tensor, name: str) -> Tensor:
         """`weight` plus the multiplier times what this LoRA changes `original` by; float32 where it changes it."""
@@ -168,10 +172,11 @@ class DiffusersSwitch:
         for role, lora in self._loras.items():
             self._open[role] = OpenLora(lora, self._stack.enter_context(lora.file.open()))
 
-    def apply(self, choices: Mapping[str, Choice]) -> None:
-        for layer, choice in choices.items():
+    def apply(self, strengths: Mapping[str, Strengths]) -> None:
+        for layer, own in strengths.items():
+            loras = [self._open[role].at(strength) for role, strength in present(own)]
             for name in (layer, *self._followers.get(layer, ())):
-                self._merger.put(self._modules[name], name, [self._open[role] for role in choice.roles])
+                self._merger.put(self._modules[name], name, loras)
 
     def detach(self) -> None:
         self._stack.close()

@@ -23,10 +23,9 @@ from klora.core.deltas import dense
 from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
-from klora.core.selectors import Choice
 from klora.core.topology import flux_modules
 from klora.errors import HostError
-from klora.hosts.base import Member, Pair, still_loaded
+from klora.hosts.base import Member, Pair, Strengths, present, still_loaded
 from klora.hosts.sizes import Padded
 
 DENOISER = "diffusion_model."
@@ -66,7 +65,7 @@ class PatcherSwitch(ABC):
         self._layers_of: dict[str, tuple[str, ...]] = {}
         self._keys_of: dict[str, list[str]] = {}
         self._others: Patches = {}
-        self._choices: dict[str, Choice] = {}
+        self._on_layers: dict[str, Strengths] = {}
         self._failures: list[BaseException] = []
         self._gate = _gate(self._failures)
 
@@ -82,7 +81,7 @@ class PatcherSwitch(ABC):
 
     def leave(self) -> None:
         """The host takes LoRAs for loaded while this name of them stays the same."""
-        self._choices.clear()
+        self._on_layers.clear()
         self._model.current_lora_hash = f"K-LoRA {uuid4()}"
 
     def fail(self, error: BaseException) -> None:
@@ -105,24 +104,24 @@ class PatcherSwitch(ABC):
         unet = self._model.forge_objects.unet.clone()
         unet.add_conditioning_modifier(self._gate)
         self._others = self._patches_of(unet)
-        self._choices.clear()
+        self._on_layers.clear()
         self._mark(unet)
         self._model.forge_objects.unet = unet
 
-    def apply(self, choices: Mapping[str, Choice]) -> None:
-        self._choices.update(choices)
-        keys = {key for layer in choices for key in self._keys_of.get(layer, ())}
+    def apply(self, strengths: Mapping[str, Strengths]) -> None:
+        self._on_layers.update(strengths)
+        keys = {key for layer in strengths for key in self._keys_of.get(layer, ())}
         unet = self._unet_in_force()
         if self._is_merged(unet):
             self._merge(unet, {key: [*self._others.get(key, ()), *self._chosen(key)] for key in sorted(keys)})
         else:
             every = {
-                key: self._chosen(key) for layer in self._choices for key in self._keys_of.get(layer, ())
+                key: self._chosen(key) for layer in self._on_layers for key in self._keys_of.get(layer, ())
             }
             self._put(unet, {key: patches for key, patches in every.items() if patches})
 
     def detach(self) -> None:
-        self._choices.clear()
+        self._on_layers.clear()
 
     @staticmethod
     def original_weight(unet: Any, path: str) -> Any:
@@ -229,15 +228,19 @@ class PatcherSwitch(ABC):
                 self._keys_of.setdefault(layer, []).append(key)
 
     def _chosen(self, key: str) -> list[Any]:
-        """The pair's patches of a weight, whose rows may be of different LoRAs."""
-        choices = {layer: self._choices[layer] for layer in self._layers_of[key] if layer in self._choices}
-        if len(set(choices.values())) <= 1:
-            roles = next(iter(choices.values())).roles if choices else ()
-            return [patch for role in roles for patch in self._loaded[role].unet.get(key, ())]
+        """The pair's patches of a weight, whose rows may have the two LoRAs at different strengths."""
+        own = {layer: self._on_layers[layer] for layer in self._layers_of[key] if layer in self._on_layers}
+        if len(set(own.values())) <= 1:
+            whole = present(next(iter(own.values()), (0.0, 0.0)))
+            return [
+                _scaled(patch, strength)
+                for role, strength in whole
+                for patch in self._loaded[role].unet.get(key, ())
+            ]
         return [
-            patch
-            for layer, choice in choices.items()
-            for role in choice.roles
+            _scaled(patch, strength)
+            for layer, strengths in own.items()
+            for role, strength in present(strengths)
             for patch in self._rows_of(role, key, layer)
         ]
 
@@ -288,7 +291,7 @@ class PatcherSwitch(ABC):
             if reader.magnitude(layer) is not None or reader.input_factor(layer) is not None:
                 raise HostError(
                     f"The layer {layer} of the {role} LoRA {file.path.name} is a DoRA or GLoRA of a fused weight, whose rows cannot be given to "
-                    "two LoRAs: export it in the split keys of diffusers, or take the selector LoRA Switch or Fixed."
+                    "two LoRAs: export it in the split keys of diffusers, or take the method LoRA Switch or Fixed."
                 )
             return dense(reader(layer))
 
@@ -299,6 +302,11 @@ def padded_convolution(shape: tuple[int, ...]) -> Padded:
         return {}
     taps = shape[2] * shape[3]
     return {"full diff": range(taps, shape[1] * taps, taps)}
+
+
+def _scaled(patch: Any, strength: float) -> Any:
+    """A patch at so much of its strength."""
+    return patch if strength == 1 else type(patch)((patch[0] * strength, *patch[1:]))
 
 
 def _gate(failures: list[BaseException]) -> Callable[..., tuple]:

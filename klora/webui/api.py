@@ -142,14 +142,7 @@ def _parsed(content: bytes) -> tuple[Settings, int, int, str]:
         raise KLoraError(
             'The request is not a JSON object: send the settings by name, as {"subject": "…", "style": "…"}.'
         )
-    numbers = {name: request.get(name, default) for name, (default, _, _) in WHOLE_NUMBERS.items()}
-    problems = {
-        name: f"{name!r} is a whole number from {WHOLE_NUMBERS[name][1]} to {WHOLE_NUMBERS[name][2]}, not {str(value)[:60]!r}."
-        for name, value in numbers.items()
-        if isinstance(value, bool)
-        or not isinstance(value, int)
-        or not WHOLE_NUMBERS[name][1] <= value <= WHOLE_NUMBERS[name][2]
-    }
+    numbers, problems = whole_numbers(request)
     form = request.get("format", FORMATS[0])
     if form not in FORMATS:
         problems["format"] = f"'format' is {' or '.join(FORMATS)}, not {str(form)[:60]!r}."
@@ -166,6 +159,19 @@ def _parsed(content: bytes) -> tuple[Settings, int, int, str]:
     if problems:
         raise SettingsError(problems)
     return settings, numbers["steps"], numbers["seed"], form
+
+
+def whole_numbers(request: dict[str, Any]) -> tuple[dict[str, int], dict[str, str]]:
+    """Steps and seed of a request, and {name: what is wrong with it}."""
+    numbers = {name: request.get(name, default) for name, (default, _, _) in WHOLE_NUMBERS.items()}
+    problems = {
+        name: f"{name!r} is a whole number from {WHOLE_NUMBERS[name][1]} to {WHOLE_NUMBERS[name][2]}, not {str(value)[:60]!r}."
+        for name, value in numbers.items()
+        if isinstance(value, bool)
+        or not isinstance(value, int)
+        or not WHOLE_NUMBERS[name][1] <= value <= WHOLE_NUMBERS[name][2]
+    }
+    return numbers, problems
 
 
 def _documented_request() -> dict[str, Any]:

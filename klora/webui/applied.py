@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from klora.core.changes import as_changes
 from klora.core.plan import Plan
 from klora.hosts.fonts import host_font
 from klora.selection_map import draw_map, stacked
@@ -26,18 +27,17 @@ class AppliedPass:
         name: FIRST or HIRES.
         batch: 0-based.
         plan: of the whole schedule.
-        rows: int16 of shape (steps, layers) with values of `Choice`; -1 where a step did not run.
+        strengths: levels of subject and style, int8 of shape (steps, layers, 2); -1 where a step did not run.
     """
 
     name: str
     batch: int
     plan: Plan
-    rows: np.ndarray
+    strengths: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
-        """{"pass", "batch", "steps", "rows"}: of each step a string with the digit of each layer's `Choice`, None if it did not run."""
-        rows = [None if (row < 0).any() else "".join(map(str, row.tolist())) for row in self.rows]
-        return {"pass": self.name, "batch": self.batch, "steps": self.plan.steps, "rows": rows}
+        """{"pass", "batch", "steps", "layers", "ran", "changes"}, the last four as `as_changes` has them, layers in the plan's order."""
+        return {"pass": self.name, "batch": self.batch, **as_changes(self.strengths)}
 
 
 class AppliedMaps:
@@ -85,7 +85,9 @@ class AppliedMaps:
         notes = {FIRST: "as applied", HIRES: "as applied in the hires pass"}
         return stacked(
             [
-                draw_map(one.plan, *self._names, selection=one.rows, note=notes[one.name], fonts=host_font)
+                draw_map(
+                    one.plan, *self._names, strengths=one.strengths, note=notes[one.name], fonts=host_font
+                )
                 for one in batch
             ]
         )
@@ -93,5 +95,5 @@ class AppliedMaps:
 
 def _alike(one: Sequence[AppliedPass], other: Sequence[AppliedPass]) -> bool:
     return len(one) == len(other) and all(
-        a.name == b.name and np.array_equal(a.rows, b.rows) for a, b in zip(one, other, strict=True)
+        a.name == b.name and np.array_equal(a.strengths, b.strengths) for a, b in zip(one, other, strict=True)
     )

@@ -10,7 +10,10 @@ from typing import Any
 
 from klora.analysis import BASE_NAMES, pair_warnings
 from klora.core.blocks import block_of, forward_order, group_of
+from klora.core.changes import as_changes, number
 from klora.core.lora_file import LoraFile
+from klora.core.methods import MAGNITUDES, METHODS, Comparison
+from klora.core.pair_scores import PairScores
 from klora.core.plan import make_plan
 from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
 from klora.core.scores import Turn, score_pair
@@ -18,28 +21,48 @@ from klora.errors import KLoraError, printable
 from klora.file_notes import trained_on, trigger_words
 from klora.hosts.base import HostLora
 from klora.hosts.webui import HOST
+from klora.level_colours import PAIRS, colour_of, words_of
 from klora.report import value_range
-from klora.selection_map import BOTH, STYLE, SUBJECT
-from klora.settings import DEFAULTS, SPECS
+from klora.settings import DEFAULTS, SPECS, Settings
 from klora.webui import infotext, loras, options
 
 ROLES = ("subject", "style")
 
 
 def constants() -> dict[str, Any]:
-    """What the page's scripts need before they ask for anything: the map's colours, the schedules, what the settings start with and may be."""
+    """What the page's scripts need before they ask for anything.
+
+    How strengths look and are called, by their code (`PAIRS`); the rules of the methods that compare; the schedules; what the
+    settings start with, may be, and are called in an image's parameters.
+    """
     return {
-        "colours": {
-            role: "#{:02x}{:02x}{:02x}".format(*colour)
-            for role, colour in (("subject", SUBJECT), ("style", STYLE), ("both", BOTH))
+        "levels": [
+            {
+                "subject": number(subject),
+                "style": number(style),
+                "colour": "#{:02x}{:02x}{:02x}".format(*colour_of(subject, style)),
+                "words": words_of(subject, style),
+            }
+            for subject, style in PAIRS
+        ],
+        "comparisons": {
+            name: {
+                "magnitude": rule.magnitude.field if rule.magnitude else None,
+                "gamma": rule.uses_gamma,
+                "s": rule.uses_s,
+            }
+            for name, method in METHODS.items()
+            if isinstance(rule := method.strengths, Comparison)
         },
+        "magnitudes": {magnitude.field: magnitude.words for magnitude in MAGNITUDES},
+        "seeded": [name for name, method in METHODS.items() if method.seeded],
         "schedules": SCHEDULES,
         "alphaM": ALPHA_M,
         "defaults": {
             name: infotext.control_value(name, value)
             for name, value in {**DEFAULTS, **options.read().run_defaults()}.items()
         },
-        "infotext": {name: spec.infotext for name, spec in SPECS.items() if spec.kind != "flag"},
+        "infotext": {name: spec.infotexts for name, spec in SPECS.items() if spec.kind != "flag"},
         "numbers": {
             name: {"label": spec.label, "words": spec.choices, "bounds": spec.bounds}
             for name, spec in SPECS.items()
@@ -96,6 +119,8 @@ def scores(
 ) -> dict[str, Any]:
     """γ and the scores of a pair by layer, in the order of the plan, one list a column; `place` is the layer's in the network.
 
+    Under "magnitudes" what methods compare: {field: {"subject", "style", "ratio"}}, as `Magnitude` gives them.
+
     Args:
         cancelled, turn: as for `score_pair`.
 
@@ -103,6 +128,69 @@ def scores(
         KLoraError: with the sentence for the user.
         Cancelled: when `cancelled` said so.
     """
+    subject, style, found = _scored(names, k_scale, cancelled, turn)
+    layers = found.layers
+    in_order = sorted(range(len(layers)), key=lambda i: forward_order(layers[i].name))
+    places = {index: place for place, index in enumerate(in_order)}
+    return {
+        "gamma": found.gamma,
+        "layers": {
+            **{
+                field: [getattr(layer, field) for layer in layers]
+                for field in ("name", "only", "k", "rank_subject", "rank_style")
+            },
+            "block": [block_of(layer.name) for layer in layers],
+            "group": [group_of(layer.name) for layer in layers],
+            "place": [places[i] for i in range(len(layers))],
+        },
+        "magnitudes": {
+            magnitude.field: {
+                **{role: magnitude.of(found, role).tolist() for role in ROLES},
+                "ratio": magnitude.ratios(found).tolist(),
+            }
+            for magnitude in MAGNITUDES
+        },
+        "warnings": pair_warnings(
+            subject,
+            style,
+            make_plan(found, steps=1, schedule=Schedule.named("s")),
+            options.read().accelerator_words(),
+        ),
+    }
+
+
+def strengths(
+    names: Mapping[str, str],
+    settings: Settings,
+    steps: int,
+    seed: int,
+    cancelled: Callable[[], bool],
+    turn: Turn,
+) -> dict[str, Any]:
+    """The plan of a pair as `as_changes` has it, for a method whose rule the page does not know.
+
+    Args:
+        cancelled, turn: as for `score_pair`.
+
+    Raises:
+        KLoraError: with the sentence for the user.
+        Cancelled: when `cancelled` said so.
+    """
+    _, _, found = _scored(names, settings.k_scale, cancelled, turn)
+    plan = make_plan(
+        found,
+        steps=steps,
+        schedule=settings.schedule_of_run(),
+        method=settings.method,
+        gamma=settings.gamma,
+        seed=seed,
+    )
+    return as_changes(plan.strengths)
+
+
+def _scored(
+    names: Mapping[str, str], k_scale: float, cancelled: Callable[[], bool], turn: Turn
+) -> tuple[LoraFile, LoraFile, PairScores]:
     subject, style = (loras.read(loras.find(names[role], role).path) for role in ROLES)
     chosen = options.read()
     loras.check_pair(subject, style, chosen.cache())
@@ -115,24 +203,7 @@ def scores(
         cancelled=cancelled,
         turn=turn,
     )
-    layers = found.layers
-    in_order = sorted(range(len(layers)), key=lambda i: forward_order(layers[i].name))
-    places = {index: place for place, index in enumerate(in_order)}
-    return {
-        "gamma": found.gamma,
-        "layers": {
-            **{
-                field: [getattr(layer, field) for layer in layers]
-                for field in (
-                    "name", "only", "k", "rank_subject", "rank_style", "subject_score", "style_score", "subject_frobenius", "style_frobenius",
-                )
-            },
-            "block": [block_of(layer.name) for layer in layers],
-            "group": [group_of(layer.name) for layer in layers],
-            "place": [places[i] for i in range(len(layers))],
-        },
-        "warnings": pair_warnings(subject, style, make_plan(found, steps=1, schedule=Schedule.named("s")), chosen.accelerator_words()),
-    }  # fmt: skip
+    return subject, style, found
 
 
 def _try(answer: dict[str, Any], step: Callable[[], None]) -> None:

@@ -57,7 +57,7 @@ class Restore:
             return None
         if spec.kind == "lora":
             return _restored_name(params.get(spec.infotext, ""), params.get(spec.infotext + HASH, ""))
-        return self._value(params.get(spec.infotext))
+        return self._value(next((params[name] for name in spec.infotexts if name in params), None))
 
     def _value(self, text: Any) -> float | str | None:
         if text is None:

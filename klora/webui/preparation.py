@@ -118,7 +118,7 @@ def _plan(scores: PairScores, settings: Settings, steps: int, seed: int) -> Plan
         scores,
         steps=steps,
         schedule=settings.schedule_of_run(),
-        selector=settings.selector,
+        method=settings.method,
         gamma=settings.gamma,
         seed=seed,
     )

@@ -8,10 +8,11 @@ from typing import Any
 from fastapi import Body, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 
-from klora.errors import Cancelled, KLoraError
+from klora.errors import Cancelled, KLoraError, SettingsError
 from klora.hosts.webui import HOST
-from klora.settings import Settings
+from klora.settings import PLAN_FIELDS, Settings
 from klora.webui import card
+from klora.webui.api import whole_numbers
 from klora.webui.turns import Busy, place, spare_turn, while_connected
 
 
@@ -25,6 +26,7 @@ def register(app: FastAPI) -> None:
     }
     app.add_api_route("/klora/internal/card", files, **common)
     app.add_api_route("/klora/internal/scores", scores, **common)
+    app.add_api_route("/klora/internal/strengths", strengths, **common)
 
 
 def files(request: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
@@ -37,16 +39,40 @@ async def scores(request: Request, asked: dict[str, Any] = Body(...)) -> JSONRes
 
     What is wrong is part of an answer with status 200, as browsers log others: {"problem": sentence, "again": whether to ask again soon}.
     """
-    return await while_connected(
-        request, lambda gone: _scored(asked, lambda: gone() or HOST.is_generating() or HOST.is_awaited())
-    )
+    return await while_connected(request, lambda gone: _answer(_scores, asked, gone))
 
 
-def _scored(asked: dict[str, Any], cancelled: Callable[[], bool]) -> JSONResponse:
+async def strengths(request: Request, asked: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
+    """The plan of the pair, `card.strengths`, on the terms of `scores`."""
+    return await while_connected(request, lambda gone: _answer(_strengths, asked, gone))
+
+
+def _scores(asked: dict[str, Any], cancelled: Callable[[], bool]) -> dict[str, Any]:
+    return card.scores(_names(asked), _settings(asked).k_scale, cancelled, spare_turn)
+
+
+def _strengths(asked: dict[str, Any], cancelled: Callable[[], bool]) -> dict[str, Any]:
+    settings, (numbers, problems) = _settings(asked), whole_numbers(asked)
+    if problems:
+        raise SettingsError(problems)
+    return card.strengths(_names(asked), settings, numbers["steps"], numbers["seed"], cancelled, spare_turn)
+
+
+def _settings(asked: dict[str, Any]) -> Settings:
+    return Settings.parse({name: value for name, value in asked.items() if name in PLAN_FIELDS})
+
+
+def _answer(
+    work: Callable[[dict[str, Any], Callable[[], bool]], dict[str, Any]],
+    asked: dict[str, Any],
+    gone: Callable[[], bool],
+) -> JSONResponse:
+    def cancelled() -> bool:
+        return gone() or HOST.is_generating() or HOST.is_awaited()
+
     try:
-        k_scale = Settings.parse({"k_scale": asked.get("k_scale", 1.0)}).k_scale
         with place():
-            return JSONResponse(card.scores(_names(asked), k_scale, cancelled, spare_turn))
+            return JSONResponse(work(asked, cancelled))
     except Cancelled:
         return _later("The pair is scored once the WebUI has nothing else to do.")
     except Busy as error:

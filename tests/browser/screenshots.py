@@ -59,7 +59,7 @@ def compare(page, path):
     page.click("#script_list input")
     page.fill("#script_list input", "X/Y/Z plot")
     page.press("#script_list input", "Enter")
-    for axis, label in (("x", "[K-LoRA] Selector"), ("y", "Seed")):
+    for axis, label in (("x", "[K-LoRA] Method"), ("y", "Seed")):
         place = f"#script_txt2img_xyz_plot_{axis}_type input"
         page.click(place)
         page.fill(place, label)

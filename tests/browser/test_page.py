@@ -32,19 +32,19 @@ def test_swap_exchanges_the_pair(page):
 
 def test_pasting_parameters_restores_every_control(page):
     text = (f"a dog\nSteps: 4, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, "
-            "K-LoRA subject weight: 0.7, K-LoRA selector: Fixed, K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off")  # fmt: skip
+            "K-LoRA subject weight: 0.7, K-LoRA method: Fixed, K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off")  # fmt: skip
     paste(page, text)
     page.wait_for_function(
         f"document.querySelector({json.dumps(control('subject') + ' input')})?.value === {json.dumps(STYLE)}"
     )
     page.wait_for_timeout(1000)
-    assert [value(page, name) for name in ("subject", "style", "selector")] == [STYLE, SUBJECT, "Fixed"]
+    assert [value(page, name) for name in ("subject", "style", "method")] == [STYLE, SUBJECT, "Fixed"]
     assert float(page.input_value(f"{control('subject_weight')} input[type=number]")) == 0.7
     shot(page, "pasted")
     info = generate(page)
     for part in (
         "K-LoRA subject weight: 0.7",
-        "K-LoRA selector: Fixed",
+        "K-LoRA method: Fixed",
         "K-LoRA schedule: s*",
         "K-LoRA alpha: 2",
         "K-LoRA gamma: off",
@@ -71,7 +71,7 @@ def test_every_control_has_a_tooltip(page):
         "enabled",
         "subject",
         "style",
-        "selector",
+        "method",
         "schedule",
         "alpha",
         "beta",

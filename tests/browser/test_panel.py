@@ -24,11 +24,14 @@ VIEW = control("view")
 ANALYZE = """async ([names, settings]) => {
     const headers = {"Content-Type": "application/json"};
     const post = async (path, body) => (await fetch(path, {method: "POST", headers, body: JSON.stringify(body)})).json();
-    const {alphaM} = JSON.parse(document.querySelector(".klora-view").dataset.constants), pair = await post("./klora/internal/scores", names);
-    const differing = [];
+    const {alphaM, comparisons, levels} = JSON.parse(document.querySelector(".klora-view").dataset.constants);
+    const pair = await post("./klora/internal/scores", names), differing = [];
     for (const one of settings) {
-        const server = await post("./klora/v1/analyze", {...names, ...one}), plan = klora.makePlan(pair, {...one, seed: one.seed ?? 0}, alphaM);
-        if (JSON.stringify(server.selection) !== JSON.stringify(plan.rows.map(row => [...row]))) differing.push(one);
+        const server = await post("./klora/v1/analyze", {...names, ...one}), rule = comparisons[one.method];
+        const rows = rule ? klora.compared(rule, pair, klora.scheduleValues(one, alphaM), klora.gammaOf(pair, one.gamma), levels) :
+            klora.rowsOf(await post("./klora/internal/strengths", {...names, ...one}), levels);
+        const strengths = rows.map(row => [...row].map(code => [levels[code].subject, levels[code].style]));
+        if (JSON.stringify(server.strengths) !== JSON.stringify(strengths)) differing.push(one);
     }
     return differing;
 }"""
@@ -94,19 +97,10 @@ def test_nothing_is_asked_until_a_lora_is_chosen_then_its_card_then_the_map(page
     assert page.get_attribute(f"{VIEW} .klora-cells", "aria-label").startswith("Selection map. ")
 
 
-def test_every_setting_of_the_plan_redraws_the_map_and_asks_the_server_nothing(page):
-    with_pair(page)
-    open_advanced(page)
-    requests, seen = asked(page), [picture(page)]
-    for act, said in (
-        (lambda: set_number(page, control("alpha"), 3), "S = 3 t/T + 0.5"),
-        (lambda: choose(page, "beta", "0.9"), "S = 3 t/T + 0.9"),
-        (lambda: choose(page, "gamma", "2"), "γ 2,"),
-        (lambda: choose(page, "schedule", "s*"), "S* = (3 t/T + 0.9) mod 1.5"),
-        (lambda: set_number(page, "#txt2img_steps", 30), "30 steps"),
-        (lambda: choose(page, "selector", "LoRA Switch"), "LoRA Switch"),
-        (lambda: choose(page, "selector", "Random"), "the true one is drawn at Generate"),
-    ):
+def follow(page, acts):
+    """Do each act and wait for the title that it makes; every map is another one than those before."""
+    seen = [picture(page)]
+    for act, said in acts:
         act()
         page.wait_for_function(
             "([place, said]) => document.querySelector(place).innerText.includes(said)",
@@ -115,7 +109,41 @@ def test_every_setting_of_the_plan_redraws_the_map_and_asks_the_server_nothing(p
         page.wait_for_timeout(150)
         assert picture(page) not in seen, said
         seen.append(picture(page))
+
+
+def test_every_setting_of_the_plan_redraws_the_map_and_asks_the_server_nothing(page):
+    with_pair(page)
+    open_advanced(page)
+    requests = asked(page)
+    acts = (
+        (lambda: set_number(page, control("alpha"), 3), "S = 3 t/T + 0.5"),
+        (lambda: choose(page, "beta", "0.9"), "S = 3 t/T + 0.9"),
+        (lambda: choose(page, "gamma", "2"), "γ 2,"),
+        (lambda: choose(page, "schedule", "s*"), "S* = (3 t/T + 0.9) mod 1.5"),
+        (lambda: set_number(page, "#txt2img_steps", 30), "30 steps"),
+        (lambda: choose(page, "method", "Fixed"), "Fixed"),
+    )
+    follow(page, acts)
     assert requests == []
+
+
+def test_a_method_whose_rule_the_page_has_not_is_asked_of_the_server_once(page):
+    with_pair(page)
+    open_advanced(page)
+    requests = asked(page)
+    acts = (
+        (lambda: choose(page, "method", "LoRA Switch"), "LoRA Switch"),
+        (lambda: choose(page, "method", "Random"), "the true one is drawn at Generate"),
+        (lambda: choose(page, "method", "Direct merge"), "Direct merge"),
+    )
+    follow(page, acts)
+    assert "both LoRAs" in page.inner_text(f"{VIEW} .klora-legend")
+    choose(page, "method", "LoRA Switch")
+    page.wait_for_function(
+        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('LoRA Switch')"
+    )
+    page.wait_for_timeout(500)
+    assert [path.lstrip(".") for path in of_panel(requests)] == ["/klora/internal/strengths"] * 3
 
 
 def test_only_k_scale_has_the_pair_scored_anew(page):
@@ -136,14 +164,14 @@ def test_only_k_scale_has_the_pair_scored_anew(page):
 def test_the_page_chooses_as_the_server_does(page):
     grid = [
         {
-            "selector": selector,
+            "method": method,
             "schedule": schedule,
             "alpha": alpha,
             "beta": beta,
             "gamma": gamma,
             "steps": steps,
         }
-        for selector in ("K-LoRA", "Frobenius", "Top-K with γ", "Random", "Fixed")
+        for method in ("K-LoRA", "Frobenius", "Top-K with γ", "Random", "Fixed")
         for schedule, alpha, beta in (("s", 1.5, 0.5), ("s*", 1.5, 1.3), ("s", -0.7, 2))
         for gamma in ("auto", "off", 0.8)
         for steps in (4, 15)
@@ -235,7 +263,7 @@ def test_after_a_picture_the_map_is_what_was_applied(page):
     assert title(page).startswith("K-LoRA, S = ")
     page.click(f"{VIEW} .klora-choices button >> text=applied")
     open_advanced(page)
-    choose(page, "selector", "Fixed")
+    choose(page, "method", "Fixed")
     page.wait_for_function(f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('Fixed')")
 
 
@@ -247,8 +275,7 @@ def test_steps_that_an_interrupt_left_out_are_blank(page):
 
     with_pair(page, steps=60)
     generate(page, interrupt)
-    rows = recorded(page)[0]["rows"]
-    ran = sum(row is not None for row in rows)
+    ran = int(recorded(page)[0]["ran"].rpartition("-")[2]) + 1
     assert 0 < ran < 60
     page.wait_for_function(
         f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last picture')"

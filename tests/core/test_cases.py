@@ -23,6 +23,7 @@ from wild_files import STEPS, Maker, Wild
 from klora.analysis import Analysis, analyze
 from klora.core.key_names import parse_key
 from klora.core.lora_file import LoraFile, read_lora
+from klora.core.methods import FULL
 from klora.core.rewrite import is_in, rewrite
 from klora.core.score_cache import ScoreCache
 from klora.errors import KLoraError, LoraFileError, PairError
@@ -63,7 +64,7 @@ def assert_planned(folder: Path, subject: Wild, style: Wild) -> Analysis:
             name: value if name in ("name", "only", "k") else pytest.approx(value, rel=1e-5)
             for name, value in values.items()
         }
-    assert found.plan.selection.tolist() == wild.expected_choices(expected, gamma)
+    assert (found.plan.strengths[..., 0] // FULL).tolist() == wild.expected_choices(expected, gamma)
     return found
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from klora.analysis import analyze
 from klora.core.deltas import dense
 from klora.core.lora_file import read_lora
+from klora.core.methods import SUBJECT
 from klora.core.scores import profile_file, score_pair
 from klora.errors import KLoraError, LoraFileError, PairError
 from klora.settings import Settings
@@ -229,7 +230,7 @@ def test_a_layer_that_neither_changes_stays_with_the_subject(tmp_path: Path) -> 
     zero = {f"{other}.lora_up.weight": torch.ones(8, 2), f"{other}.lora_down.weight": torch.zeros(2, 8)}
     path = saved(tmp_path / "half.safetensors", {**GOOD, **zero})
     plan = analyze(path, path, Settings(), steps=4).plan
-    assert plan.selection[:, plan.layer_names.index("middle_block.1.proj_out")].tolist() == [1, 1, 1, 1]
+    assert (plan.strengths[:, plan.layer_names.index("middle_block.1.proj_out")] == SUBJECT).all()
 
 
 def test_magnitudes_too_far_apart_to_be_balanced_are_refused(tmp_path: Path) -> None:

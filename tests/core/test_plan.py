@@ -1,4 +1,7 @@
-"""Schedule, selectors and plan: method.md sections 4 and 5."""
+"""Schedule, methods and plan: method.md sections 4 and 5."""
+
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,16 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klora.core.blocks import block_of, forward_order, leader_of
-from klora.core.plan import make_plan
+from klora.core.changes import as_changes, spans
+from klora.core.methods import BOTH, FULL, METHODS, STYLE, SUBJECT
+from klora.core.plan import make_plan, shares
 from klora.core.schedule import Schedule
 from klora.core.scores import LayerScore, PairScores
-from klora.core.selectors import SELECTORS, Choice
 
 
 def layer(name, subject, style, only=None):
     return LayerScore(
         name=name, k=4, rank_subject=2, rank_style=2, subject_score=subject, style_score=style, subject_abs_sum=2 * subject,
-        style_abs_sum=2 * style, subject_frobenius=subject**2, style_frobenius=style**2, only=only,
+        style_abs_sum=2 * style, subject_energy=subject**2, style_energy=style**2, only=only,
     )  # fmt: skip
 
 
@@ -52,77 +56,118 @@ def test_rescaling_one_lora_changes_no_choice(scores, count, exponent):
     scaled = make_plan(
         pair(*((subject * c, style) for subject, style in scores), gamma=1.5 * c), steps=count, schedule=S
     )
-    assert (plan.selection == scaled.selection).all()
+    assert (plan.strengths == scaled.strengths).all()
 
 
 @given(pairs)
 def test_swapping_the_roles_mirrors_the_choice_but_for_ties(scores):
     one = Schedule("s", 0.0, 1.0)
-    plan = make_plan(pair(*scores), steps=3, schedule=one).selection
+    plan = make_plan(pair(*scores), steps=3, schedule=one).strengths
     mirrored = make_plan(
         pair(*((style, subject) for subject, style in scores)), steps=3, schedule=one
-    ).selection
+    ).strengths
     ties = np.array([subject == style for subject, style in scores])
-    assert (plan[:, ~ties] == 1 - mirrored[:, ~ties]).all()
-    assert (plan[:, ties] == Choice.SUBJECT).all()
-    assert (mirrored[:, ties] == Choice.SUBJECT).all()
+    assert (plan[:, ~ties] == mirrored[:, ~ties][..., ::-1]).all()
+    assert (plan[:, ties] == SUBJECT).all()
+    assert (mirrored[:, ties] == SUBJECT).all()
 
 
-@pytest.mark.parametrize("selector", ["K-LoRA", "Top-K only", "Top-K with γ", "Frobenius"])
-def test_a_one_sided_layer_stays_with_the_lora_that_has_it(selector):
+@pytest.mark.parametrize("method", ["K-LoRA", "Top-K only", "Top-K with γ", "Frobenius"])
+def test_a_one_sided_layer_stays_with_the_lora_that_has_it(method):
     scores = PairScores((layer("a", 0, 0, "subject"), layer("b", 0, 0, "style"), layer("c", 1, 1)), 1.0)
-    plan = make_plan(scores, steps=10, schedule=S, selector=selector)
-    assert (plan.selection[:, 0] == Choice.SUBJECT).all()
-    assert (plan.selection[:, 1] == Choice.STYLE).all()
+    plan = make_plan(scores, steps=10, schedule=S, method=method)
+    assert (plan.strengths[:, 0] == SUBJECT).all()
+    assert (plan.strengths[:, 1] == STYLE).all()
 
 
 def test_the_ablations_and_baselines():
     scores = pair((3, 1), (1, 3), gamma=4.0)
 
-    def choose(selector, **more):
-        return make_plan(scores, steps=4, schedule=S, selector=selector, **more).selection.tolist()
+    def letters(method, **more):
+        """One text a step with a letter a layer: s of the subject, t of the style, b of both."""
+        letter = {SUBJECT: "s", STYLE: "t", BOTH: "b"}
+        plan = make_plan(scores, steps=4, schedule=S, method=method, **more)
+        return ["".join(letter[tuple(levels)] for levels in row) for row in plan.strengths.tolist()]
 
-    assert choose("Top-K only") == [[1, 0]] * 4
-    assert choose("Top-K with γ") == [[0, 0]] * 4
-    assert choose("Top-K with γ", gamma="off") == [[1, 0]] * 4
-    assert choose("Top-K with γ", gamma=0.1) == [[1, 1]] * 4
-    assert choose("Fixed") == [[1, 1], [1, 1], [0, 0], [0, 0]]
-    assert choose("LoRA Switch") == [[1, 1], [0, 0], [1, 1], [0, 0]]
-    assert choose("Direct merge") == [[2, 2]] * 4
-    assert choose("Subject only") == [[1, 1]] * 4
-    assert choose("Style only") == [[0, 0]] * 4
-    assert choose("K-LoRA", gamma="off") == [[1, 0], [1, 0], [1, 0], [1, 0]]
-    assert choose("Frobenius", gamma="off") == [[1, 0]] * 4
+    assert letters("Top-K only") == ["st"] * 4
+    assert letters("Top-K with γ") == ["tt"] * 4
+    assert letters("Top-K with γ", gamma="off") == ["st"] * 4
+    assert letters("Top-K with γ", gamma=0.1) == ["ss"] * 4
+    assert letters("Fixed") == ["ss", "ss", "tt", "tt"]
+    assert letters("LoRA Switch") == ["ss", "tt", "ss", "tt"]
+    assert letters("Direct merge") == ["bb"] * 4
+    assert letters("Subject only") == ["ss"] * 4
+    assert letters("Style only") == ["tt"] * 4
+    assert letters("K-LoRA", gamma="off") == ["st"] * 4
+    assert letters("Frobenius", gamma="off") == ["st"] * 4
 
 
 def test_random_depends_on_the_seed_alone_and_draws_a_third_for_the_subject():
     scores = pair(*[(1, 1)] * 200)
     one, again, other = (
-        make_plan(scores, steps=50, schedule=S, selector="Random", seed=seed).selection for seed in (7, 7, 8)
+        make_plan(scores, steps=50, schedule=S, method="Random", seed=seed).strengths for seed in (7, 7, 8)
     )
     assert (one == again).all()
     assert (one != other).any()
-    assert one.mean() == pytest.approx(1 / 3, abs=0.02)
-    assert one[0, :8].tolist() == [1, 0, 0, 0, 0, 0, 0, 1], (
+    assert (one == SUBJECT).all(axis=-1).mean() == pytest.approx(1 / 3, abs=0.02)
+    assert (one[0, :8, 0] // FULL).tolist() == [1, 0, 0, 0, 0, 0, 0, 1], (
         "the stream of a seed is part of the infotext's promise"
     )
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
-def test_json_has_the_promised_fields_and_agrees_with_the_plan(selector):
-    plan = make_plan(pair((3, 1), (1, 3)), steps=5, schedule=S_STAR, selector=selector, seed=3)
+@pytest.mark.parametrize("method", METHODS)
+def test_json_has_the_promised_fields_and_agrees_with_the_plan(method):
+    plan = make_plan(pair((3, 1), (1, 3)), steps=5, schedule=S_STAR, method=method, seed=3)
     data = plan.to_json(["careful"])
     assert set(data) == {
-        "gamma", "steps", "schedule", "alpha", "beta", "selector", "layers", "selection", "subject_share", "warnings",
+        "gamma", "steps", "schedule", "alpha", "beta", "method", "layers", "strengths", "subject_share", "warnings",
     }  # fmt: skip
     assert [set(entry) for entry in data["layers"]] == 2 * [{
         "name", "k", "rank_subject", "rank_style", "subject_score", "style_score", "subject_abs_sum", "style_abs_sum", "only", "switches",
     }]  # fmt: skip
     for column, entry in enumerate(data["layers"]):
-        choices = [row[column] for row in data["selection"]]
-        assert entry["switches"] == [t for t in range(1, 5) if choices[t] != choices[t - 1]]
+        own = [row[column] for row in data["strengths"]]
+        assert entry["switches"] == [t for t in range(1, 5) if own[t] != own[t - 1]]
+        assert {number for pair in own for number in pair} <= {0, 1}
     assert (data["schedule"], data["alpha"], data["beta"], data["steps"]) == ("s*", 1.5, 1.3, 5)
     assert all(0 <= share <= 1 for share in data["subject_share"])
+
+
+def test_half_levels_are_half_numbers_in_the_json_and_count_half_in_the_shares():
+    plan = make_plan(pair((3, 1), (1, 3), (1, 1)), steps=1, schedule=S)
+    levels = np.array([[[1, 2], [2, 1], [0, 0]]], np.uint8)
+    data = replace(plan, strengths=levels).to_json([])
+    assert data["strengths"] == [[[0.5, 1], [1, 0.5], [0, 0]]]
+    assert json.dumps(data["strengths"]) == "[[[0.5, 1], [1, 0.5], [0, 0]]]"
+    assert data["subject_share"] == [pytest.approx((1 / 3 + 2 / 3 + 0) / 3)]
+    assert shares(levels)[0].tolist() == [pytest.approx(1 / 3)] * 2
+
+
+def test_changes_say_every_layer_at_the_first_step_that_ran_and_then_what_differs():
+    levels = np.array(
+        [
+            [(2, 0), (0, 2), (2, 0)],
+            [(2, 0), (1, 2), (2, 0)],
+            [(0, 2), (1, 2), (0, 2)],
+            [(0, 2), (1, 2), (0, 2)],
+        ],
+        np.int8,
+    )
+    assert as_changes(levels) == {
+        "steps": 4, "layers": 3, "ran": "0-3",
+        "changes": [[0, [1, 0], "0,2"], [0, [0, 1], "1"], [1, [0.5, 1], "1"], [2, [0, 1], "0,2"]],
+    }  # fmt: skip
+    levels[[0, 2]] = -1
+    assert as_changes(levels) == {
+        "steps": 4, "layers": 3, "ran": "1,3", "changes": [[1, [1, 0], "0,2"], [1, [0.5, 1], "1"], [3, [0, 1], "0,2"]],
+    }  # fmt: skip
+    levels[:] = -1
+    assert as_changes(levels) == {"steps": 4, "layers": 3, "ran": "", "changes": []}
+
+
+def test_spans_write_rows_of_numbers_by_their_ends():
+    assert spans([0, 1, 2, 3, 7, 9, 10]) == "0-3,7,9-10"
+    assert spans([]) == ""
 
 
 def test_blocks_are_named_and_ordered_as_the_network_runs():

@@ -67,8 +67,8 @@ def test_k_and_sums(subject, style, k_scale, k):
     assert (layer.name, layer.k, layer.only) == ("a", k, None)
     assert (layer.rank_subject, layer.rank_style) == (subject.rank, style.rank)
     for delta, score, abs_sum, frobenius in (
-        (subject, layer.subject_score, layer.subject_abs_sum, layer.subject_frobenius),
-        (style, layer.style_score, layer.style_abs_sum, layer.style_frobenius),
+        (subject, layer.subject_score, layer.subject_abs_sum, layer.subject_energy),
+        (style, layer.style_score, layer.style_abs_sum, layer.style_energy),
     ):
         values = falling(delta)
         assert score == pytest.approx(float(values[:k].sum()), rel=1e-6)
@@ -115,8 +115,8 @@ def test_a_layer_of_one_file_is_listed_but_not_scored():
         "style_score",
         "subject_abs_sum",
         "style_abs_sum",
-        "subject_frobenius",
-        "style_frobenius",
+        "subject_energy",
+        "style_energy",
     )
     for layer, only, ranks in zip(scores.layers[1:], ("style", "subject"), ((0, None), (2, 0)), strict=True):
         assert (layer.only, layer.k, layer.rank_subject, layer.rank_style) == (only, 0, *ranks)
@@ -385,7 +385,7 @@ class OtherCache:
     def __init__(self):
         self.may_end = threading.Event()
 
-    def content(self, path):
+    def content(self, path, state):
         assert self.may_end.wait(20)
 
     def load(self, content):

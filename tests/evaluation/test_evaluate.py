@@ -28,15 +28,15 @@ def untrained(folder, monkeypatch):
 QUICK = ["--seeds", "2", "--steps", "2", "--pairs", "1"]
 
 
-def test_every_selector_is_measured_and_reported_in_one_file(untrained, tmp_path, capsys):
-    assert main(["evaluate", "--out", str(tmp_path), *QUICK, "--tables", "selectors"]) == 0
+def test_every_method_is_measured_and_reported_in_one_file(untrained, tmp_path, capsys):
+    assert main(["evaluate", "--out", str(tmp_path), *QUICK, "--tables", "methods"]) == 0
     printed = capsys.readouterr().out
     rows = [
         json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     ]
-    assert len(rows) == 2 * len(evaluate.variants(["selectors"]))
+    assert len(rows) == 2 * len(evaluate.variants(["methods"]))
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for variant in evaluate.variants(["selectors"]):
+    for variant in evaluate.variants(["methods"]):
         assert variant.label in printed
         assert variant.label in report
     assert "src='data:image/png;base64," in report
@@ -82,7 +82,7 @@ def test_the_interval_of_a_mean_is_as_broad_as_pairs_differ():
 
 
 def test_both_is_nothing_where_one_is_missing():
-    row = tables.Row("selectors", "K-LoRA S", "a b", 0, 1.0, 0.5, {"subject": 0.9, "style": 0.0})
+    row = tables.Row("methods", "K-LoRA S", "a b", 0, 1.0, 0.5, {"subject": 0.9, "style": 0.0})
     assert row.both == 0
     assert replace(row, values={"subject": 0.5, "style": 1.0}).both == pytest.approx(2 / 3)
 

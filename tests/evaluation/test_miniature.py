@@ -24,5 +24,5 @@ def test_k_lora_fuses_as_well_as_it_was_measured(tmp_path):
         batch=4,
         made_of="",
     )
-    run.run(evaluate.miniature_pairs(3), [evaluate.Variant("selectors", "K-LoRA S")], lambda _line: None)
+    run.run(evaluate.miniature_pairs(3), [evaluate.Variant("methods", "K-LoRA S")], lambda _line: None)
     assert LOW < np.mean([row.both for row in run.rows]) < HIGH

@@ -28,6 +28,7 @@ from bench_scoring import flux_shapes, sdxl_shapes, write_lora  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from klora.core.lora_file import LoraFile, read_lora  # noqa: E402
+from klora.core.methods import FULL  # noqa: E402
 from klora.core.plan import make_plan  # noqa: E402
 from klora.core.schedule import Schedule  # noqa: E402
 from klora.core.scores import PairScores, score_pair  # noqa: E402
@@ -81,7 +82,7 @@ def fault_of(scores: PairScores, known: dict) -> str:
         return f"a number is off by {difference:.1e}"
     for schedule, selection in known["selection"].items():
         plan = make_plan(scores, steps=known["steps"], schedule=Schedule.named(schedule))
-        if plan.selection.tolist() != selection:
+        if (plan.strengths[..., 0] // FULL).tolist() != selection:
             return f"the choices under {schedule} differ"
     return ""
 

@@ -5,6 +5,7 @@ from functools import cache
 from host import tag
 
 from klora.analysis import analyze
+from klora.core.methods import BOTH, STYLE, SUBJECT
 from klora.settings import Settings
 
 PIECES = {"q": 0, "k": 1, "v": 2, "mlp": 3}
@@ -20,10 +21,10 @@ def planned(subject, style, steps, seed, settings):
 
 
 def references_of(host, subject=1, style=1):
-    """{Choice: checksums of all layers}, of the host's own tags at these weights: style alone, subject alone, both; and None for neither."""
+    """{levels: checksums of all layers}, of the host's own tags at these weights: style alone, subject alone, both; and None for neither."""
     subjects, styles = tag(host.subject, subject), tag(host.style, style)
-    tags = {0: styles, 1: subjects, 2: subjects + styles, None: ""}
-    return {choice: host.weights(prompt="a cat" + text, steps=1)[0] for choice, text in tags.items()}
+    tags = {STYLE: styles, SUBJECT: subjects, BOTH: subjects + styles, None: ""}
+    return {levels: host.weights(prompt="a cat" + text, steps=1)[0] for levels, text in tags.items()}
 
 
 def checksum(weights, layer):
@@ -36,8 +37,8 @@ def assert_follows(calls, plan, clock, references):
     assert len(calls) == len(clock)
     for seen, step in zip(calls, clock, strict=True):
         wrong = [
-            layer for layer, choice in zip(plan.layer_names, plan.selection[step].tolist(), strict=True)
-            if checksum(seen, layer) != checksum(references[choice], layer)
+            layer for layer, levels in zip(plan.layer_names, map(tuple, plan.strengths[step].tolist()), strict=True)
+            if checksum(seen, layer) != checksum(references[levels], layer)
         ]  # fmt: skip
         assert not wrong, f"step {step}: {len(wrong)} layers, {wrong[:3]}"
         ours = {layer.partition(":")[0] for layer in plan.layer_names}

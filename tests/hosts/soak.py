@@ -20,7 +20,7 @@ from host import PROBE_MISSING, SAME_MODULES, RunningHost, as_base64, same, tag 
 from safetensors.torch import load_file, save_file  # noqa: E402
 from standin import StandIn  # noqa: E402
 
-from klora.core.selectors import SELECTORS  # noqa: E402
+from klora.core.methods import METHODS  # noqa: E402
 
 PATIENCE_SECONDS = 120
 
@@ -33,7 +33,7 @@ def pair_of(host, chance):
 
 def settings_of(host, chance):
     return {
-        **pair_of(host, chance), "selector": chance.choice(list(SELECTORS)), "schedule": chance.choice(["s", "s*"]),
+        **pair_of(host, chance), "method": chance.choice(list(METHODS)), "schedule": chance.choice(["s", "s*"]),
         "subject_weight": chance.choice([1, 0, -0.5]), "text_encoder": chance.choice(["both", "style", "none"]),
     }  # fmt: skip
 
@@ -136,10 +136,10 @@ def two_clients(host, chance):
 
 
 def plotted(host, chance):
-    selectors = chance.sample(list(SELECTORS), 2)
+    methods = chance.sample(list(METHODS), 2)
     host.answer(
         settings_of(host, chance),
-        **host.grid("[K-LoRA] Selector", selectors, "[K-LoRA] β", chance.choice(["auto", "auto,0.7"])),
+        **host.grid("[K-LoRA] Method", methods, "[K-LoRA] β", chance.choice(["auto", "auto,0.7"])),
     )
 
 

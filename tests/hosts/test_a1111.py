@@ -5,6 +5,8 @@ from facts import A1111
 from host import pixels, same, tag
 from plans import plan_of
 
+from klora.core.methods import STYLE, SUBJECT
+
 
 @pytest.fixture(scope="module", autouse=True)
 def only_there(host):
@@ -16,9 +18,9 @@ def test_functional_mode_keeps_the_promises(host, plain):
     """The option lora_functional: networks are added to the outputs of the layers instead of to their weights."""
     with host.options(lora_functional=True):
         expected = host.picture(prompt="a cat" + tag(host.subject))
-        assert same(host.picture({**host.pair, "selector": "Subject only"}), expected)
+        assert same(host.picture({**host.pair, "method": "Subject only"}), expected)
         assert same(
-            host.picture({**host.pair, "selector": "Direct merge"}),
+            host.picture({**host.pair, "method": "Direct merge"}),
             host.picture(prompt="a cat" + tag(host.subject) + tag(host.style)),
         )
         functional = host.picture(host.pair)
@@ -30,12 +32,11 @@ def test_functional_mode_keeps_the_promises(host, plain):
 
 def assert_applied(host, calls, plan, clock):
     assert len(calls) == len(clock)
-    names, layers = (
-        [host.style, host.subject],
-        ["diffusion_model_" + layer.replace(".", "_") for layer in plan.layer_names],
-    )
+    names = {STYLE: [host.style], SUBJECT: [host.subject]}
+    layers = ["diffusion_model_" + layer.replace(".", "_") for layer in plan.layer_names]
     for seen, step in zip(calls, clock, strict=True):
-        wanted = {layer: [names[choice]] for layer, choice in zip(layers, plan.selection[step], strict=True)}
+        levels = map(tuple, plan.strengths[step].tolist())
+        wanted = {layer: names[pair] for layer, pair in zip(layers, levels, strict=True)}
         assert {layer: seen[layer] for layer in wanted} == wanted
         assert not any(kept for layer, kept in seen.items() if layer not in wanted)
 

@@ -3,12 +3,14 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 from host import SAME_MODULES, as_base64, pixels, same, tag
 from PIL import Image
 from plans import plan_of
 
-from klora.selection_map import SUBJECT
+from klora.core.changes import as_changes
+from klora.level_colours import SUBJECT
 
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "None", **SAME_MODULES}
 
@@ -17,40 +19,36 @@ def applied(answer):
     return answer["info"]["extra_generation_params"]["K-LoRA applied"]
 
 
-def rows_of(plan, first=0):
-    rows = ["".join(map(str, row)) for row in plan.selection.tolist()]
-    return [None] * first + rows[first:]
+def record_of(plan, ran=None):
+    """What is told of a pass of which the steps in the range `ran` ran, all of them if it is None."""
+    levels = plan.strengths.astype(np.int8)
+    for step in set(range(plan.steps)) - set(ran or range(plan.steps)):
+        levels[step] = -1
+    return as_changes(levels)
 
 
-@pytest.mark.parametrize("selector", ["K-LoRA", "Random", "Direct merge"])
-def test_the_recorded_map_is_the_plan(host, selector):
-    answer = host.answer({**host.pair, "selector": selector})
-    assert applied(answer) == [
-        {
-            "pass": "first",
-            "batch": 0,
-            "steps": 4,
-            "rows": rows_of(plan_of(host, 4, seed=42, selector=selector)),
-        }
-    ]
+@pytest.mark.parametrize("method", ["K-LoRA", "Random", "Direct merge"])
+def test_the_recorded_map_is_the_plan(host, method):
+    answer = host.answer({**host.pair, "method": method})
+    record = record_of(plan_of(host, 4, seed=42, method=method))
+    assert applied(answer) == [{"pass": "first", "batch": 0, **record}]
     assert not any("K-LoRA applied" in infotext for infotext in answer["info"]["infotexts"])
 
 
 def test_each_pass_of_each_batch_is_recorded(host):
     answer = host.answer(host.pair, n_iter=2, **HIRES)
-    first, hires = rows_of(plan_of(host, 4)), rows_of(plan_of(host, 6), first=2)
+    first, hires = record_of(plan_of(host, 4)), record_of(plan_of(host, 6), range(2, 6))
     assert applied(answer) == [
-        {"pass": name, "batch": batch, "steps": len(rows), "rows": rows}
+        {"pass": name, "batch": batch, **record}
         for batch in (0, 1)
-        for name, rows in (("first", first), ("hires", hires))
+        for name, record in (("first", first), ("hires", hires))
     ]
 
 
 def test_of_img2img_the_steps_before_its_noise_level_are_blank(host, plain):
     answer = host.answer(host.pair, init_images=[as_base64(plain)], denoising_strength=0.5)
-    assert applied(answer) == [
-        {"pass": "first", "batch": 0, "steps": 4, "rows": rows_of(plan_of(host, 4), first=1)}
-    ]
+    record = record_of(plan_of(host, 4), range(1, 4))
+    assert applied(answer) == [{"pass": "first", "batch": 0, **record}]
 
 
 def test_without_klora_nothing_is_recorded(host):
@@ -74,9 +72,9 @@ def interrupted(host, **fields):
 
 def test_after_an_interrupt_the_steps_that_did_not_run_are_blank(host):
     (only,) = applied(interrupted(host))
-    ran = sum(row is not None for row in only["rows"])
+    ran = int(only["ran"].rpartition("-")[2]) + 1
     assert 0 < ran < 150
-    assert only["rows"] == [*rows_of(plan_of(host, 150))[:ran], *[None] * (150 - ran)]
+    assert only == {"pass": "first", "batch": 0, **record_of(plan_of(host, 150), range(ran))}
 
 
 def test_the_gallery_shows_no_map_by_default(host):

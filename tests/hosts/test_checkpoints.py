@@ -79,7 +79,7 @@ def test_a_hires_pass_on_another_checkpoint_has_the_pair_as_the_hosts_tags_would
     host, plain, second_checkpoint
 ):
     fields = {**HIRES, "hr_checkpoint_name": second_checkpoint}
-    prompt, alone = "a cat" + tag(host.other, 0.5), {**host.pair, "selector": "Subject only"}
+    prompt, alone = "a cat" + tag(host.other, 0.5), {**host.pair, "method": "Subject only"}
     expected = host.picture(prompt=prompt + tag(host.subject), **fields)
     assert same(host.picture(alone, prompt=prompt, **fields), expected)
     assert not same(host.picture(alone, prompt=prompt, **HIRES), expected)

@@ -89,7 +89,7 @@ def assert_fuse_alike(host, **files):
     with host.more_loras(**files):
         pictures = [host.picture({"subject": name, "style": host.style}) for name in files for _ in range(2)]
         assert all(same(pictures[0], other) for other in pictures[1:])
-        assert not same(pictures[0], host.picture({**host.pair, "selector": "Style only"}))
+        assert not same(pictures[0], host.picture({**host.pair, "method": "Style only"}))
 
 
 @pytest.mark.parametrize("dialect", dict.fromkeys([*SDXL, *FLUX]))

@@ -11,7 +11,7 @@ import pytest
 from host import pixels, same, tag
 from PIL import Image
 
-ALONE = {"selector": "Subject only"}
+ALONE = {"method": "Subject only"}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,7 +22,7 @@ def test_a_lora_in_few_bits_fuses_as_the_same_numbers_in_float32(host, dtype):
             for name in ("klora_test_few", "klora_test_many")
         ]
         assert same(*fused)
-        alone = host.picture({"subject": "klora_test_few", "style": host.style, "selector": "Subject only"})
+        alone = host.picture({"subject": "klora_test_few", "style": host.style, "method": "Subject only"})
         assert same(alone, host.picture(prompt="a cat" + tag("klora_test_few")))
 
 
@@ -43,7 +43,7 @@ def test_weights_of_nought_and_below_are_the_hosts_own(host, weights, tags):
         **host.pair,
         "subject_weight": weights[0],
         "style_weight": weights[1],
-        "selector": "Direct merge",
+        "method": "Direct merge",
     }
     assert same(
         host.picture(settings),

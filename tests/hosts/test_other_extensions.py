@@ -10,6 +10,8 @@ from facts import A1111
 from host import as_base64, pixels, same, tag
 from plans import assert_follows, plan_of
 
+from klora.core.methods import STYLE, SUBJECT
+
 STEPS = [0, 1, 2, 3]
 CONTINUED = [1, 2, 3]
 """The steps of a second pass at 0.6 of the noise: 3 of 4."""
@@ -128,7 +130,7 @@ def test_installed_and_off_it_changes_nothing(host, off, plain, fused):
 def test_it_does_beside_the_pair_what_it_does_beside_the_hosts_own_tag(host, on, plain):
     alone, _ = host.pictures(**on)
     expected, _ = host.pictures(**adding(on, tag(host.subject)))
-    seen, _ = host.pictures({**host.pair, "selector": "Subject only"}, **on)
+    seen, _ = host.pictures({**host.pair, "method": "Subject only"}, **on)
     assert all_same(seen, expected)
     assert not same(alone[0], plain)
     assert not same(alone[0], expected[0])
@@ -150,15 +152,15 @@ def test_a_run_repeats_exactly_with_every_layer_as_planned_at_every_evaluation(h
     first, _ = host.pictures(host.pair, **on)
     assert all_same(host.pictures(host.pair, **on)[0], first)
     references = {
-        choice: host.weights(**adding(on, text))
-        for choice, text in {0: tag(host.style), 1: tag(host.subject), None: ""}.items()
+        levels: host.weights(**adding(on, text))
+        for levels, text in {STYLE: tag(host.style), SUBJECT: tag(host.subject), None: ""}.items()
     }
     calls = host.weights(host.pair, **on)
     assert calls
     assert len(calls) % len(STEPS) == 0
     for i, call in enumerate(calls):
         assert_follows(
-            [call], plan_of(host, 4), [STEPS[i % 4]], {choice: seen[i] for choice, seen in references.items()}
+            [call], plan_of(host, 4), [STEPS[i % 4]], {levels: seen[i] for levels, seen in references.items()}
         )
 
 
@@ -233,9 +235,7 @@ def test_with_the_script_listed_adetailers_pass_continues_the_schedule(host, lis
 @pytest.mark.parametrize("batches", BATCHES, ids=["one", "four"])
 def test_with_the_script_listed_one_lora_alone_is_the_hosts_own_tag_in_both_passes(host, listed, batches):
     expected, _ = host.pictures(**listed, **batches, prompt="a cat" + tag(host.subject))
-    assert all_same(
-        host.pictures({**host.pair, "selector": "Subject only"}, **listed, **batches)[0], expected
-    )
+    assert all_same(host.pictures({**host.pair, "method": "Subject only"}, **listed, **batches)[0], expected)
 
 
 @pytest.mark.parametrize("hook", ["process", "begin pass"])

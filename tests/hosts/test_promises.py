@@ -19,27 +19,27 @@ from klora.core import file_state
 @pytest.mark.parametrize("weight", [1, 0.8, -0.5, 0])
 def test_one_lora_alone_is_the_hosts_own_tag(host, weight):
     expected = host.picture(prompt="a cat" + tag(host.subject, weight))
-    assert same(host.picture({**host.pair, "selector": "Subject only", "subject_weight": weight}), expected)
+    assert same(host.picture({**host.pair, "method": "Subject only", "subject_weight": weight}), expected)
     expected = host.picture(prompt="a cat" + tag(host.style, weight))
-    assert same(host.picture({**host.pair, "selector": "Style only", "style_weight": weight}), expected)
+    assert same(host.picture({**host.pair, "method": "Style only", "style_weight": weight}), expected)
 
 
 def test_direct_merge_is_both_tags(host):
     expected = host.picture(prompt="a cat" + tag(host.subject) + tag(host.style))
-    assert same(host.picture({**host.pair, "selector": "Direct merge"}), expected)
+    assert same(host.picture({**host.pair, "method": "Direct merge"}), expected)
 
 
 def test_klora_repeats_exactly_and_is_none_of_the_others(host, plain, fused):
     assert same(fused, host.picture(host.pair))
-    for selector in ("Subject only", "Style only", "Direct merge", "Random", "LoRA Switch"):
-        assert not same(fused, host.picture({**host.pair, "selector": selector}))
+    for method in ("Subject only", "Style only", "Direct merge", "Random", "LoRA Switch"):
+        assert not same(fused, host.picture({**host.pair, "method": method}))
     assert not same(fused, plain)
 
 
 def test_other_tags_of_the_prompt_apply_on_all_layers_beside_the_pair(host):
     expected = host.picture(prompt="a cat" + tag(host.other, 0.5) + tag(host.subject))
     assert same(
-        host.picture({**host.pair, "selector": "Subject only"}, prompt="a cat" + tag(host.other, 0.5)),
+        host.picture({**host.pair, "method": "Subject only"}, prompt="a cat" + tag(host.other, 0.5)),
         expected,
     )
 
@@ -162,7 +162,7 @@ REFUSED = [
     ({"style": ""}, "No style LoRA is chosen"),
     ({"alhpa": 1}, "did you mean 'alpha'?"),
     ({"alpha": "high"}, "'alpha' (α) is a number from -100 to 100"),
-    ({"selector": "klora"}, "did you mean 'K-LoRA'?"),
+    ({"method": "klora"}, "did you mean 'K-LoRA'?"),
 ]
 
 
@@ -205,11 +205,11 @@ def test_a_file_that_was_replaced_between_two_runs_is_the_one_applied(host, when
         assert not same(first, expected)
 
 
-def test_xyz_over_selector_gives_the_pictures_of_the_selectors(host):
-    selectors = ["K-LoRA", "Subject only", "Style only"]
-    arrays, _ = host.pictures(host.pair, **host.grid("[K-LoRA] Selector", selectors, "Seed", "42,43"))
+def test_xyz_over_method_gives_the_pictures_of_the_methods(host):
+    methods = ["K-LoRA", "Subject only", "Style only"]
+    arrays, _ = host.pictures(host.pair, **host.grid("[K-LoRA] Method", methods, "Seed", "42,43"))
     singles = [
-        host.picture({**host.pair, "selector": name}, seed=seed) for seed in (42, 43) for name in selectors
+        host.picture({**host.pair, "method": name}, seed=seed) for seed in (42, 43) for name in methods
     ]
     assert all(same(a, b) for a, b in zip(arrays[-6:], singles, strict=True))
 
@@ -274,4 +274,4 @@ def test_after_reload_ui_all_is_as_before(host, plain, fused):
     assert same(host.picture(), plain)
     labels = host.plot()["args"][0]["choices"]
     assert len(labels) == len(set(labels))
-    assert "[K-LoRA] Selector" in labels
+    assert "[K-LoRA] Method" in labels

@@ -16,11 +16,10 @@ def plain(host):
 def test_every_storage_keeps_the_promises(host, plain, fused, storage):
     with host.storing(storage):
         plain_there = host.picture()
-        tags = {0: tag(host.style), 1: tag(host.subject), 2: tag(host.subject) + tag(host.style)}
-        for choice, selector in enumerate(("Style only", "Subject only", "Direct merge")):
-            assert same(
-                host.picture({**host.pair, "selector": selector}), host.picture(prompt="a cat" + tags[choice])
-            )
+        subject, style = tag(host.subject), tag(host.style)
+        tags = {"Style only": style, "Subject only": subject, "Direct merge": subject + style}
+        for method, text in tags.items():
+            assert same(host.picture({**host.pair, "method": method}), host.picture(prompt="a cat" + text))
         fused_there = host.picture(host.pair)
         assert same(host.picture(host.pair), fused_there)
         assert same(host.picture(), plain_there)

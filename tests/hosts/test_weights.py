@@ -23,10 +23,10 @@ def test_layers_that_switch_twice(host, sampler, steps, references):
     assert_follows(calls, plan_of(host, steps, schedule="s*"), host.clocks[sampler, steps], references)
 
 
-@pytest.mark.parametrize("selector", ["Fixed", "Random", "LoRA Switch", "Direct merge"])
-def test_selectors_of_all_kinds(host, selector, references):
-    calls = host.weights({**host.pair, "selector": selector}, steps=6)
-    assert_follows(calls, plan_of(host, 6, seed=42, selector=selector), range(6), references)
+@pytest.mark.parametrize("method", ["Fixed", "Random", "LoRA Switch", "Direct merge"])
+def test_methods_of_all_kinds(host, method, references):
+    calls = host.weights({**host.pair, "method": method}, steps=6)
+    assert_follows(calls, plan_of(host, 6, seed=42, method=method), range(6), references)
 
 
 @pytest.mark.parametrize(("rule", "steps", "clock"), [("continue", 6, [2, 3, 4, 5]), ("restart", 4, FOUR)])

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from klora.core import file_state
-from klora.core.selectors import Choice
 from klora.errors import HostError
 from klora.hosts.a1111 import A1111Switch, host_reads
 from klora.hosts.base import Member, Pair
@@ -20,6 +19,7 @@ from klora.hosts.base import Member, Pair
 LAYERS = ["input_blocks.4.1.proj_in", "input_blocks.4.1.proj_out", "middle_block.1.proj_in"]
 FILES = Path(__file__).parents[1] / "data" / "golden" / "sdxl_attention_same_rank"
 NAMES = ["diffusion_model_" + layer.replace(".", "_") for layer in LAYERS]
+SUBJECT, STYLE, BOTH = (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)
 NORM, ENCODER = "diffusion_model_middle_block_1_norm", "0_transformer_text_model_encoder_layers_0_mlp_fc1"
 
 
@@ -38,7 +38,10 @@ class Networks(SimpleNamespace):
         self.network_forward = self.own_forward
 
     def own_forward(self, module, values, _original_forward):
-        return values + sum(net.modules.get(module.network_layer_name, 0) for net in self.loaded_networks)
+        return values + sum(
+            net.modules.get(module.network_layer_name, 0) * net.unet_multiplier
+            for net in self.loaded_networks
+        )
 
     def own_apply(self, module):
         wanted = tuple(
@@ -142,19 +145,48 @@ class Host:
         return [module.weight - 1000 for module in self.model]
 
 
-def choose(*choices):
-    return dict(zip(LAYERS, choices, strict=True))
+def on_layers(*strengths):
+    return dict(zip(LAYERS, strengths, strict=True))
 
 
-def test_each_layer_gets_its_choice_beside_the_other_networks():
+def test_each_layer_gets_its_strengths_beside_the_other_networks():
     host = Host().start()
-    host.switch.apply(choose(Choice.SUBJECT, Choice.STYLE, Choice.BOTH))
+    host.switch.apply(on_layers(SUBJECT, STYLE, BOTH))
     assert host.forward() == [11, 101, 111, 10, 110]
+
+
+def test_half_levels_scale_what_the_host_has_and_leave_its_multipliers_as_they_were():
+    host = Host().start()
+    host.subject.unet_multiplier = 0.75
+    host.switch.apply(on_layers((0.5, 1.0), (0.0, 0.5), (0.5, 0.5)))
+    half = 10 * (0.75 * 0.5)
+    assert host.forward()[:4] == [1 + half + 100, 1 + 50, 1 + half + 50, half]
+    host.switch.apply({LAYERS[0]: (1.0, 0.5)})
+    host.networks.rewritten.clear()
+    assert host.forward()[0] == 1 + 7.5 + 50
+    assert host.networks.rewritten == [NAMES[0]]
+    assert (host.subject.unet_multiplier, host.style.unet_multiplier) == (0.75, 1)
+
+
+def test_what_is_added_to_the_outputs_is_scaled_too():
+    host = Host().start()
+    host.switch.apply(on_layers((0.5, 1.0), SUBJECT, STYLE))
+    assert [host.networks.network_forward(module, 0, None) for module in host.model[:3]] == [106, 11, 101]
+    assert host.subject.unet_multiplier == 1
+
+
+def test_multipliers_are_as_they_were_after_a_layer_that_failed():
+    host = Host().start()
+    host.networks.broken.add(("style", NAMES[0]))
+    host.switch.apply(on_layers((0.5, 0.5), SUBJECT, STYLE))
+    with pytest.raises(HostError):
+        host.forward()
+    assert (host.subject.unet_multiplier, host.style.unet_multiplier) == (1, 1)
 
 
 def test_a_strength_of_another_network_that_changes_between_steps_is_followed_by_all_its_layers():
     host = Host().start()
-    host.switch.apply(choose(Choice.SUBJECT, Choice.STYLE, Choice.BOTH))
+    host.switch.apply(on_layers(SUBJECT, STYLE, BOTH))
     host.forward()
     host.other.unet_multiplier = 5
     assert host.forward() == [15, 105, 115, 10, 110]
@@ -165,13 +197,13 @@ def test_a_strength_of_another_network_that_changes_between_steps_is_followed_by
 
 def test_a_norm_follows_its_layer_and_the_text_encoder_its_rule():
     host = Host(text_encoder=("style",)).start()
-    host.switch.apply(choose(Choice.STYLE, Choice.STYLE, Choice.STYLE))
+    host.switch.apply(on_layers(STYLE, STYLE, STYLE))
     assert host.forward() == [101, 101, 101, 0, 100]
 
 
 def test_afterwards_the_host_puts_every_layer_right_by_itself():
     host = Host().start()
-    host.switch.apply(choose(Choice.SUBJECT, Choice.STYLE, Choice.BOTH))
+    host.switch.apply(on_layers(SUBJECT, STYLE, BOTH))
     host.forward()
     host.switch.detach()
     host.switch.detach()
@@ -192,7 +224,7 @@ def test_what_a_dead_run_left_is_undone_by_the_next():
 def test_a_layer_that_the_host_cannot_merge_stops_the_run_and_is_not_taken_for_done():
     host = Host().start()
     host.networks.broken.add(("style", NAMES[1]))
-    host.switch.apply(choose(*[Choice.STYLE] * 3))
+    host.switch.apply(on_layers(*[STYLE] * 3))
     with pytest.raises(HostError, match=f"could not apply the LoRA style to the layer {NAMES[1]}"):
         host.forward()
     host.switch.detach()

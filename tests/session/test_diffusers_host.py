@@ -11,8 +11,8 @@ from small_pipelines import flux_pipeline, sdxl_pipeline, write_kohya, write_pef
 
 from klora.analysis import analyze
 from klora.core.lora_file import read_lora
+from klora.core.methods import STYLE, SUBJECT
 from klora.core.score_cache import ScoreCache
-from klora.core.selectors import Choice
 from klora.errors import PairError
 from klora.hosts.diffusers import DiffusersSwitch, Lora, denoiser_of, weight_change
 from klora.runner import Request, fused_picture
@@ -87,7 +87,7 @@ def bench(request):
 
 
 def test_subject_only_equals_the_pipeline_with_that_lora_fused_by_diffusers(bench):
-    settings = Settings(selector="Subject only", subject_weight=0.7)
+    settings = Settings(method="Subject only", subject_weight=0.7)
     analysis = analyze(bench.style, bench.subject, settings, steps=STEPS)
     alone = np.asarray(
         fused_picture(bench.pipeline, analysis, settings, Request("a cat", 3, STEPS, (64, 64))), np.int16
@@ -108,9 +108,9 @@ def test_subject_only_equals_the_pipeline_with_that_lora_fused_by_diffusers(benc
     assert np.abs(alone - np.asarray(own, np.int16)).mean() < 0.2
 
 
-def test_selectors_make_their_own_pictures_and_repeat_exactly(bench):
+def test_methods_make_their_own_pictures_and_repeat_exactly(bench):
     pictures = {
-        name: bench.picture(Settings(selector=name))
+        name: bench.picture(Settings(method=name))
         for name in ("K-LoRA", "Subject only", "Style only", "Direct merge")
     }
     assert (pictures["K-LoRA"] == bench.picture()).all()
@@ -183,18 +183,21 @@ def test_every_model_evaluation_runs_on_the_plan_of_its_step(
         for name in plan.layer_names:
             weight = switch._modules[name].weight.data
             expected[name] = {
-                Choice.SUBJECT: weight + weight_change(subject, name, weight),
-                Choice.STYLE: weight + weight_change(style, name, weight),
+                SUBJECT: weight + weight_change(subject, name, weight),
+                STYLE: weight + weight_change(style, name, weight),
             }
 
     def probe(*_):
         seen.append(
             [
-                1
-                if torch.equal(switch._modules[n].weight, expected[n][Choice.SUBJECT])
-                else 0
-                if torch.equal(switch._modules[n].weight, expected[n][Choice.STYLE])
-                else -1
+                next(
+                    (
+                        levels
+                        for levels, weight in expected[n].items()
+                        if torch.equal(switch._modules[n].weight, weight)
+                    ),
+                    None,
+                )
                 for n in plan.layer_names
             ]
         )
@@ -205,7 +208,26 @@ def test_every_model_evaluation_runs_on_the_plan_of_its_step(
     finally:
         hook.remove()
         pipeline.scheduler = before
-    assert [row.tolist() for row in plan.selection[clock]] == seen
+    assert [[tuple(levels) for levels in row.tolist()] for row in plan.strengths[clock]] == seen
+
+
+@pytest.mark.parametrize("strengths", [(0.5, 1.0), (1.0, 0.5), (0.5, 0.0), (0.0, 0.0)])
+def test_a_layer_at_half_levels_is_that_of_the_loras_at_half_the_multipliers(bench, strengths):
+    analysis, weights = bench.analysis(), []
+    layers = analysis.plan.layer_names
+    for multipliers, own in (
+        ((0.7, 0.6), strengths),
+        ([a * b for a, b in zip((0.7, 0.6), strengths, strict=True)], None),
+    ):
+        loras = [
+            Lora(file, m) for file, m in zip((analysis.subject, analysis.style), multipliers, strict=True)
+        ]
+        switch = DiffusersSwitch(bench.denoiser, bench.base, *loras)
+        switch.attach()
+        switch.apply(dict.fromkeys(layers, own or tuple(float(m > 0) for m in multipliers)))
+        weights.append([switch._modules[name].weight.detach().clone() for name in layers])
+        switch.detach()
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def test_work_is_one_merge_a_layer_and_one_a_switch(sdxl, monkeypatch):
@@ -225,7 +247,7 @@ def test_session_records_what_was_applied(sdxl):
         for index in (0, 1, 1):
             session.step(index)
     assert sorted(session.applied) == [0, 1]
-    assert all((session.applied[index] == analysis.plan.selection[index]).all() for index in (0, 1))
+    assert all((session.applied[index] == analysis.plan.strengths[index]).all() for index in (0, 1))
 
 
 def test_text_encoder_rule(sdxl, tmp_path):

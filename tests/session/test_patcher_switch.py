@@ -25,7 +25,6 @@ from forge_family import (
 
 from klora.core import file_state
 from klora.core.blocks import leader_of
-from klora.core.selectors import Choice
 from klora.errors import HostError
 from klora.hosts.base import Member, Pair
 from klora.hosts.detect import UnknownHost, find_adapter
@@ -36,6 +35,7 @@ PROJ, QKV = (
 )
 NORM = "diffusion_model.double_blocks.0.norm.weight"
 LAYERS = ["double_blocks.0.proj", *(f"double_blocks.0.img_attn.qkv:{piece}" for piece in "qkv")]
+SUBJECT_ONLY, STYLE_ONLY, BOTH = (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)
 KINDS = {
     "Forge": (ForgePatcher, False), "Forge packed": (ForgePatcher, False), "Forge online": (ForgePatcher, True), "Neo": (ComfyPatcher, False),
     "Neo online": (ComfyPatcher, True), "Neo half offloaded": (ComfyPatcher, False), "classic": (ClassicPatcher, False),
@@ -128,16 +128,35 @@ class Host:
             self.model.forge_objects_after_applying_lora = self.model.forge_objects_original.shallow_copy()
         self.model.forge_objects = self.model.forge_objects_after_applying_lora.shallow_copy()
 
-    def begin(self, **choices):
+    def begin(self, **strengths):
         self.activate()
         self.switch.networks_loaded()
         self.model.forge_objects = self.model.forge_objects_after_applying_lora.shallow_copy()
         self.switch.attach()
-        self.switch.apply(self.choices(**choices))
+        self.switch.apply(self.on_layers(**strengths))
         self.model.forge_objects.unet.load_it()
 
-    def choices(self, proj=Choice.SUBJECT, q=Choice.SUBJECT, k=Choice.SUBJECT, v=Choice.SUBJECT):
+    def on_layers(self, proj=SUBJECT_ONLY, q=SUBJECT_ONLY, k=SUBJECT_ONLY, v=SUBJECT_ONLY):
         return dict(zip(self.layers, (proj, q, k, v), strict=False))
+
+    def tagged(self, weights):
+        """The host's own loading of both files, as by the tags of a prompt; a tag of weight 0 is none."""
+        self.activate()
+        for role, weight in zip(("subject", "style"), weights, strict=True):
+            if weight:
+                online = {"online_mode": True} if self.online else {}
+                path = f"/loras/{role}"
+                objects = self.model.forge_objects
+                objects.unet, objects.clip = self.networks.load_lora_for_models(
+                    objects.unet,
+                    objects.clip,
+                    self.networks.files[path],
+                    weight,
+                    weight,
+                    filename=path,
+                    **online,
+                )
+        self.model.forge_objects.unet.load_it()
 
     def plain(self):
         self.activate()
@@ -154,46 +173,81 @@ def close(a, b):
     return torch.allclose(a, b, atol=1e-6)
 
 
-def test_every_layer_starts_with_its_choice_and_a_norm_follows_its_leader(host):
-    host.begin(proj=Choice.SUBJECT)
+def test_every_layer_starts_with_its_strengths_and_a_norm_follows_its_leader(host):
+    host.begin(proj=SUBJECT_ONLY)
     assert close(host.added(PROJ), delta(SUBJECT[PROJ]))
     assert close(host.added(NORM), torch.full((WIDTH,), 0.5))
-    host.switch.apply({LAYERS[0]: Choice.STYLE})
+    host.switch.apply({LAYERS[0]: STYLE_ONLY})
     assert close(host.added(PROJ), delta(STYLE[PROJ]))
     leader = leader_of("double_blocks.0.norm", host.layers)
-    host.switch.apply({leader: Choice.STYLE})
+    host.switch.apply({leader: STYLE_ONLY})
     assert close(host.added(NORM), torch.zeros(WIDTH))
-    host.switch.apply({LAYERS[0]: Choice.BOTH})
+    host.switch.apply({LAYERS[0]: BOTH})
     assert close(host.added(PROJ), delta(SUBJECT[PROJ]) + delta(STYLE[PROJ]))
 
 
 def test_rows_of_a_fused_weight_come_from_a_fused_and_a_split_file(host):
     if not host.fused:
         pytest.skip("forge-classic has no FLUX")
-    host.begin(q=Choice.STYLE, k=Choice.SUBJECT, v=Choice.BOTH)
+    host.begin(q=STYLE_ONLY, k=SUBJECT_ONLY, v=BOTH)
     for _ in range(2):
         q, k, v = host.added(QKV).split(WIDTH)
         own = delta(SUBJECT[QKV]).split(WIDTH)
         assert close(q, delta(STYLE[QKV]["q"]))
         assert close(k, own[1])
         assert close(v, own[2] + delta(STYLE[QKV]["v"]))
-        host.switch.apply({LAYERS[1]: Choice.STYLE, LAYERS[2]: Choice.SUBJECT})
-    host.switch.apply(dict.fromkeys(LAYERS[1:], Choice.SUBJECT))
+        host.switch.apply({LAYERS[1]: STYLE_ONLY, LAYERS[2]: SUBJECT_ONLY})
+    host.switch.apply(dict.fromkeys(LAYERS[1:], SUBJECT_ONLY))
     assert close(host.added(QKV), delta(SUBJECT[QKV]))
 
 
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "strengths", [(0.5, 1.0), (1.0, 0.5), (0.5, 0.5), (0.5, 0.0), (0.0, 0.5), (0.0, 0.0)]
+)
+def test_a_layer_is_bit_for_bit_what_the_hosts_own_tags_make_of_it_at_these_strengths(
+    name, strengths, monkeypatch
+):
+    """At the user's multiplier times the strength: the host's own loader is given both files at those multipliers."""
+    weight, expected = 0.7, Host(name, monkeypatch)
+    expected.tagged([weight * strength for strength in strengths])
+    host = Host(name, monkeypatch, weight)
+    host.begin()
+    host.switch.apply(dict.fromkeys(host.layers, strengths))
+    assert all(torch.equal(host.weight(key), expected.weight(key)) for key in (PROJ, QKV, NORM))
+    host.begin(**dict.fromkeys(("proj", "q", "k", "v"), strengths))
+    assert all(torch.equal(host.weight(key), expected.weight(key)) for key in (PROJ, QKV, NORM))
+
+
+def test_rows_of_a_fused_weight_have_strengths_of_their_own(host):
+    if not host.fused:
+        pytest.skip("forge-classic has no FLUX")
+    host.begin(q=(0.5, 1.0), k=(1.0, 0.0), v=(0.0, 0.5))
+    q, k, v = host.added(QKV).split(WIDTH)
+    own = delta(SUBJECT[QKV]).split(WIDTH)
+    assert close(q, own[0] / 2 + delta(STYLE[QKV]["q"]))
+    assert close(k, own[1])
+    assert close(v, delta(STYLE[QKV]["v"]) / 2)
+
+
+def test_a_norm_has_the_strengths_of_its_leader(host):
+    host.begin()
+    host.switch.apply({leader_of("double_blocks.0.norm", host.layers): (0.5, 1.0)})
+    assert close(host.added(NORM), torch.full((WIDTH,), 0.25))
+
+
 def test_what_runs_next_finds_the_original_weights(host):
-    host.begin(proj=Choice.STYLE)
-    host.switch.apply({LAYERS[0]: Choice.SUBJECT})
+    host.begin(proj=STYLE_ONLY)
+    host.switch.apply({LAYERS[0]: SUBJECT_ONLY})
     host.switch.detach()
     host.switch.detach()
     assert all(torch.equal(weight, host.original[key]) for key, weight in host.plain().items())
 
 
-def test_the_next_pass_starts_with_its_own_choices(host):
-    host.begin(proj=Choice.SUBJECT)
-    host.switch.apply({LAYERS[0]: Choice.STYLE})
-    host.begin(proj=Choice.SUBJECT)
+def test_the_next_pass_starts_with_its_own_strengths(host):
+    host.begin(proj=SUBJECT_ONLY)
+    host.switch.apply({LAYERS[0]: STYLE_ONLY})
+    host.begin(proj=SUBJECT_ONLY)
     assert close(host.added(PROJ), delta(SUBJECT[PROJ]))
 
 
@@ -208,10 +262,10 @@ def test_what_runs_after_a_merge_that_died_finds_the_original_weights(host, wher
         with pytest.raises(torch.cuda.OutOfMemoryError):
             host.begin()
     else:
-        host.begin(proj=Choice.STYLE)
+        host.begin(proj=STYLE_ONLY)
         unet.fail_at = PROJ
         with pytest.raises(torch.cuda.OutOfMemoryError):
-            host.switch.apply({LAYERS[0]: Choice.SUBJECT})
+            host.switch.apply({LAYERS[0]: SUBJECT_ONLY})
     unet.fail_at = None
     if where == "loading" and isinstance(host.model.forge_objects.unet, ComfyPatcher):
         host.model.forge_objects.unet.model.current_weight_patches_uuid = None
@@ -240,17 +294,17 @@ def test_a_unet_that_is_not_ours_any_more_is_an_error_and_no_silent_picture(host
     host.begin()
     host.model.forge_objects.unet = host.model.forge_objects_original.unet.clone()
     with pytest.raises(HostError, match="Another extension has put a UNet"):
-        host.switch.apply({LAYERS[0]: Choice.STYLE})
+        host.switch.apply({LAYERS[0]: STYLE_ONLY})
 
 
 def test_another_extensions_clone_of_ours_is_switched(host):
     host.activate()
     host.switch.networks_loaded()
     host.switch.attach()
-    host.switch.apply(host.choices())
+    host.switch.apply(host.on_layers())
     host.model.forge_objects.unet = host.model.forge_objects.unet.clone()
     host.model.forge_objects.unet.load_it()
-    host.switch.apply({LAYERS[0]: Choice.STYLE})
+    host.switch.apply({LAYERS[0]: STYLE_ONLY})
     assert close(host.added(PROJ), delta(STYLE[PROJ]))
 
 
@@ -292,7 +346,7 @@ def test_a_file_that_was_replaced_by_one_of_its_size_and_time_is_read_anew(repla
     """Of the host's reading, and of its merge of the text encoder, which it keeps by the names of the patches."""
     for content, expected in (("subject", SUBJECT[PROJ]), ("another", ANOTHER), ("subject", SUBJECT[PROJ])):
         replaceable.put(content)
-        replaceable.begin(proj=Choice.SUBJECT)
+        replaceable.begin(proj=SUBJECT_ONLY)
         assert close(replaceable.added(PROJ), delta(expected))
         clip = replaceable.model.forge_objects.clip.patcher
         clip.load_it()

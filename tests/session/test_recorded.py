@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from klora.core.methods import FULL
 from klora.core.plan import make_plan
 from klora.core.schedule import Schedule
 from klora.core.scores import LayerScore, PairScores
@@ -18,8 +19,8 @@ class Layers:
     def attach(self):
         pass
 
-    def apply(self, choices):
-        self.on.update(choices)
+    def apply(self, strengths):
+        self.on.update(strengths)
 
     def detach(self):
         self.on = {}
@@ -37,12 +38,12 @@ def test_only_steps_that_ran_are_recorded_and_preparing_is_no_step():
     plan, layers = plan_of(6), Layers()
     with Session(plan, layers) as session:
         session.prepare(2)
-        assert list(layers.on.values()) == plan.selection[2].tolist()
+        assert list(layers.on.values()) == [tuple(levels) for levels in (plan.strengths[2] / FULL).tolist()]
         assert (session.recorded() == -1).all()
         for step in (2, 2, 3):
             session.step(step)
     ran = np.isin(np.arange(6), (2, 3))
-    assert (session.recorded()[ran] == plan.selection[ran]).all()
+    assert (session.recorded()[ran] == plan.strengths[ran]).all()
     assert (session.recorded()[~ran] == -1).all()
 
 
@@ -52,8 +53,8 @@ def blank_pixels(picture):
 
 def test_the_map_of_what_ran_is_blank_elsewhere():
     plan = plan_of(6)
-    rows = plan.selection.astype(np.int16)
+    rows = plan.strengths.astype(np.int8)
     rows[3:] = -1
-    whole, half = (blank_pixels(draw_map(plan, "dog", "ink", selection)) for selection in (None, rows))
+    whole, half = (blank_pixels(draw_map(plan, "dog", "ink", strengths)) for strengths in (None, rows))
     height, width = 24, 16
     assert half - whole >= 3 * height * len(plan.layer_names) * width

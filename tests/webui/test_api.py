@@ -54,11 +54,11 @@ def test_loras():
 def test_analysis_is_that_of_the_command_line():
     answer = client().post(
         "/klora/v1/analyze",
-        json={"subject": "sks", "style": "style", "selector": "Random", "steps": 6, "seed": 3},
+        json={"subject": "sks", "style": "style", "method": "Random", "steps": 6, "seed": 3},
     )
     assert answer.status_code == 200
     files = PAIR / "subject.safetensors", PAIR / "style.safetensors"
-    assert answer.json() == analyze(*files, Settings(selector="Random"), steps=6, seed=3).to_json()
+    assert answer.json() == analyze(*files, Settings(method="Random"), steps=6, seed=3).to_json()
 
 
 def test_analysis_as_a_picture_is_the_map_of_its_plan():
@@ -221,7 +221,7 @@ BODIES = {
     "brackets without end": b"[" * 60_000,
     "bytes that are no text": b"\xff\xfe\x00", "a number of 5000 digits": b'{"steps": ' + b"9" * 5000 + b"}",
     "many names": json.dumps({**NAMES, **{f"name{i}": i for i in range(2000)}}).encode(), "half a pair": b'{"subject": "\\ud800", "style": "style"}',
-    **{f"{name} {value}": json.dumps({**NAMES, name: value}).encode() for name in ("alpha", "gamma", "seed", "steps", "selector", "subject_weight")
+    **{f"{name} {value}": json.dumps({**NAMES, name: value}).encode() for name in ("alpha", "gamma", "seed", "steps", "method", "subject_weight")
        for value in (float("nan"), float("inf"), 1e300, -(10**400), [], {"a": [1]}, "x" * 60_000, True)},
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ def test_the_map_of_the_http_api(asked, networks, monkeypatch, tmp_path):
 
 def test_the_map_of_the_gallery(asked):
     plan = analyze(PAIR / "subject.safetensors", PAIR / "style.safetensors", Settings(), steps=4).plan
-    one = AppliedPass(FIRST, 0, plan, plan.selection.astype(np.int16))
+    one = AppliedPass(FIRST, 0, plan, plan.strengths.astype(np.int8))
     processed = SimpleNamespace(images=[], infotexts=["a cat"])
     AppliedMaps([one], "dog", "ink").show(processed)
     assert len(processed.images) == 1

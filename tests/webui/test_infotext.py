@@ -85,12 +85,12 @@ def test_only_what_differs_is_written(pair):
         "K-LoRA style hash": "1e",
     }
     written = infotext.parameters(
-        Settings(enabled=True, subject="dog", style="ink", beta=0.5, gamma="off", selector="Random"), *pair
+        Settings(enabled=True, subject="dog", style="ink", beta=0.5, gamma="off", method="Random"), *pair
     )
     assert {
         k: v for k, v in written.items() if k not in ("K-LoRA subject", "K-LoRA style") and "hash" not in k
     } == {
-        "K-LoRA selector": "Random",
+        "K-LoRA method": "Random",
         "K-LoRA beta": "0.5",
         "K-LoRA gamma": "off",
     }
@@ -173,11 +173,17 @@ def test_a_lora_that_its_namesake_hides_is_said(pair, capsys):
 
 def test_a_value_of_another_version_leaves_the_control_alone_and_is_said(pair, capsys):
     controls = restored(
-        {"K-LoRA subject": "dog", "K-LoRA style": "ink", "K-LoRA selector": "Oracle", "K-LoRA alpha": "2"}
+        {"K-LoRA subject": "dog", "K-LoRA style": "ink", "K-LoRA method": "Oracle", "K-LoRA alpha": "2"}
     )
-    assert controls["selector"] is None
+    assert controls["method"] is None
     assert controls["alpha"] == 2
     assert "Oracle" in capsys.readouterr().out
+
+
+def test_the_method_of_an_earlier_version_is_restored_from_its_earlier_name(pair):
+    params = {"K-LoRA subject": "dog", "K-LoRA style": "ink", "K-LoRA selector": "Fixed"}
+    assert restored(params)["method"] == "Fixed"
+    assert restored({**params, "K-LoRA method": "Random"})["method"] == "Random"
 
 
 def test_the_same_control_of_both_tabs_is_paired():

@@ -17,7 +17,9 @@ from webui_host import NetworkOnDisk, module
 from klora.analysis import analyze
 from klora.core import scores as scored
 from klora.core.blocks import block_of, forward_order
+from klora.core.changes import as_changes
 from klora.core.lora_file import read_lora
+from klora.core.methods import LARGEST, METHODS
 from klora.hosts.webui import HOST
 from klora.settings import Settings
 from klora.webui import card, paths, preview
@@ -239,16 +241,14 @@ def test_scores_are_the_plans_in_its_order_with_places_in_the_network(k_scale):
     layers = analysis.plan.scores.layers
     assert found["gamma"] == analysis.plan.gamma
     assert found["warnings"] == analysis.warnings
-    for field in (
-        "name",
-        "only",
-        "k",
-        "subject_score",
-        "style_score",
-        "subject_frobenius",
-        "style_frobenius",
-    ):
+    for field in ("name", "only", "k"):
         assert found["layers"][field] == [getattr(layer, field) for layer in layers]
+    for field, of in found["magnitudes"].items():
+        for role in card.ROLES:
+            assert of[role] == [getattr(layer, f"{role}_{field}") for layer in layers]
+        both = [i for i, layer in enumerate(layers) if layer.only is None]
+        assert [of["ratio"][i] for i in both] == [of["subject"][i] / of["style"][i] for i in both]
+        assert all(abs(of["ratio"][i]) == LARGEST for i in range(len(layers)) if i not in both)
     names = found["layers"]["name"]
     assert sorted(names, key=lambda name: found["layers"]["place"][names.index(name)]) == sorted(
         names, key=forward_order
@@ -256,11 +256,37 @@ def test_scores_are_the_plans_in_its_order_with_places_in_the_network(k_scale):
     assert found["layers"]["block"] == [block_of(name) for name in names]
 
 
-@pytest.mark.parametrize(("more", "said"), [
+WRONG = [
     ({"style": "flux"}, "for FLUX"), ({"k_scale": "x"}, "'k_scale' (K scale)"), ({"style": ""}, "No style LoRA"),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "said"), WRONG)
 def test_a_pair_that_cannot_be_scored_gets_its_sentence(more, said):
     answer = scores(**more).json()
+    assert said in answer["problem"]
+    assert not answer["again"]
+
+
+def strengths(**more):
+    return client().post("/klora/internal/strengths", json={**NAMES, "steps": 6, "seed": 0, **more})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_strengths_are_the_plans(method):
+    more = {"schedule": "s*", "alpha": 2, "beta": 0.3, "gamma": 0.7, "k_scale": 0.5, "method": method}
+    plan = analyze(
+        PAIR / "subject.safetensors", PAIR / "style.safetensors", Settings.parse(more), steps=9, seed=5
+    ).plan
+    assert strengths(**more, steps=9, seed=5).json() == as_changes(plan.strengths)
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    *WRONG, ({"method": "none"}, "'method' (Method) cannot be"), ({"steps": 0}, "'steps' is a whole number from 1"),
+    ({"seed": "x"}, "'seed' is a whole number"),
+])  # fmt: skip
+def test_strengths_that_cannot_be_told_get_their_sentence(more, said):
+    answer = strengths(**more).json()
     assert said in answer["problem"]
     assert not answer["again"]
 
@@ -313,6 +339,8 @@ def test_the_placeholder_hands_the_page_the_declarations():
     assert "&quot;" in card.placeholder()
     found = card.constants()
     assert found["defaults"].keys() == Settings.__dataclass_fields__.keys()
+    assert found["infotext"]["method"] == ("K-LoRA method", "K-LoRA selector")
+    assert found["seeded"] == ["Random"]
     assert (found["defaults"]["beta"], found["schedules"], found["alphaM"]) == (
         "auto",
         {"s": 0.5, "s*": 1.3},

@@ -1,4 +1,7 @@
-"""The page's own selection rule gives the plan of klora.core bit for bit, ties included. Needs Node, as a browser would."""
+"""The page's rule for the methods that compare gives the plan of klora.core bit for bit, ties included, and it reads what the server tells of others.
+
+Needs Node, as a browser would.
+"""
 
 import itertools
 import json
@@ -9,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from klora.core.plan import make_plan
-from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
+from klora.core.changes import as_changes
+from klora.core.methods import FULL, MAGNITUDES, METHODS, Comparison
+from klora.core.plan import make_plan, shares
+from klora.core.schedule import SCHEDULES, Schedule
 from klora.core.scores import LayerScore, PairScores
-from klora.core.selectors import SELECTORS
 from klora.errors import SettingsError
 from klora.settings import SPECS, Settings
 from klora.webui import card
@@ -20,7 +24,7 @@ from klora.webui import card
 SCRIPT = Path(__file__).parents[2] / "javascript" / "klora_selection.js"
 NODE = shutil.which("node")
 WRONG = object()
-FIELDS = ("name", "only", "subject_score", "style_score", "subject_frobenius", "style_frobenius")
+COMPARING = [name for name, method in METHODS.items() if isinstance(method.strengths, Comparison)]
 
 pytestmark = pytest.mark.skipif(not NODE, reason="there is no node to run the page's script with")
 
@@ -53,22 +57,31 @@ def pair(layers=40):
     return PairScores(scores, 0.9371)
 
 
-def test_every_selector_schedule_and_number_of_steps():
+@pytest.mark.usefixtures("shared")
+def test_every_comparing_method_schedule_and_number_of_steps():
     scores = pair()
     grid = [
-        {"selector": selector, "schedule": schedule, "alpha": alpha, "beta": SCHEDULES[schedule] if beta is None else beta, "gamma": gamma,
+        {"method": method, "schedule": schedule, "alpha": alpha, "beta": SCHEDULES[schedule] if beta is None else beta, "gamma": gamma,
          "steps": steps, "seed": seed}
-        for selector, schedule, (alpha, beta), gamma, (steps, seed) in itertools.product(
-            SELECTORS, SCHEDULES, [(1.5, None), (0, 1), (-2, 2.6), (3.3333333333333335, -0.1), (99.99, -100)], ["auto", "off", 1.0, 0.123456789],
+        for method, schedule, (alpha, beta), gamma, (steps, seed) in itertools.product(
+            COMPARING, SCHEDULES, [(1.5, None), (0, 1), (-2, 2.6), (3.3333333333333335, -0.1), (99.99, -100)], ["auto", "off", 1.0, 0.123456789],
             [(20, 0), (1, 7), (15, 4294967295), (30, 2**32 + 5), (7, 1234567890)])
     ]  # fmt: skip
     sent = {
-        "pair": {"gamma": scores.gamma, "layers": {name: [getattr(layer, name) for layer in scores.layers] for name in FIELDS}},
-        "grid": grid, "alphaM": ALPHA_M,
+        "pair": {
+            "gamma": scores.gamma,
+            "layers": {"name": [layer.name for layer in scores.layers]},
+            "magnitudes": {one.field: {"ratio": one.ratios(scores).tolist()} for one in MAGNITUDES},
+        },
+        "grid": grid, **card.constants(),
     }  # fmt: skip
     found = in_node(
-        """const plans = given.grid.map(settings => klora.makePlan(given.pair, settings, given.alphaM));
-        console.log(JSON.stringify(plans.map(({rows, s, gamma}) => ({rows: rows.map(row => row.join("")), s: [...s], gamma}))));""", sent
+        """const plans = given.grid.map(one => {
+            const s = klora.scheduleValues(one, given.alphaM), gamma = klora.gammaOf(given.pair, one.gamma);
+            const rows = klora.compared(given.comparisons[one.method], given.pair, s, gamma, given.levels);
+            return {rows: rows.map(row => [...row].join("")), s: [...s], gamma};
+        });
+        console.log(JSON.stringify(plans));""", sent
     )  # fmt: skip
     for settings, answer in zip(grid, found, strict=True):
         schedule = Schedule.named(settings["schedule"], settings["alpha"], settings["beta"])
@@ -76,26 +89,53 @@ def test_every_selector_schedule_and_number_of_steps():
             scores,
             steps=settings["steps"],
             schedule=schedule,
-            selector=settings["selector"],
+            method=settings["method"],
             gamma=settings["gamma"],
             seed=settings["seed"],
         )
-        assert answer["rows"] == ["".join(map(str, row)) for row in plan.selection.tolist()], settings
+        codes = plan.strengths @ np.array([FULL + 1, 1])
+        assert answer["rows"] == ["".join(map(str, row)) for row in codes.tolist()], settings
         assert answer["s"] == schedule.values(settings["steps"]).tolist(), settings
         assert answer["gamma"] == plan.gamma
 
 
-def test_the_page_has_every_selector():
-    assert in_node("console.log(JSON.stringify(Object.keys(klora.SELECTORS)));", None) == list(SELECTORS)
+@pytest.mark.usefixtures("shared")
+def test_the_page_knows_the_rule_of_every_method_that_compares_and_of_no_other():
+    assert list(card.constants()["comparisons"]) == COMPARING
+    assert "Random" not in COMPARING
 
 
-def test_recorded_digits_are_the_choices_and_a_step_that_did_not_run_has_no_share():
-    answer = in_node(
-        """const rows = klora.recordedRows(given, 3);
-        console.log(JSON.stringify([rows.map(row => [...row]), rows.map(row => klora.subjectShare(row)), klora.switchesOf(rows, 0)]));""",
-        {"rows": ["102", "002", None]},
+READ = """const rows = klora.rowsOf(given.changes, given.levels);
+    console.log(JSON.stringify(rows.map(row => row[0] === klora.NOT_RUN ? null :
+        [...row].map(code => [given.levels[code].subject, given.levels[code].style]))));"""
+
+
+@pytest.mark.usefixtures("shared")
+def test_what_the_server_tells_of_a_plan_or_a_pass_is_read_as_it_was_meant():
+    draw = np.random.default_rng(1)
+    levels = draw.integers(0, FULL + 1, (12, 30, 2)).astype(np.int8)
+    levels[5:8] = levels[4]
+    levels[[0, 6, 11]] = -1
+    read = in_node(READ, {"changes": json.loads(json.dumps(as_changes(levels))), **card.constants()})
+    assert read == [None if (row < 0).any() else (row / FULL).tolist() for row in levels]
+
+
+@pytest.mark.usefixtures("shared")
+def test_shares_of_a_row_are_the_plans_and_a_step_that_did_not_run_has_none():
+    levels = np.array(
+        [[(2, 0), (1, 2), (2, 2), (0, 0)], [(0, 1), (0, 2), (2, 1), (1, 1)], [(-1, -1)] * 4], np.int8
     )
-    assert answer == [[[1, 0, 2], [0, 0, 2], [3, 3, 3]], [0.5, 0.5 / 3, None], [1, 2]]
+    found = in_node(
+        """const rows = klora.rowsOf(given.changes, given.levels);
+        console.log(JSON.stringify([rows.map(row => klora.sharesOf(row, given.levels)), klora.subjectShare(rows[0], given.levels, [0, 3]),
+            klora.switchesOf(rows.slice(0, 2), 2)]));""",
+        {"changes": as_changes(levels), **card.constants()},
+    )  # fmt: skip
+    by_plan = [
+        pytest.approx(dict(zip(("subject", "style"), row, strict=True)))
+        for row in shares(levels[:2]).tolist()
+    ]
+    assert found == [[*by_plan, None], 0.5, [1]]
 
 
 @pytest.mark.usefixtures("shared")

@@ -64,7 +64,7 @@ def test_the_axes_of_the_issue_are_there_once(plot):
             "Style",
             "Subject weight",
             "Style weight",
-            "Selector",
+            "Method",
             "Schedule",
             "α",
             "β",
@@ -87,7 +87,7 @@ def test_a_plot_loaded_anew_gets_them_again(plot, monkeypatch):
 
 def test_choices(axis):
     assert axis["Subject"].choices() == ["dog", "ink"]
-    assert axis["Selector"].choices() == list(SPECS["selector"].choices)
+    assert axis["Method"].choices() == list(SPECS["method"].choices)
     assert axis["Schedule"].choices() == ["s", "s*"]
     assert axis["α"].choices is None
 
@@ -95,12 +95,12 @@ def test_choices(axis):
 def test_values_collect_on_the_copy_of_each_picture(axis):
     p = processing(True)
     first, second = copy(p), copy(p)
-    axis["Selector"].apply(first, "Random", ["Random"])
+    axis["Method"].apply(first, "Random", ["Random"])
     axis["α"].apply(first, "2", ["2"])
-    axis["Selector"].apply(second, "Fixed", ["Fixed"])
+    axis["Method"].apply(second, "Fixed", ["Fixed"])
     assert (first.klora_xyz, second.klora_xyz) == (
-        {"selector": "Random", "alpha": "2"},
-        {"selector": "Fixed"},
+        {"method": "Random", "alpha": "2"},
+        {"method": "Fixed"},
     )
     assert not hasattr(p, "klora_xyz")
     third = copy(first)
@@ -110,7 +110,7 @@ def test_values_collect_on_the_copy_of_each_picture(axis):
 
 def test_good_values_pass(axis):
     axis["Subject"].confirm(ON, ["dog", "INK_STYLE"])
-    axis["Selector"].confirm(ON, list(SPECS["selector"].choices))
+    axis["Method"].confirm(ON, list(SPECS["method"].choices))
     axis["β"].confirm(ON, ["auto", "0.5"])
     axis["γ"].confirm(ON, ["auto", "off", "2"])
     axis["α"].confirm(ON, ["0", "1.5", "-2"])
@@ -120,7 +120,7 @@ def test_good_values_pass(axis):
     ("name", "values", "said"),
     [
         ("Subject", ["dog", "cat", "bird"], "named 'cat'.*named 'bird'"),
-        ("Selector", ["K-LoRA", "Rendom"], "did you mean 'Random'"),
+        ("Method", ["K-LoRA", "Rendom"], "did you mean 'Random'"),
         ("α", ["1", "1e9"], "a number from -100 to 100"),
         ("α", ["1", "zz"], "a number from -100 to 100, not 'zz'"),
         ("γ", ["of"], "auto or off or a number"),
@@ -164,7 +164,7 @@ def test_ranges_beside_words(text, values):
 def test_labels_in_the_grid_are_short(axis):
     assert axis["α"].format_value(ON, axis["α"], "0.3") == "α: 0.3"
     assert axis["γ"].format_value(ON, axis["γ"], "off") == "γ: off"
-    assert axis["Selector"].format_value(ON, axis["Selector"], "Top-K only") == "Top-K only"
+    assert axis["Method"].format_value(ON, axis["Method"], "Top-K only") == "Top-K only"
 
 
 def test_every_axis_value_is_a_setting(axis):
