@@ -7,9 +7,8 @@ the host itself skips the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet, ref
@@ -26,74 +25,12 @@ from klora.webui.preparation import Preparation, prepare
 from klora.webui.processing_patches import ProcessingPatches, undo_all
 from klora.webui.prompt_tags import NAMED_IN_PROMPT, PromptTags
 from klora.webui.refusal import GenerationRefused, refuse, sentence_of
+from klora.webui.run_states import OVER, SAMPLING, TRANSITIONS, WITHOUT, Event, State
 
 WITHOUT_THE_PAIR = (
     "K-LoRA: another extension drew a part of this picture anew, with neither LoRA of the pair. To have K-LoRA there too, add klora_script to the "
     "scripts that this extension runs (ADetailer: Settings, ADetailer, Script names to apply to ADetailer)."
 )
-
-
-class State(Enum):
-    """What a run is doing.
-
-    It is `WITHOUT` the pair once the host has loaded a checkpoint that the LoRAs do not fit, or within a pass any other one, until a pass
-    begins on one that they fit. `FAILED` is for an error that ends the generation, `GIVEN_UP` for one after which the host makes the rest
-    of it alone.
-    """
-
-    PREPARED = "prepared"
-    ENCODING = "encoding"
-    SAMPLING = "sampling"
-    WITHOUT = "without the pair"
-    SAMPLING_WITHOUT = "sampling without the pair"
-    FAILED = "failed"
-    GIVEN_UP = "given up"
-    CLOSED = "closed"
-
-
-class Event(Enum):
-    """What happens to a run."""
-
-    ENCODE = "encode"
-    ENCODED = "have encoded"
-    SAMPLE = "sample"
-    SAMPLED = "have sampled"
-    LOSE = "lose the pair"
-    FIT = "have a checkpoint that fits"
-    FAIL = "fail"
-    GIVE_UP = "give up"
-    CLOSE = "be closed"
-
-
-_ENDS = {Event.GIVE_UP: State.GIVEN_UP, Event.FAIL: State.FAILED, Event.CLOSE: State.CLOSED}
-
-TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
-    State.PREPARED: {
-        Event.ENCODE: State.ENCODING, Event.SAMPLE: State.SAMPLING, Event.LOSE: State.WITHOUT, Event.FIT: State.PREPARED, **_ENDS,
-    },
-    State.ENCODING: {
-        Event.ENCODED: State.PREPARED, Event.LOSE: State.WITHOUT, Event.FIT: State.ENCODING, **_ENDS,
-    },
-    State.SAMPLING: {
-        Event.SAMPLED: State.PREPARED, Event.LOSE: State.SAMPLING_WITHOUT, Event.FIT: State.SAMPLING,
-        Event.FAIL: State.FAILED, Event.CLOSE: State.CLOSED,
-    },
-    State.WITHOUT: {
-        Event.SAMPLE: State.SAMPLING_WITHOUT, Event.LOSE: State.WITHOUT, Event.FIT: State.PREPARED, **_ENDS,
-    },
-    State.SAMPLING_WITHOUT: {
-        Event.SAMPLED: State.WITHOUT, Event.LOSE: State.SAMPLING_WITHOUT, Event.FIT: State.SAMPLING,
-        Event.FAIL: State.FAILED, Event.CLOSE: State.CLOSED,
-    },
-    State.FAILED: {Event.CLOSE: State.CLOSED},
-    State.GIVEN_UP: {Event.CLOSE: State.CLOSED},
-    State.CLOSED: {},
-}  # fmt: skip
-"""An event that a state does not list does not change it, and nothing is done about it: the host's hooks may come late, or twice."""
-
-WITHOUT = (State.WITHOUT, State.SAMPLING_WITHOUT)
-SAMPLING = (State.SAMPLING, State.SAMPLING_WITHOUT)
-OVER = (State.FAILED, State.GIVEN_UP, State.CLOSED)
 
 
 class Run:
