@@ -7,7 +7,7 @@ from modules import script_callbacks, scripts
 from klora.errors import Cancelled, KLoraError
 from klora.hosts.webui import HOST
 from klora.settings import Settings
-from klora.webui import added_network, api, api_arguments, options, preview, ui, xyz
+from klora.webui import added_network, api, api_arguments, options, panel_routes, ui, xyz
 from klora.webui.run import WITHOUT_THE_PAIR, fail, release, run_of, start, warn_outer_runs
 
 
@@ -66,7 +66,7 @@ def on_app_started(_demo, app):
     """One for all routes: the host inspects the whole stack for every callback, 50 ms of its start-up each."""
     api.register(app)
     api_arguments.register(app)
-    preview.register(app)
+    panel_routes.register(app)
 
 
 def within(p, action):

@@ -19,7 +19,7 @@ from klora.hosts.webui import HOST
 from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
 from klora.webui import loras, options
-from klora.webui.turns import Busy, place, turn, while_connected
+from klora.webui.analysis_queue import Busy, place, turn, while_connected
 
 WHOLE_NUMBERS = {"steps": (20, 1, 1000), "seed": (0, 0, 2**63 - 1)}
 """What an analysis takes beside the settings: default, minimum, maximum."""

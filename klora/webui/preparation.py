@@ -15,10 +15,10 @@ from klora.hosts.base import Checkpoint, Host, HostLora, Member, Pair
 from klora.hosts.sizes import left_out
 from klora.settings import Settings
 from klora.webui import added_network, infotext, loras, options
+from klora.webui.converted_loras import readable_copy
 from klora.webui.options import Options
-from klora.webui.passes import seed_of
 from klora.webui.prompt_tags import hashes_are_written
-from klora.webui.rewritten import readable_copy
+from klora.webui.sampling_passes import seed_of
 
 ROLES = ("subject", "style")
 

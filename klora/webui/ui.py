@@ -12,7 +12,7 @@ from modules.ui_components import InputAccordion, ToolButton
 
 from klora.hosts.webui import HOST
 from klora.settings import DEFAULTS, SPECS
-from klora.webui import card, infotext, options
+from klora.webui import infotext, options, preflight
 
 SWAPPED = ("subject", "style", "subject_weight", "style_weight")
 FLUX_PRESET = {"schedule": "s*", "beta": "auto"}
@@ -66,7 +66,7 @@ def build(is_img2img: bool, tab: str) -> Controls:
             for first in range(0, len(folded), 2):
                 with gr.Row():
                     made |= {name: _control(name, tab) for name in folded[first : first + 2]}
-        gr.HTML(card.placeholder(), elem_id=_id(tab, "view"))
+        gr.HTML(preflight.placeholder(), elem_id=_id(tab, "view"))
         preset = gr.Button("Use S*", elem_id=_id(tab, "preset"))
     components = [made[name] for name in SPECS]
     for component in components:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from klora.core.plan import Plan
 from klora.hosts.base import PairSwitch, PassSchedule
 from klora.session import Session
-from klora.webui import clock
+from klora.webui import sampler_steps
 from klora.webui.applied import FIRST, HIRES, AppliedPass
 
 
@@ -69,13 +69,13 @@ class SamplingPass:
     def _index(self, params: Any) -> int:
         """By counting calls, or, for a sampler without a fixed number of them, by the place of the noise level."""
         sampler = self._p.sampler
-        if sampler.config.name not in clock.UNBOUNDED:
+        if sampler.config.name not in sampler_steps.UNBOUNDED:
             return self._step_of(params.denoiser.step)
         sigmas = sampler.get_sigmas(self._p, self._session.plan.steps)[:-1]
         return int((sigmas > float(params.sigma.max()) * 1.0001).sum())
 
     def _step_of(self, evaluation: int) -> int:
         sampler, steps = self._p.sampler.config, self._schedule.runs
-        return self._schedule.first + clock.step_of(
+        return self._schedule.first + sampler_steps.step_of(
             evaluation, sampler.name, steps=steps, order=max(1, sampler.total_steps(steps) // steps)
         )

@@ -7,7 +7,7 @@ import pytest
 
 from klora.errors import Cancelled
 from klora.hosts.webui import HOST
-from klora.webui.turns import spare_turn, turn
+from klora.webui.analysis_queue import spare_turn, turn
 
 
 @pytest.fixture
