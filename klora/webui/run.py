@@ -19,13 +19,13 @@ from klora.hosts.base import Checkpoint, Host, PassSchedule
 from klora.hosts.detect import UnknownHost
 from klora.settings import Settings
 from klora.webui import added_network, loras, options
-from klora.webui.applied import AppliedMaps, AppliedPass
 from klora.webui.preparation import Preparation, prepare
 from klora.webui.processing_patches import ProcessingPatches, undo_all
 from klora.webui.prompt_tags import NAMED_IN_PROMPT, PromptTags
 from klora.webui.refusal import GenerationRefused, refuse, sentence_of
 from klora.webui.run_states import OVER, SAMPLING, TRANSITIONS, WITHOUT, Event, State
 from klora.webui.sampling_passes import PassName, SamplingPass, is_hires, pass_of, seed_of
+from klora.webui.selection_record import AppliedMaps, AppliedPass
 
 WITHOUT_THE_PAIR = (
     "K-LoRA: another extension drew a part of this picture anew, with neither LoRA of the pair. To have K-LoRA there too, add klora_script to the "

@@ -8,7 +8,7 @@ from klora.core.plan import Plan
 from klora.hosts.base import PairSwitch, PassSchedule
 from klora.session import Session
 from klora.webui import sampler_steps
-from klora.webui.applied import FIRST, HIRES, AppliedPass
+from klora.webui.selection_record import FIRST, HIRES, AppliedPass
 
 
 class PassName(NamedTuple):
