@@ -47,7 +47,7 @@ class Run:
         self._prepared = prepared
         self._switch = checkpoint.switch(prepared.pair)
         self._model = ref(checkpoint.model)
-        self._checkpoint = checkpoint.file
+        self._file = checkpoint.file
         self._patches = ProcessingPatches(p)
         self._tags = PromptTags(p, prepared.loras, host)
         self._activated: Any = None
@@ -279,7 +279,7 @@ class Run:
 
     def _lose_to_other_model(self) -> None:
         """A refiner takes over within a pass: the host loads it, encodes the text anew, and goes on sampling."""
-        if self._pass is not None and self._host.checkpoint().file != self._checkpoint:
+        if self._pass is not None and self._host.checkpoint().file != self._file:
             step = self._pass.step_under_way() + 1
             self._lose(f"in the {self._pass.name} pass before step {step} (another model took over)")
 
@@ -290,7 +290,7 @@ class Run:
             What is to be said with the image, if the pass has to do without the pair.
         """
         checkpoint = self._host.checkpoint()
-        if checkpoint.file != self._checkpoint:
+        if checkpoint.file != self._file:
             try:
                 loras.check_checkpoint(self._prepared.files, checkpoint)
             except KLoraError as error:
@@ -298,7 +298,7 @@ class Run:
                 self._lose(f"in the {name} pass (the LoRAs do not fit its checkpoint)")
                 return f"K-LoRA: the {name} pass, on {Path(str(checkpoint.file)).name}, has neither LoRA of the pair. {error}"
         self._happens(Event.FIT)
-        self._checkpoint = checkpoint.file
+        self._file = checkpoint.file
         if checkpoint.model is not self._model():
             self._model = ref(checkpoint.model)
             self._switch = checkpoint.switch(self._prepared.pair)

@@ -3,6 +3,7 @@
 import gc
 import sys
 import weakref
+from inspect import signature
 from itertools import product
 
 import pytest
@@ -13,6 +14,8 @@ from klora.core.methods import FULL
 from klora.core.plan import make_plan
 from klora.core.scores import score_pair
 from klora.errors import HostError
+from klora.hosts.base import Host
+from klora.hosts.webui import HOST
 from klora.settings import Settings
 from klora.webui import paths, run
 from klora.webui.processing_patches import ProcessingPatches
@@ -84,7 +87,39 @@ def test_a_pass_on_a_checkpoint_that_fits_has_the_pair_again():
     assert TRANSITIONS[State.SAMPLING_WITHOUT][Event.FIT] is State.SAMPLING
 
 
+E = Event
+SEQUENCES = [
+    ([E.ENCODE, E.ENCODED, E.SAMPLE, E.SAMPLED], State.PREPARED),
+    ([E.SAMPLE, E.LOSE, E.SAMPLED], State.WITHOUT),
+    ([E.SAMPLE, E.LOSE, E.SAMPLED, E.FIT, E.SAMPLE], State.SAMPLING),
+    ([E.LOSE, E.ENCODE, E.SAMPLE, E.FIT], State.SAMPLING),
+    ([E.SAMPLE, E.FAIL, E.FIT, E.SAMPLED, E.SAMPLE], State.FAILED),
+    ([E.ENCODE, E.GIVE_UP, E.ENCODED, E.SAMPLE], State.GIVEN_UP),
+    ([E.SAMPLE, E.GIVE_UP], State.SAMPLING),
+    ([E.SAMPLE, E.CLOSE, E.SAMPLED, E.FAIL, E.GIVE_UP], State.CLOSED),
+]
+
+
+@pytest.mark.parametrize(("events", "end"), SEQUENCES)
+def test_what_follows_what_and_an_event_that_a_state_does_not_know_changes_nothing(events, end):
+    state = State.PREPARED
+    for event in events:
+        state = TRANSITIONS[state].get(event, state)
+    assert state is end
+
+
 # A generation
+
+
+def test_this_host_and_the_real_one_take_what_the_boundary_asks_for(host):
+    asked = {name for part in Host.__mro__ for name in vars(part) if not name.startswith("_")}
+    assert len(asked) > 15
+    for name in asked:
+        expected = [parameter.strip("_") for parameter in signature(getattr(Host, name)).parameters][1:]
+        for one in (host, HOST):
+            assert [
+                parameter.strip("_") for parameter in signature(getattr(one, name)).parameters
+            ] == expected
 
 
 def test_a_generation_goes_through_its_states_and_leaves_nothing(host):
