@@ -2,22 +2,13 @@
 
 from contextlib import contextmanager, suppress
 
-from modules import errors, script_callbacks, scripts
+from modules import script_callbacks, scripts
 
 from klora.errors import Cancelled, KLoraError
-from klora.hosts.detect import UnknownHost
+from klora.hosts.webui import HOST
 from klora.settings import Settings
-from klora.webui import api, api_arguments, options, preview, ui, xyz
-from klora.webui.generation import (
-    WITHOUT_THE_PAIR,
-    Run,
-    fail,
-    go_on_without,
-    release,
-    run_of,
-    take_option_over,
-    warn_outer_runs,
-)
+from klora.webui import added_network, api, api_arguments, options, panel_routes, ui, xyz
+from klora.webui.run import WITHOUT_THE_PAIR, fail, release, run_of, start, warn_outer_runs
 
 
 class KLoraScript(scripts.Script):
@@ -40,14 +31,14 @@ class KLoraScript(scripts.Script):
         with suppress(KLoraError):  # process says it
             settings = parsed(p, args)
             if settings.enabled:
-                take_option_over(p, settings)
+                added_network.take_over(p, settings, HOST)
 
     def process(self, p, *args):
         release(p)
         with boundary(p):
             settings = parsed(p, args)
             if settings.enabled:
-                Run(p, settings)
+                start(p, settings, HOST)
 
     def after_extra_networks_activate(self, p, *args, **kwargs):
         within(p, lambda run: run.networks_loaded(kwargs.get("extra_network_data")))
@@ -75,7 +66,7 @@ def on_app_started(_demo, app):
     """One for all routes: the host inspects the whole stack for every callback, 50 ms of its start-up each."""
     api.register(app)
     api_arguments.register(app)
-    preview.register(app)
+    panel_routes.register(app)
 
 
 def within(p, action):
@@ -94,15 +85,12 @@ def boundary(p):
         yield
     except Cancelled:
         return
-    except UnknownHost as error:
-        print(f"K-LoRA: {error}")
-        go_on_without(p, error)
     except KLoraError as error:
         print(f"K-LoRA: {error}")
-        fail(p, error)
+        fail(p, error, HOST)
     except Exception as error:  # noqa: BLE001 whatever it is, it must not get lost
-        errors.report(f"K-LoRA: {error}", exc_info=True)
-        fail(p, error)
+        HOST.report(f"K-LoRA: {error}")
+        fail(p, error, HOST)
 
 
 options.register()

@@ -28,14 +28,23 @@ LATENT_CHANNELS, INPAINTING_CHANNELS = 4, 9
 
 
 class A1111:
-    """`WebUI` of A1111.
+    """`Adapter` of A1111.
 
     Args:
         networks: the module of the host's Lora extension.
     """
 
+    MARK = "networks.network_apply_weights (AUTOMATIC1111)"
+
     def __init__(self, networks: Any) -> None:
         self._networks = networks
+
+    @staticmethod
+    def drives(networks: Any) -> bool:
+        """Whether this Lora extension is A1111's, unless there is a patcher: reForge has these functions too, and they do nothing."""
+        return hasattr(networks, "network_apply_weights") and hasattr(
+            networks, "network_restore_weights_from_backup"
+        )
 
     def base_of(self, model: Any) -> str | None:
         return of_checkpoint(model, model.model.diffusion_model)

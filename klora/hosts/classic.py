@@ -17,6 +17,12 @@ from klora.hosts.sizes import Padded
 class ClassicSwitch(OnePatchDict):
     """`PairSwitch` of forge-classic, which has no FLUX and so no fused weights."""
 
+    MARK = "unet.calculate_weight (forge-classic)"
+
+    @staticmethod
+    def drives(unet: Any) -> bool:
+        return hasattr(unet, "patches") and hasattr(unet, "calculate_weight")
+
     @staticmethod
     def padded(shape: tuple[int, ...]) -> Padded:
         return padded_convolution(shape)

@@ -7,7 +7,7 @@ from typing import Any
 from klora.core.families import FAMILIES, of_checkpoint
 from klora.errors import HostError
 from klora.hosts.a1111 import A1111
-from klora.hosts.base import Pair, PairSwitch, WebUI
+from klora.hosts.base import Adapter, Pair, PairSwitch
 from klora.hosts.classic import ClassicSwitch
 from klora.hosts.forge import ForgeSwitch
 from klora.hosts.neo import NeoSwitch
@@ -33,7 +33,7 @@ class UnknownHost(HostError):
 
 
 class ForgeLike:
-    """`WebUI` of Forge and its relatives.
+    """`Adapter` of Forge and its relatives.
 
     Args:
         networks: the module of the host's Lora extension.
@@ -69,12 +69,16 @@ class ForgeLike:
 
 
 def name_of_base(model: Any) -> str | None:
-    """What people call the base model of a loaded checkpoint that `WebUI.base_of` does not know; None if nothing tells."""
+    """What people call the base model of a loaded checkpoint that `Adapter.base_of` does not know; None if nothing tells."""
     flagged = (name for flag, name in FLAGS.items() if getattr(model, flag, False))
     return next(flagged, ENGINES.get(type(model).__name__))
 
 
-def find_webui(networks: Any, model: Any) -> WebUI:
+FORGES: tuple[type[PatcherSwitch], ...] = (ForgeSwitch, NeoSwitch, ClassicSwitch)
+"""Asked in this order: those made after Forge have some of what tells an earlier one."""
+
+
+def find_adapter(networks: Any, model: Any) -> Adapter:
     """The adapter for this host.
 
     Args:
@@ -86,19 +90,12 @@ def find_webui(networks: Any, model: Any) -> WebUI:
     """
     objects = getattr(model, "forge_objects", None)
     unet = getattr(objects, "unet", None)
-    if hasattr(unet, "lora_loader") and hasattr(unet, "lora_patches"):
-        return ForgeLike(networks, ForgeSwitch)
-    if hasattr(unet, "patches_uuid") and hasattr(unet, "patch_weight_to_device"):
-        return ForgeLike(networks, NeoSwitch)
-    if hasattr(unet, "patches") and hasattr(unet, "calculate_weight"):
-        return ForgeLike(networks, ClassicSwitch)
-    if (
-        objects is None
-        and hasattr(networks, "network_apply_weights")
-        and hasattr(networks, "network_restore_weights_from_backup")
-    ):
+    for kind in FORGES:
+        if kind.drives(unet):
+            return ForgeLike(networks, kind)
+    if objects is None and A1111.drives(networks):
         return A1111(networks)
+    looked_for = ", ".join((A1111.MARK, *(kind.MARK for kind in FORGES)))
     raise UnknownHost(
-        "K-LoRA does not know this WebUI, so the picture is made without it. Looked for and not found: networks.network_apply_weights "
-        "(AUTOMATIC1111), unet.lora_loader (Forge), unet.patch_weight_to_device (Forge Neo, reForge), unet.calculate_weight (forge-classic)."
+        f"K-LoRA does not know this WebUI, so the picture is made without it. Looked for and not found: {looked_for}."
     )

@@ -25,9 +25,15 @@ MERGED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class ForgeSwitch(PatcherSwitch):
     """`PairSwitch` of Forge. In online mode a layer reads its patches in every forward pass, and switching them is all there is to do."""
 
+    MARK = "unet.lora_loader (Forge)"
+
     def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
         super().__init__(networks, model, pair)
         self._name = ""
+
+    @staticmethod
+    def drives(unet: Any) -> bool:
+        return hasattr(unet, "lora_loader") and hasattr(unet, "lora_patches")
 
     @staticmethod
     def padded(shape: tuple[int, ...]) -> Padded:

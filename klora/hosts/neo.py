@@ -20,6 +20,12 @@ from klora.hosts.patchers import OnePatchDict, Patches
 class NeoSwitch(OnePatchDict):
     """`PairSwitch` of Forge Neo and reForge."""
 
+    MARK = "unet.patch_weight_to_device (Forge Neo, reForge)"
+
+    @staticmethod
+    def drives(unet: Any) -> bool:
+        return hasattr(unet, "patches_uuid") and hasattr(unet, "patch_weight_to_device")
+
     @property
     def _online(self) -> bool:
         arguments = sys.modules.get("backend.args")

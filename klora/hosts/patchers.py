@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 from weakref import ref
 
@@ -56,6 +56,9 @@ class PatcherSwitch(ABC):
         networks: the module of the host's Lora extension.
         model: the loaded checkpoint, `shared.sd_model`.
     """
+
+    MARK: ClassVar[str]
+    """What `drives` looks for, and the WebUIs that have it, for people."""
 
     def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
         self._networks = networks
@@ -126,6 +129,11 @@ class PatcherSwitch(ABC):
 
     def detach(self) -> None:
         self._on_layers.clear()
+
+    @staticmethod
+    @abstractmethod
+    def drives(unet: Any) -> bool:
+        """Whether this is the switch for a UNet patcher, by what that can do."""
 
     @staticmethod
     def original_weight(unet: Any, path: str) -> Any:

@@ -14,11 +14,12 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from klora.analysis import Analysis, analyze
 from klora.errors import Cancelled, KLoraError, SettingsError, printable
+from klora.hosts.fonts import host_font
+from klora.hosts.webui import HOST
 from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
 from klora.webui import loras, options
-from klora.webui.fonts import host_font
-from klora.webui.turns import Busy, place, turn, while_connected
+from klora.webui.analysis_queue import Busy, place, turn, while_connected
 
 WHOLE_NUMBERS = {"steps": (20, 1, 1000), "seed": (0, 0, 2**63 - 1)}
 """What an analysis takes beside the settings: default, minimum, maximum."""
@@ -32,7 +33,7 @@ def register(app: FastAPI) -> None:
     """Add the routes to the host's app, behind the host's API authentication if it has one."""
     common: dict[str, Any] = {
         "tags": ["K-LoRA"],
-        "dependencies": [Depends(_authenticate)] if _credentials() else [],
+        "dependencies": [Depends(_authenticate)] if HOST.api_credentials() else [],
     }
     app.add_api_route(
         "/klora/v1/schema", schema, methods=["GET"], summary="JSON schema of the K-LoRA settings", **common
@@ -63,7 +64,7 @@ def list_loras() -> list[dict[str, str]]:
     """Name, alias and the host's short hash ("" while not hashed) of every LoRA that can be named as subject or style."""
     return [
         {"name": printable(lora.chosen_as), "alias": printable(lora.alias), "hash": lora.shorthash}
-        for lora in loras.list_loras()
+        for lora in HOST.loras()
     ]
 
 
@@ -195,15 +196,8 @@ def _documented_request() -> dict[str, Any]:
     }
 
 
-def _credentials() -> dict[str, str]:
-    from modules import shared
-
-    pairs = (shared.cmd_opts.api_auth or "").split(",")
-    return dict(pair.split(":", 1) for pair in pairs if ":" in pair)
-
-
 def _authenticate(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008
-    known = _credentials().get(given.username)
+    known = HOST.api_credentials().get(given.username)
     if known is None or not compare_digest(given.password.encode(), known.encode()):
         raise HTTPException(
             401, detail="Incorrect username or password", headers={"WWW-Authenticate": "Basic"}

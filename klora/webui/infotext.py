@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from klora.errors import SettingsError
+from klora.hosts.base import HostLora
 from klora.settings import DEFAULTS, SPECS, Settings, as_text
 from klora.webui import loras
 
@@ -19,9 +20,7 @@ HASH = " hash"
 SIZE = re.compile(r"\d+x\d+")
 
 
-def parameters(
-    settings: Settings, subject: loras.HostLora, style: loras.HostLora, hashes: bool = True
-) -> dict[str, str]:
+def parameters(settings: Settings, subject: HostLora, style: HostLora, hashes: bool = True) -> dict[str, str]:
     """What the host is to write of a run with these settings: both LoRAs, their hashes, and what differs from the default.
 
     Args:
@@ -31,7 +30,7 @@ def parameters(
     for role, lora in (("subject", subject), ("style", style)):
         name = SPECS[role].infotext
         found[name] = _encoded(lora.chosen_as)
-        if hashes and (shorthash := loras.hash_of(lora)):
+        if hashes and (shorthash := lora.hash()):
             found[name + HASH] = shorthash
     for field, value in settings.changed().items():
         if SPECS[field].kind not in ("flag", "lora"):

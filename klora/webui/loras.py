@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from types import FrameType
-from typing import Any
 
 from klora import analysis
 from klora.core.families import FAMILIES, listed
@@ -21,51 +15,15 @@ from klora.core.lora_file import LoraFile, read_lora
 from klora.core.score_cache import ScoreCache
 from klora.errors import PairError, SettingsError, printable
 from klora.file_notes import trained_on
-from klora.hosts.base import WebUI
+from klora.hosts.base import Checkpoint, HostLora, LoraLibrary
 from klora.hosts.detect import name_of_base
 from klora.hosts.sizes import check_fit
+from klora.hosts.webui import HOST
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt")
-LONGEST_REFRESH_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class HostLora:
-    """One LoRA file of the host.
-
-    Attributes:
-        name: as the host's LoRA tab shows it.
-        alias: the name that its trainer wrote into the file; the name where there is none.
-        shorthash: first digits of the host's hash of it; "" while the host has not hashed it.
-        entry: the host's record of the file, good for as long as it is held, whatever the host lists by then.
-    """
-
-    name: str
-    alias: str
-    path: Path
-    shorthash: str
-    entry: Any = field(repr=False, compare=False)
-
-    @property
-    def chosen_as(self) -> str:
-        """What stands for it in a control, a request and an infotext: its name, but for "None", which means no LoRA there."""
-        return self.path.name if self.name == "None" else self.name
-
-
-def list_loras() -> list[HostLora]:
-    """All LoRAs that the host lists, by name."""
-    names, _ = _registry()
-    return sorted((_of(name, entry) for name, entry in names.items()), key=lambda lora: lora.name.casefold())
-
-
-def refresh() -> None:
-    """Have the host read its LoRA folders again."""
-    import networks
-
-    networks.list_available_networks()
-
-
-def find(name: str, field: str) -> HostLora:
+def find(name: str, field: str, host: LoraLibrary = HOST) -> HostLora:
     """The LoRA that `name` means: its name, else its alias, else either as `/klora/v1/loras` writes what cannot be printed, else either
     without regard to case, extension and subfolder.
 
@@ -75,7 +33,7 @@ def find(name: str, field: str) -> HostLora:
     Raises:
         SettingsError: there is none, or several.
     """
-    known = list_loras()
+    known = host.loras()
     for matches in (
         _named(name, known),
         [lora for lora in known if lora.alias == name],
@@ -91,24 +49,15 @@ def find(name: str, field: str) -> HostLora:
                     field: f"{name!r} ({field}) could be any of the LoRAs {names}: give the one you mean by its file name."
                 }
             )
-    raise SettingsError({field: _hidden(name, field, known) or _missing(name, field, known)})
+    raise SettingsError({field: _hidden(name, field, known, host) or _missing(name, field, known)})
 
 
-def exactly(name: str) -> HostLora | None:
+def exactly(name: str, host: LoraLibrary = HOST) -> HostLora | None:
     """The LoRA of this very name, if the host lists it."""
-    return next(iter(_named(name, list_loras())), None)
+    return next(iter(_named(name, host.loras())), None)
 
 
-def of_tag(name: str) -> HostLora | None:
-    """The LoRA that the host takes for <lora:name>: that of this name or, unless several share it, of this alias."""
-    import networks
-
-    names, aliases = _registry()
-    known = names if name.lower() in networks.forbidden_network_aliases else aliases
-    return _of(known[name].name, known[name]) if name in known else None
-
-
-def find_by_hash(shorthash: str, like: str = "") -> HostLora | None:
+def find_by_hash(shorthash: str, like: str = "", host: LoraLibrary = HOST) -> HostLora | None:
     """The LoRA with this hash of the host's.
 
     Hashes files that the host has not hashed yet (about half a second for each 200 MB, once) until the one is found.
@@ -118,7 +67,7 @@ def find_by_hash(shorthash: str, like: str = "") -> HostLora | None:
     """
     if not shorthash:
         return None
-    known = list_loras()
+    known = host.loras()
     for lora in known:
         if lora.shorthash == shorthash:
             return lora
@@ -127,7 +76,7 @@ def find_by_hash(shorthash: str, like: str = "") -> HostLora | None:
         key=lambda lora: difflib.SequenceMatcher(None, lora.name.casefold(), like.casefold()).ratio(),
         reverse=True,
     )
-    return next((lora for lora in unhashed if hash_of(lora) == shorthash), None)
+    return next((lora for lora in unhashed if lora.hash() == shorthash), None)
 
 
 def read(path: Path) -> LoraFile:
@@ -178,23 +127,21 @@ def _same_content(one: Path, other: Path, cache: ScoreCache) -> bool:
     return content is not None and content == cache.content(other)
 
 
-def check_checkpoint(files: Sequence[LoraFile], webui: WebUI, model: Any) -> None:
+def check_checkpoint(files: Sequence[LoraFile], checkpoint: Checkpoint) -> None:
     """Refuse files that were made for another base model than the loaded checkpoint's, or for other sizes of its layers.
 
     Args:
         files: one, or two of the same base model.
-        webui: the host's adapter.
-        model: the loaded checkpoint.
 
     Raises:
         PairError: with the sentence for the user.
         HostError: LoRAs cannot be put on single layers of this checkpoint.
     """
-    base, loaded = files[0].base, webui.base_of(model)
+    base, loaded = files[0].base, checkpoint.base
     if base == loaded:
-        check_fit(files, webui.sizes_of(model))
+        check_fit(files, checkpoint.sizes())
     elif loaded is None:
-        raise PairError(_of_another_base(files, name_of_base(model)))
+        raise PairError(_of_another_base(files, name_of_base(checkpoint.model)))
     else:
         wanted = analysis.BASE_NAMES[base]
         raise PairError(
@@ -220,57 +167,6 @@ def _named_together(files: Sequence[LoraFile]) -> str:
     return f"The LoRA{'' if len(files) == 1 else 's'} {' and '.join(file.path.name for file in files)}"
 
 
-def hash_of(lora: HostLora) -> str:
-    """The host's short hash of a LoRA, read from the file if need be; "" where the host does no hashing."""
-    lora.entry.read_hash()
-    return lora.entry.shorthash or ""
-
-
-def hashes_are_written() -> bool:
-    """Whether the user wants the host to write hashes of LoRAs into a picture's parameters."""
-    from modules import shared
-
-    return bool(getattr(shared.opts, "lora_add_hashes_to_infotext", True))
-
-
-def _registry() -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the host lists, {name: entry} and {name or alias: entry}: all of it, also while the host reads its folders again.
-
-    It does so without a lock, in the thread of whoever asks for it: it empties its lists and fills them with new entries. So two looks
-    that see the same entries, with no reading under way between them, have seen everything.
-    """
-    import networks
-
-    patience = time.monotonic() + LONGEST_REFRESH_SECONDS
-    names = dict(networks.available_networks)
-    while True:
-        while _is_refreshing() and time.monotonic() < patience:
-            time.sleep(0.01)
-        aliases = dict(networks.available_network_aliases)
-        before, names = names, dict(networks.available_networks)
-        unchanged = before.keys() == names.keys() and all(before[name] is names[name] for name in names)
-        if unchanged or time.monotonic() >= patience:
-            return names, aliases
-
-
-def _is_refreshing() -> bool:
-    """Whether another thread is within the host's reading of its LoRA folders."""
-    import networks
-
-    reading, own = getattr(networks.list_available_networks, "__code__", None), threading.get_ident()
-    for thread, frame in sys._current_frames().items():
-        inner: FrameType | None = frame if thread != own else None
-        while inner is not None:
-            if inner.f_code is reading:
-                return True
-            inner = inner.f_back
-    return False
-
-
-def _of(name: str, entry: Any) -> HostLora:
-    return HostLora(name, entry.alias, Path(entry.filename), entry.shorthash or "", entry)
-
-
 def _named(name: str, known: list[HostLora]) -> list[HostLora]:
     return [lora for lora in known if lora.name == name]
 
@@ -292,13 +188,13 @@ def _bare(name: str) -> str:
     return next((low.removesuffix(extension) for extension in EXTENSIONS if low.endswith(extension)), low)
 
 
-def _hidden(name: str, field: str, known: list[HostLora]) -> str | None:
+def _hidden(name: str, field: str, known: list[HostLora], host: LoraLibrary) -> str | None:
     """What to tell of a file of this name that is there but not listed: of several files of one name the hosts list the last one only."""
     wanted = _wanted(name)
     listed = next((lora for lora in known if lora.path.stem.casefold() in wanted[-1:]), None)
     if listed is None or len(wanted) == 1:
         return None
-    if not any(_place(path)[-len(wanted) :] == wanted for path in _files()):
+    if not any(_place(path)[-len(wanted) :] == wanted for path in _files(host)):
         return None
     return (
         f"The WebUI lists only one LoRA named {listed.name!r}, the one in the folder {listed.path.parent.name!r}, and it hides {name!r} "
@@ -306,17 +202,9 @@ def _hidden(name: str, field: str, known: list[HostLora]) -> str | None:
     )
 
 
-def _files() -> Iterator[Path]:
-    """All LoRA files in the folders where the hosts look for them."""
-    from modules import shared
-
-    given = shared.cmd_opts
-    folders = [
-        getattr(given, "lora_dir", None),
-        getattr(given, "lyco_dir_backcompat", None),
-        *(getattr(given, "lora_dirs", None) or ()),
-    ]
-    for top in filter(None, folders):
+def _files(host: LoraLibrary) -> Iterator[Path]:
+    """All LoRA files in the folders where the host looks for them."""
+    for top in host.lora_folders():
         for folder, _, names in os.walk(top, followlinks=True):
             yield from (Path(folder, name) for name in names if name.casefold().endswith(EXTENSIONS))
 

@@ -12,6 +12,8 @@ import torch
 
 from klora.accelerators import ACCELERATORS
 from klora.core.score_cache import ScoreCache
+from klora.hosts.base import Machine, Preferences
+from klora.hosts.webui import HOST
 from klora.settings import DEFAULTS, SPECS
 from klora.webui import paths
 
@@ -104,11 +106,9 @@ class Options:
         """The score cache, of the size chosen."""
         return ScoreCache(paths.cache_folder(), self.cache_size * MEBIBYTE)
 
-    def device(self) -> torch.device:
+    def device(self, host: Machine = HOST) -> torch.device:
         """Where to score."""
-        from modules import devices
-
-        hosts = torch.device(devices.device)
+        hosts = host.device()
         return hosts if self.scoring_device == AUTO and hosts.type == "cuda" else torch.device("cpu")
 
     def for_analysis(self) -> dict[str, Any]:
@@ -124,11 +124,9 @@ OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.
 BUILT_IN = Options()
 
 
-def read() -> Options:
+def read(host: Preferences = HOST) -> Options:
     """The options as the host holds them now. A value that cannot be, of a config file edited by hand, counts as the built-in default."""
-    from modules import shared
-
-    values: dict[str, Any] = {name: getattr(shared.opts, _key(name), None) for name in OPTIONS}
+    values: dict[str, Any] = {name: host.option(_key(name), None) for name in OPTIONS}
     return Options(**{name: value for name, value in values.items() if _fits(name, value)})
 
 

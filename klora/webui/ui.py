@@ -10,8 +10,9 @@ import gradio as gr
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion, ToolButton
 
+from klora.hosts.webui import HOST
 from klora.settings import DEFAULTS, SPECS
-from klora.webui import card, infotext, loras, options
+from klora.webui import infotext, options, preflight
 
 SWAPPED = ("subject", "style", "subject_weight", "style_weight")
 FLUX_PRESET = {"schedule": "s*", "beta": "auto"}
@@ -53,7 +54,7 @@ def build(is_img2img: bool, tab: str) -> Controls:
             made["style"] = _control("style", tab)
             pair = [made["subject"], made["style"]]
             refresh = create_refresh_button(
-                pair, loras.refresh, lambda: {"choices": _lora_names()}, _id(tab, "refresh")
+                pair, HOST.refresh_loras, lambda: {"choices": _lora_names()}, _id(tab, "refresh")
             )
             refresh.webui_tooltip = "Look for new LoRA files."
         with gr.Row():
@@ -65,7 +66,7 @@ def build(is_img2img: bool, tab: str) -> Controls:
             for first in range(0, len(folded), 2):
                 with gr.Row():
                     made |= {name: _control(name, tab) for name in folded[first : first + 2]}
-        gr.HTML(card.placeholder(), elem_id=_id(tab, "view"))
+        gr.HTML(preflight.placeholder(), elem_id=_id(tab, "view"))
         preset = gr.Button("Use S*", elem_id=_id(tab, "preset"))
     components = [made[name] for name in SPECS]
     for component in components:
@@ -119,4 +120,4 @@ def _offered(slider: tuple[float, float, float] | None) -> list[str]:
 
 
 def _lora_names() -> list[str]:
-    return [NONE, *(lora.chosen_as for lora in loras.list_loras())]
+    return [NONE, *(lora.chosen_as for lora in HOST.loras())]

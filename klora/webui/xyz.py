@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from klora.errors import SettingsError
+from klora.hosts.webui import HOST
 from klora.settings import SPECS, Settings
 from klora.webui import loras
 
@@ -53,7 +54,7 @@ def _axis(axis_option: Callable[..., Any], name: str) -> Any:
     more: dict[str, Any]
     if spec.kind == "lora":
         more = {
-            "choices": lambda: [lora.chosen_as for lora in loras.list_loras()],
+            "choices": lambda: [lora.chosen_as for lora in HOST.loras()],
             "cost": NEW_PAIR_COST,
             "format_value": _plain_label,
         }

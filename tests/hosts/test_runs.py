@@ -64,7 +64,7 @@ def test_an_error_that_nobody_foresaw_is_reported_with_its_traceback(host):
     assert "RuntimeError: a fault of the test in process" in answer["detail"]
     newest = errors_of(host)[0]
     assert newest["exception"] == "a fault of the test in process"
-    assert any("generation.py" in frame for frame, _ in newest["traceback"])
+    assert any("preparation.py" in frame for frame, _ in newest["traceback"])
 
 
 def test_an_error_of_the_users_is_no_more_than_its_sentence(host):

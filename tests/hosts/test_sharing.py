@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from klora.core import topk
 from klora.errors import Cancelled
-from klora.webui import generation, paths
+from klora.webui import paths, preparation, run
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def progress(host):
 
 
 def test_the_share_done_rises_while_a_pair_is_scored(host, monkeypatch):
-    real, seen = generation.score_pair, []
+    real, seen = preparation.score_pair, []
 
     def score_pair(*args, progress, **kwargs):
         for done in range(1, 8):
@@ -39,7 +39,7 @@ def test_the_share_done_rises_while_a_pair_is_scored(host, monkeypatch):
             seen.append(globals()["progress"](host))
         return real(*args, progress=progress, **kwargs)
 
-    monkeypatch.setattr(generation, "score_pair", score_pair)
+    monkeypatch.setattr(preparation, "score_pair", score_pair)
     host.picture(host.pair)
     shares = [answer["progress"] for answer in seen]
     assert shares == sorted(shares)
@@ -56,7 +56,7 @@ def test_a_scoring_that_ends_early_leaves_no_text_behind(host, state, monkeypatc
         state.interrupted = error is Cancelled
         raise error("within")
 
-    monkeypatch.setattr(generation, "score_pair", score_pair)
+    monkeypatch.setattr(preparation, "score_pair", score_pair)
     assert host.request(host.pair)[0] == status
     assert (state.textinfo, progress(host)["progress"]) == (None, 0)
 
@@ -112,7 +112,7 @@ def test_a_run_that_died_keeps_no_checkpoint_alive(host, where):
 def test_not_even_one_that_somebody_keeps(host):
     """An extension that keeps the processing object, say, to which the run belongs."""
     model = checkpoint_after(host, "forward")
-    kept = list(generation._under_way)
+    kept = list(run._under_way)
     assert kept
     with host.another_checkpoint() as name, host.options(sd_model_checkpoint=name):
         gc.collect()

@@ -12,7 +12,7 @@ from klora.core.families.sdxl import sdxl_modules
 from klora.core.lora_file import LayerInfo
 from klora.errors import HostError, PairError
 from klora.hosts.a1111 import A1111
-from klora.hosts.detect import find_webui, name_of_base
+from klora.hosts.detect import find_adapter, name_of_base
 from klora.hosts.sizes import LayerSize, check_fit, left_out, native_sizes, true_shape
 
 WIDTH = 8
@@ -149,7 +149,7 @@ def test_a1111_fills_up_the_channels_of_an_inpainting_model():
 )
 def test_which_narrower_loras_a_patcher_takes(patcher, kind, weight, columns, taken):
     model = forge_model(patcher, torch.empty(weight))
-    sizes = find_webui(Networks({}), model).sizes_of(model)
+    sizes = find_adapter(Networks({}), model).sizes_of(model)
     assert (
         sizes["input_blocks.0.0" if model.is_sdxl else "img_in"].takes(of_kind((8, columns), kind)) == taken
     )
@@ -177,14 +177,14 @@ def test_a_weight_that_another_lora_has_widened_counts_as_the_checkpoints_own(pa
     backup["diffusion_model.img_in.weight"] = (
         SimpleNamespace(weight=original) if patcher is ComfyPatcher else original
     )
-    assert find_webui(Networks({}), model).sizes_of(model)["img_in"].shape == (8, 64)
+    assert find_adapter(Networks({}), model).sizes_of(model)["img_in"].shape == (8, 64)
 
 
 def test_nunchaku_is_refused_before_its_packed_weights_are_looked_at():
     model = checkpoint(ComfyPatcher)
     model.forge_objects.unet.model.diffusion_model.loras = []
     with pytest.raises(HostError, match="Nunchaku"):
-        find_webui(Networks({}), model).sizes_of(model)
+        find_adapter(Networks({}), model).sizes_of(model)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from klora.core import file_state
 from klora.core.blocks import leader_of
 from klora.errors import HostError
 from klora.hosts.base import Member, Pair
-from klora.hosts.detect import UnknownHost, find_webui
+from klora.hosts.detect import UnknownHost, find_adapter
 
 PROJ, QKV = (
     "diffusion_model.double_blocks.0.proj.weight",
@@ -113,7 +113,7 @@ class Host:
         self.new_run()
 
     def new_run(self):
-        self.switch = find_webui(self.networks, self.model).switch(self.model, self.pair)
+        self.switch = find_adapter(self.networks, self.model).switch(self.model, self.pair)
 
     def weight(self, key):
         return self.model.forge_objects.unet.weight(key)
@@ -367,7 +367,7 @@ def test_a_file_that_has_not_changed_is_not_read_anew(replaceable):
 def test_an_unknown_host_says_what_was_looked_for():
     model = SimpleNamespace(forge_objects=SimpleNamespace(unet=SimpleNamespace()))
     with pytest.raises(UnknownHost, match="Looked for and not found"):
-        find_webui(SimpleNamespace(), model)
+        find_adapter(SimpleNamespace(), model)
 
 
 def test_nunchaku_is_refused(monkeypatch):

@@ -20,7 +20,7 @@ from klora.core import scores
 from klora.errors import Cancelled
 from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
-from klora.webui import api, paths, turns
+from klora.webui import analysis_queue, api, paths
 
 PAIR = Path(__file__).parents[1] / "data" / "golden" / "sdxl_attention_same_rank"
 NAMES = {"subject": "subject", "style": "style"}
@@ -126,10 +126,10 @@ def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
     def ask():
         codes.append(host.post("/klora/v1/analyze", json=NAMES).status_code)
 
-    waiting = [threading.Thread(target=ask) for _ in range(turns.MOST_AT_ONCE)]
+    waiting = [threading.Thread(target=ask) for _ in range(analysis_queue.MOST_AT_ONCE)]
     for thread in waiting:
         thread.start()
-    while turns.places._value:
+    while analysis_queue.places._value:
         threading.Event().wait(0.01)
     refused = host.post("/klora/v1/analyze", json=NAMES)
     goes_on.set()
@@ -137,7 +137,7 @@ def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
         thread.join()
     assert refused.status_code == 503
     assert "try again" in refused.json()["detail"]
-    assert codes == [200] * turns.MOST_AT_ONCE
+    assert codes == [200] * analysis_queue.MOST_AT_ONCE
     assert max(most) == 1
     assert host.post("/klora/v1/analyze", json=NAMES).status_code == 200
 
@@ -180,7 +180,7 @@ def test_one_that_waits_for_a_generation_gives_up_too(queue_lock):
     request = {"type": "http.request", "body": json.dumps(NAMES).encode(), "more_body": False}
     with queue_lock:
         assert post([request, {"type": "http.disconnect"}]) == [499]
-    assert turns.places._value == turns.MOST_AT_ONCE
+    assert analysis_queue.places._value == analysis_queue.MOST_AT_ONCE
     assert client().post("/klora/v1/analyze", json=NAMES).status_code == 200
 
 

@@ -14,7 +14,7 @@ from klora.analysis import analyze
 from klora.lettering import own_font
 from klora.settings import Settings
 from klora.webui import api, paths
-from klora.webui.applied import FIRST, AppliedMaps, AppliedPass
+from klora.webui.selection_record import FIRST, AppliedMaps, AppliedPass
 
 SIZES = {12, 13, 18}
 

@@ -8,8 +8,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from webui_host import Infotext, NetworkOnDisk
 
+from klora.hosts.webui import HOST
 from klora.settings import DEFAULTS, SPECS, Settings
-from klora.webui import infotext, loras
+from klora.webui import infotext
 
 NAMES = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=20
@@ -40,7 +41,7 @@ ANY_FIELD = {
 
 
 def hosted(name):
-    return next(lora for lora in loras.list_loras() if lora.name == name)
+    return next(lora for lora in HOST.loras() if lora.name == name)
 
 
 def restored(written):

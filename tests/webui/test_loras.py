@@ -12,6 +12,8 @@ from webui_host import NetworkOnDisk
 from klora.core import file_state
 from klora.core.score_cache import ScoreCache
 from klora.errors import LoraFileError, PairError, SettingsError
+from klora.hosts import lora_registry
+from klora.hosts.webui import HOST
 from klora.webui import loras
 
 
@@ -25,8 +27,8 @@ def registry(networks, shared):
 
 
 def test_listed_by_name_in_any_case():
-    assert [lora.name for lora in loras.list_loras()] == ["Ink", "My Dog v2", "zebra"]
-    assert [lora.shorthash for lora in loras.list_loras()] == ["cc33", "", "aa11"]
+    assert [lora.name for lora in HOST.loras()] == ["Ink", "My Dog v2", "zebra"]
+    assert [lora.shorthash for lora in HOST.loras()] == ["cc33", "", "aa11"]
 
 
 @pytest.mark.parametrize(
@@ -122,13 +124,13 @@ def test_a_file_hidden_by_its_namesake_in_another_folder_is_said(networks, share
 
 
 def test_hash_is_the_hosts(registry):
-    assert loras.hash_of(loras.find("My Dog v2", "subject")) == "bb22"
+    assert loras.find("My Dog v2", "subject").hash() == "bb22"
 
 
 def test_refresh_reads_the_folders_again(networks):
     networks.on_disk.append(NetworkOnDisk("new"))
     assert loras.exactly("new") is None
-    loras.refresh()
+    HOST.refresh_loras()
     assert loras.exactly("new").name == "new"
 
 
@@ -145,7 +147,7 @@ def test_a_list_that_the_host_is_making_anew_is_waited_for(networks, monkeypatch
         networks.available_networks["new"] = NetworkOnDisk("new")
 
     monkeypatch.setattr(networks, "list_available_networks", list_slowly)
-    client, timer = threading.Thread(target=loras.refresh), threading.Timer(0.2, go_on.set)
+    client, timer = threading.Thread(target=HOST.refresh_loras), threading.Timer(0.2, go_on.set)
     client.start()
     half.wait(10)
     timer.start()
@@ -163,8 +165,8 @@ def test_a_reading_that_never_ends_is_not_waited_for_for_ever(networks, monkeypa
         go_on.wait(10)
 
     monkeypatch.setattr(networks, "list_available_networks", hang)
-    monkeypatch.setattr(loras, "LONGEST_REFRESH_SECONDS", 0.1)
-    client = threading.Thread(target=loras.refresh)
+    monkeypatch.setattr(lora_registry, "LONGEST_REFRESH_SECONDS", 0.1)
+    client = threading.Thread(target=HOST.refresh_loras)
     client.start()
     half.wait(10)
     assert loras.exactly("zebra")
@@ -175,16 +177,16 @@ def test_a_reading_that_never_ends_is_not_waited_for_for_ever(networks, monkeypa
 def test_a_hash_is_that_of_the_file_found_whatever_the_host_lists_by_then(networks):
     found = loras.find("My Dog v2", "subject")
     networks.put()
-    assert loras.hash_of(found) == "bb22"
+    assert found.hash() == "bb22"
 
 
 def test_a_tag_means_a_name_or_an_alias_unless_several_share_it(networks):
-    assert loras.of_tag("zebra").name == "zebra"
-    assert loras.of_tag("sks_dog").name == "My Dog v2"
-    assert loras.of_tag("my dog v2") is None
+    assert HOST.lora_of_tag("zebra").name == "zebra"
+    assert HOST.lora_of_tag("sks_dog").name == "My Dog v2"
+    assert HOST.lora_of_tag("my dog v2") is None
     networks.forbidden_network_aliases["sks_dog"] = 1
-    assert loras.of_tag("sks_dog") is None
-    assert loras.of_tag("My Dog v2").name == "My Dog v2"
+    assert HOST.lora_of_tag("sks_dog") is None
+    assert HOST.lora_of_tag("My Dog v2").name == "My Dog v2"
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from klora.errors import Cancelled
-from klora.webui.progress import scoring_progress
+from klora.hosts.progress import scoring_progress
 
 
 def state(job_count=-1, job_no=0):

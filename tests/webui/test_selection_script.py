@@ -19,7 +19,7 @@ from klora.core.schedule import SCHEDULES, Schedule
 from klora.core.scores import LayerScore, PairScores
 from klora.errors import SettingsError
 from klora.settings import SPECS, Settings
-from klora.webui import card
+from klora.webui import preflight
 
 SCRIPT = Path(__file__).parents[2] / "javascript" / "klora_selection.js"
 NODE = shutil.which("node")
@@ -73,7 +73,7 @@ def test_every_comparing_method_schedule_and_number_of_steps():
             "layers": {"name": [layer.name for layer in scores.layers]},
             "magnitudes": {one.field: {"ratio": one.ratios(scores).tolist()} for one in MAGNITUDES},
         },
-        "grid": grid, **card.constants(),
+        "grid": grid, **preflight.constants(),
     }  # fmt: skip
     found = in_node(
         """const plans = given.grid.map(one => {
@@ -101,7 +101,7 @@ def test_every_comparing_method_schedule_and_number_of_steps():
 
 @pytest.mark.usefixtures("shared")
 def test_the_page_knows_the_rule_of_every_method_that_compares_and_of_no_other():
-    assert list(card.constants()["comparisons"]) == COMPARING
+    assert list(preflight.constants()["comparisons"]) == COMPARING
     assert "Random" not in COMPARING
 
 
@@ -116,7 +116,7 @@ def test_what_the_server_tells_of_a_plan_or_a_pass_is_read_as_it_was_meant():
     levels = draw.integers(0, FULL + 1, (12, 30, 2)).astype(np.int8)
     levels[5:8] = levels[4]
     levels[[0, 6, 11]] = -1
-    read = in_node(READ, {"changes": json.loads(json.dumps(as_changes(levels))), **card.constants()})
+    read = in_node(READ, {"changes": json.loads(json.dumps(as_changes(levels))), **preflight.constants()})
     assert read == [None if (row < 0).any() else (row / FULL).tolist() for row in levels]
 
 
@@ -129,7 +129,7 @@ def test_shares_of_a_row_are_the_plans_and_a_step_that_did_not_run_has_none():
         """const rows = klora.rowsOf(given.changes, given.levels);
         console.log(JSON.stringify([rows.map(row => klora.sharesOf(row, given.levels)), klora.subjectShare(rows[0], given.levels, [0, 3]),
             klora.switchesOf(rows.slice(0, 2), 2)]));""",
-        {"changes": as_changes(levels), **card.constants()},
+        {"changes": as_changes(levels), **preflight.constants()},
     )  # fmt: skip
     by_plan = [
         pytest.approx(dict(zip(("subject", "style"), row, strict=True)))
@@ -161,7 +161,7 @@ def test_numbers_are_read_as_the_settings_read_them():
         "1e999",
         "--1",
     ]
-    numbers = card.constants()["numbers"]
+    numbers = preflight.constants()["numbers"]
     read = in_node(
         "console.log(JSON.stringify(given.names.map(name => given.texts.map(text => klora.readNumber(text, given.numbers[name]) ?? null))));",
         {"names": list(numbers), "texts": texts, "numbers": numbers},

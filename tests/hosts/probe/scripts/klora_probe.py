@@ -33,12 +33,13 @@ undo = []
 def places():
     """{place: (owner, name) of the function there}, as far as it can be known: the host's, those of the loaded checkpoint included, and what
     K-LoRA does in each of its hooks."""
-    model, run = shared.sd_model, sys.modules["klora.webui.generation"].Run
+    model, run = shared.sd_model, sys.modules["klora.webui.run"].Run
+    preparation = sys.modules["klora.webui.preparation"]
     found = {
-        "process": (run, "_scored"), "networks loaded": (run, "networks_loaded"), "begin pass": (run, "begin_pass"), "tell": (run, "tell"),
+        "process": (preparation, "scored"), "networks loaded": (run, "networks_loaded"), "begin pass": (run, "begin_pass"), "tell": (run, "tell"),
         "text encoder": (type(model), "get_learned_conditioning"), "decode": (type(model), "decode_first_stage"),
-        "callback": (sys.modules["klora.session"].Session, "step"), "warnings": (sys.modules["klora.webui.generation"], "pair_warnings"),
-        "override": (sys.modules["klora.webui.hold"], "override"),
+        "callback": (sys.modules["klora.session"].Session, "step"), "warnings": (preparation, "pair_warnings"),
+        "override": (sys.modules["klora.webui.processing_patches"].ProcessingPatches, "put"),
     }  # fmt: skip
     if LAYERS_KEEP_NAMES:
         import network_lora

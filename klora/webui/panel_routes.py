@@ -9,10 +9,11 @@ from fastapi import Body, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from klora.errors import Cancelled, KLoraError, SettingsError
+from klora.hosts.webui import HOST
 from klora.settings import PLAN_FIELDS, Settings
-from klora.webui import card
+from klora.webui import preflight
+from klora.webui.analysis_queue import Busy, place, spare_turn, while_connected
 from klora.webui.api import whole_numbers
-from klora.webui.turns import Busy, is_awaited, place, spare_turn, while_connected
 
 
 def register(app: FastAPI) -> None:
@@ -29,12 +30,12 @@ def register(app: FastAPI) -> None:
 
 
 def files(request: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
-    """The files of the chosen LoRAs and the checkpoint, `card.card`."""
-    return JSONResponse(card.card(_names(request)))
+    """The files of the chosen LoRAs and the checkpoint, `preflight.card`."""
+    return JSONResponse(preflight.card(_names(request)))
 
 
 async def scores(request: Request, asked: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
-    """The scores of the pair, `card.scores`. Given up when the page hangs up, and put off while anybody else needs the machine.
+    """The scores of the pair, `preflight.scores`. Given up when the page hangs up, and put off while anybody else needs the machine.
 
     What is wrong is part of an answer with status 200, as browsers log others: {"problem": sentence, "again": whether to ask again soon}.
     """
@@ -42,19 +43,21 @@ async def scores(request: Request, asked: dict[str, Any] = Body(...)) -> JSONRes
 
 
 async def strengths(request: Request, asked: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
-    """The plan of the pair, `card.strengths`, on the terms of `scores`."""
+    """The plan of the pair, `preflight.strengths`, on the terms of `scores`."""
     return await while_connected(request, lambda gone: _answer(_strengths, asked, gone))
 
 
 def _scores(asked: dict[str, Any], cancelled: Callable[[], bool]) -> dict[str, Any]:
-    return card.scores(_names(asked), _settings(asked).k_scale, cancelled, spare_turn)
+    return preflight.scores(_names(asked), _settings(asked).k_scale, cancelled, spare_turn)
 
 
 def _strengths(asked: dict[str, Any], cancelled: Callable[[], bool]) -> dict[str, Any]:
     settings, (numbers, problems) = _settings(asked), whole_numbers(asked)
     if problems:
         raise SettingsError(problems)
-    return card.strengths(_names(asked), settings, numbers["steps"], numbers["seed"], cancelled, spare_turn)
+    return preflight.strengths(
+        _names(asked), settings, numbers["steps"], numbers["seed"], cancelled, spare_turn
+    )
 
 
 def _settings(asked: dict[str, Any]) -> Settings:
@@ -67,7 +70,7 @@ def _answer(
     gone: Callable[[], bool],
 ) -> JSONResponse:
     def cancelled() -> bool:
-        return gone() or _generating() or is_awaited()
+        return gone() or HOST.is_generating() or HOST.is_awaited()
 
     try:
         with place():
@@ -85,13 +88,7 @@ def _later(sentence: str) -> JSONResponse:
 
 
 def _names(request: dict[str, Any]) -> dict[str, str]:
-    return {role: str(request.get(role) or "") for role in card.ROLES}
-
-
-def _generating() -> bool:
-    from modules import shared
-
-    return bool(shared.state.job)
+    return {role: str(request.get(role) or "") for role in preflight.ROLES}
 
 
 def _logged_in(request: Request) -> None:

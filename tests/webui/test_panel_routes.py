@@ -20,8 +20,9 @@ from klora.core.blocks import block_of, forward_order
 from klora.core.changes import as_changes
 from klora.core.lora_file import read_lora
 from klora.core.methods import LARGEST, METHODS
+from klora.hosts.webui import HOST
 from klora.settings import Settings
-from klora.webui import card, paths, preview, turns
+from klora.webui import panel_routes, paths, preflight
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 PAIR = GOLDEN / "sdxl_layers_missing"
@@ -77,7 +78,7 @@ def host(networks, shared, monkeypatch, tmp_path):
 
 def client():
     app = FastAPI()
-    preview.register(app)
+    panel_routes.register(app)
     return TestClient(app)
 
 
@@ -113,7 +114,7 @@ def test_the_card_counts_the_layers_as_the_plan_does():
 
 
 def test_nothing_is_read_until_one_is_chosen(monkeypatch):
-    monkeypatch.setattr(card.loras, "read", lambda path: pytest.fail(f"read {path}"))
+    monkeypatch.setattr(preflight.loras, "read", lambda path: pytest.fail(f"read {path}"))
     found = the_card(subject="", style="")
     assert (found["subject"], found["style"], found["layers"]) == (None, None, None)
 
@@ -243,7 +244,7 @@ def test_scores_are_the_plans_in_its_order_with_places_in_the_network(k_scale):
     for field in ("name", "only", "k"):
         assert found["layers"][field] == [getattr(layer, field) for layer in layers]
     for field, of in found["magnitudes"].items():
-        for role in card.ROLES:
+        for role in preflight.ROLES:
             assert of[role] == [getattr(layer, f"{role}_{field}") for layer in layers]
         both = [i for i, layer in enumerate(layers) if layer.only is None]
         assert [of["ratio"][i] for i in both] == [of["subject"][i] / of["style"][i] for i in both]
@@ -311,7 +312,7 @@ def test_it_gives_way_to_whoever_waits_for_the_machine(queue_lock, monkeypatch):
 
     def slow(*args, **kwargs):
         generating.start()
-        while not turns.is_awaited():
+        while not HOST.is_awaited():
             time.sleep(0.01)
         return real(*args, **kwargs)
 
@@ -325,7 +326,7 @@ def test_it_gives_way_to_whoever_waits_for_the_machine(queue_lock, monkeypatch):
 def test_the_pages_log_in_guards_the_routes():
     app = FastAPI()
     app.auth, app.tokens = {"ann": "secret"}, {"token of ann": "ann"}
-    preview.register(app)
+    panel_routes.register(app)
     asked = TestClient(app)
     assert asked.post("/klora/internal/card", json=NAMES).status_code == 401
     asked.cookies.set("access-token-unsecure-x", "made up")
@@ -335,8 +336,8 @@ def test_the_pages_log_in_guards_the_routes():
 
 
 def test_the_placeholder_hands_the_page_the_declarations():
-    assert "&quot;" in card.placeholder()
-    found = card.constants()
+    assert "&quot;" in preflight.placeholder()
+    found = preflight.constants()
     assert found["defaults"].keys() == Settings.__dataclass_fields__.keys()
     assert found["infotext"]["method"] == ("K-LoRA method", "K-LoRA selector")
     assert found["seeded"] == ["Random"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from klora.webui.clock import step_of
+from klora.webui.sampler_steps import step_of
 
 COUNTS = [
     ("Euler", 1, 4, [0, 1, 2, 3]),

@@ -20,6 +20,8 @@ from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
 from klora.core.scores import Turn, score_pair
 from klora.errors import KLoraError, printable
 from klora.file_notes import trained_on, trigger_words
+from klora.hosts.base import HostLora
+from klora.hosts.webui import HOST
 from klora.level_colours import PAIRS, colour_of, words_of
 from klora.report import value_range
 from klora.settings import DEFAULTS, SPECS, Settings
@@ -212,7 +214,7 @@ def _try(answer: dict[str, Any], step: Callable[[], None]) -> None:
         answer["problems"].append(str(error))
 
 
-def _file(lora: loras.HostLora, file: LoraFile) -> dict[str, Any]:
+def _file(lora: HostLora, file: LoraFile) -> dict[str, Any]:
     layers = file.layers.values()
     return {
         "name": printable(lora.name),
@@ -229,7 +231,7 @@ def _file(lora: loras.HostLora, file: LoraFile) -> dict[str, Any]:
         "textEncoders": dict(file.text_encoder_layers),
         "unknown": len(file.unknown_keys),
         "words": _words(lora.path, file),
-        "preview": _preview(lora),
+        "preview": HOST.preview_of(lora),
     }
 
 
@@ -245,14 +247,6 @@ def _words(path: Path, file: LoraFile) -> list[str]:
     ]
 
 
-def _preview(lora: loras.HostLora) -> str | None:
-    """Address of the picture on the host's card of a LoRA."""
-    from modules import ui_extra_networks
-
-    page = next((page for page in ui_extra_networks.extra_pages if page.name == "lora"), None)
-    return page.find_preview(str(lora.path.with_suffix(""))) if page else None
-
-
 def _add_checkpoint(answer: dict[str, Any], files: Sequence[LoraFile]) -> None:
     """Name and base of the loaded checkpoint, without having the host load one; none while none is, or another is to take its place.
 
@@ -260,20 +254,9 @@ def _add_checkpoint(answer: dict[str, Any], files: Sequence[LoraFile]) -> None:
         HostError: this WebUI is unknown.
         PairError: the files do not fit the checkpoint.
     """
-    import networks
-    from modules import sd_models
-
-    from klora.hosts.detect import find_webui
-
-    data = sd_models.model_data
-    info = getattr(data.sd_model, "sd_checkpoint_info", None)
-    wanted = getattr(data, "forge_loading_parameters", {}).get("checkpoint_info")
-    if info is None or (wanted is not None and wanted.filename != info.filename):
+    checkpoint = HOST.checkpoint_at_rest()
+    if checkpoint is None:
         return
-    webui = find_webui(networks, data.sd_model)
-    answer["checkpoint"] = {
-        "name": info.name_for_extra,
-        "base": BASE_NAMES.get(webui.base_of(data.sd_model) or ""),
-    }
+    answer["checkpoint"] = {"name": checkpoint.name, "base": BASE_NAMES.get(checkpoint.base or "")}
     if len({file.base for file in files}) == 1:
-        loras.check_checkpoint(files, webui, data.sd_model)
+        loras.check_checkpoint(files, checkpoint)

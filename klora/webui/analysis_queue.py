@@ -6,12 +6,15 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import BoundedSemaphore, Event, Lock, Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 
 from klora.errors import Cancelled, KLoraError
+from klora.hosts.base import Lock as HostLock
+from klora.hosts.base import Machine
+from klora.hosts.webui import HOST
 
 MOST_AT_ONCE = 4
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -41,13 +44,13 @@ def place() -> Iterator[None]:
 
 
 @contextmanager
-def turn(cancelled: Callable[[], bool]) -> Iterator[None]:
+def turn(cancelled: Callable[[], bool], host: Machine = HOST) -> Iterator[None]:
     """Within it the machine is this thread's: in the host's own queue, as a generation is, first come, first served.
 
     Raises:
         Cancelled: `cancelled` said so while it was waiting.
     """
-    lock = _host_queue()
+    lock = host.queue_lock()
     if not lock.acquire(blocking=False):
         _wait_for(lock, cancelled)
     try:
@@ -57,13 +60,13 @@ def turn(cancelled: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextmanager
-def spare_turn() -> Iterator[None]:
-    """The same for what is worth doing only while nobody else needs the machine; it should stop once `is_awaited`.
+def spare_turn(host: Machine = HOST) -> Iterator[None]:
+    """The same for what is worth doing only while nobody else needs the machine; it should stop once the machine `is_awaited`.
 
     Raises:
         Cancelled: somebody has it.
     """
-    lock = _host_queue()
+    lock = host.queue_lock()
     if not lock.acquire(blocking=False):
         raise Cancelled
     try:
@@ -72,18 +75,7 @@ def spare_turn() -> Iterator[None]:
         lock.release()
 
 
-def is_awaited() -> bool:
-    """Whether somebody waits for the machine."""
-    return bool(getattr(_host_queue(), "_pending_threads", ()))
-
-
-def _host_queue() -> Any:
-    from modules.call_queue import queue_lock
-
-    return queue_lock
-
-
-def _wait_for(lock: Any, cancelled: Callable[[], bool]) -> None:
+def _wait_for(lock: HostLock, cancelled: Callable[[], bool]) -> None:
     """Acquire the host's lock. It has no time-out, so a thread stands in line, and lets the next one pass if it was in vain."""
     handing_over, ours, given_up = Lock(), Event(), Event()
 

@@ -16,8 +16,8 @@ from safetensors.torch import load, load_file, save_file
 from klora.core import file_state, rewrite
 from klora.core.lora_file import read_lora
 from klora.errors import LoraFileError
-from klora.webui import paths, rewritten
-from klora.webui.rewritten import readable_copy
+from klora.webui import converted_loras, paths
+from klora.webui.converted_loras import readable_copy
 
 STEM = "unet.mid_block.attentions.0.proj_in"
 
@@ -74,7 +74,7 @@ def test_one_content_has_one_copy(tmp_path, folder):
 def test_a_copy_of_another_format_is_not_given_out(tmp_path, folder, monkeypatch):
     lora = write(tmp_path / "dog.safetensors", 1.0)
     first = readable_copy(lora)
-    monkeypatch.setattr(rewritten, "FORMAT", "klora-keys-of-tomorrow")
+    monkeypatch.setattr(converted_loras, "FORMAT", "klora-keys-of-tomorrow")
     assert readable_copy(lora) != first
 
 
@@ -94,7 +94,7 @@ def test_a_file_that_changes_while_it_is_converted_leaves_no_copy(tmp_path, fold
         rewrite.rewrite(source, place)
         new.path.replace(lora.path)
 
-    monkeypatch.setattr(rewritten, "rewrite", slow)
+    monkeypatch.setattr(converted_loras, "rewrite", slow)
     with pytest.raises(LoraFileError, match=r"dog\.safetensors.*changed.*try again"):
         readable_copy(lora)
     assert list(folder.iterdir()) == []
@@ -147,7 +147,7 @@ import resource, signal
 from pathlib import Path
 from klora.core.lora_file import read_lora
 from klora.webui import paths
-from klora.webui.rewritten import readable_copy
+from klora.webui.converted_loras import readable_copy
 paths.cache_folder = lambda: Path(sys.argv[2]) / "scores"
 lora = read_lora(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -180,7 +180,7 @@ import sys; sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from klora.core.lora_file import read_lora
 from klora.webui import paths
-from klora.webui.rewritten import readable_copy
+from klora.webui.converted_loras import readable_copy
 paths.cache_folder = lambda: Path(sys.argv[2]) / "scores"
 lora = read_lora(sys.argv[1])
 print("ready", flush=True)

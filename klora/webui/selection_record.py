@@ -12,8 +12,8 @@ from PIL import Image
 
 from klora.core.changes import as_changes
 from klora.core.plan import Plan
+from klora.hosts.fonts import host_font
 from klora.selection_map import draw_map, stacked
-from klora.webui.fonts import host_font
 
 FIRST, HIRES = "first", "hires"
 SUFFIX = "-klora-map.png"

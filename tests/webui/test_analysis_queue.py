@@ -6,7 +6,8 @@ import time
 import pytest
 
 from klora.errors import Cancelled
-from klora.webui.turns import is_awaited, spare_turn, turn
+from klora.hosts.webui import HOST
+from klora.webui.analysis_queue import spare_turn, turn
 
 
 @pytest.fixture
@@ -75,6 +76,6 @@ def test_a_spare_turn_is_had_only_while_nobody_else_has_one(queue_lock, in_threa
     with queue_lock, pytest.raises(Cancelled), spare_turn():
         pytest.fail("a generation has it")
     with spare_turn():
-        assert not is_awaited()
+        assert not HOST.is_awaited()
         in_thread(lambda: (queue_lock.acquire(), queue_lock.release()))
-        wait_for(is_awaited)
+        wait_for(HOST.is_awaited)
