@@ -61,7 +61,7 @@ def test_analyze_writes_only_json_to_standard_output(capsys):
 
 FAULTS = [
     (["--method", "klora"], "did you mean 'K-LoRA'?"),
-    (["--alpha", "nan"], "'alpha' (α) is a number from -100 to 100"),
+    (["--alpha", "nan"], "'alpha' (α) must be a number from -100 to 100"),
     (["--gamma", "high"], "auto or off or a number"),
     (["--map", "/nowhere/map.png"], "Cannot write"),
 ]
