@@ -17,7 +17,7 @@ from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import Turn, score_pair
 from klora.errors import PairError, printable
-from klora.file_notes import own_names
+from klora.lora_metadata import own_names
 from klora.settings import Settings
 
 Progress = Callable[[int, int], None]

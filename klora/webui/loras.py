@@ -19,10 +19,10 @@ from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.score_cache import ScoreCache
 from klora.errors import PairError, SettingsError, printable
-from klora.file_notes import trained_on
 from klora.hosts.base import WebUI
 from klora.hosts.detect import name_of_base
 from klora.hosts.sizes import check_fit
+from klora.lora_metadata import trained_on
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt")
 LONGEST_REFRESH_SECONDS = 60.0
