@@ -41,7 +41,7 @@ def _evaluate_command(command: argparse.ArgumentParser) -> None:
         help="folder for the results; an evaluation that was stopped goes on",
     )
     command.add_argument(
-        "--seeds", type=positive, default=10, help="pictures of each pair and method (default 10)"
+        "--seeds", type=positive, default=10, help="images of each pair and method (default 10)"
     )
     command.add_argument("--steps", type=positive, default=20, help="default 20")
     command.add_argument("--tables", nargs="+", choices=list(GROUPS), help="default: all")
@@ -61,8 +61,8 @@ def _evaluate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("--style-weight", type=float, default=1.0, help="default 1")
     command.add_argument("--prompt", help="with the trigger words of both")
     command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="default 1024x1024")
-    command.add_argument("--subject-pictures", type=Path, metavar="FOLDER", help="pictures of the subject")
-    command.add_argument("--style-pictures", type=Path, metavar="FOLDER", help="pictures in the style")
+    command.add_argument("--subject-images", type=Path, metavar="FOLDER", help="images of the subject")
+    command.add_argument("--style-images", type=Path, metavar="FOLDER", help="images in the style")
     command.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it")
     command.add_argument(
         "--dino", type=Path, metavar="FOLDER", help="a DINO vision transformer as transformers saves it"

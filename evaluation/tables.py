@@ -1,4 +1,4 @@
-"""What an evaluation measured, as tables: means, 95 % intervals, and differences picture by picture."""
+"""What an evaluation measured, as tables: means, 95 % intervals, and differences image by image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAR_GAMMA = 2.0
 
 @dataclass(frozen=True)
 class Row:
-    """One measured picture.
+    """One measured image.
 
     Attributes:
         gamma: of the pair, eq. (9), whatever is in force.
@@ -59,9 +59,9 @@ class Mean:
 
 
 def mean_over_pairs(values: Mapping[str, Sequence[float]], draws: int = 2000) -> Mean:
-    """Mean of all values; its interval by a bootstrap that draws pairs, then pictures of each pair, with replacement.
+    """Mean of all values; its interval by a bootstrap that draws pairs, then images of each pair, with replacement.
 
-    Pictures of one pair are alike, so to draw them singly would claim too much.
+    Images of one pair are alike, so to draw them singly would claim too much.
     """
     rng = np.random.RandomState(0)
     groups = [np.asarray(group, float) for group in values.values()]
@@ -80,9 +80,9 @@ class Line:
     """One row of a table.
 
     Attributes:
-        count: of pictures.
+        count: of images.
         columns: by measure, then "both", the harmonic mean of subject and style.
-        against: how much "both" differs from the table's first line, picture by picture; None in that line.
+        against: how much "both" differs from the table's first line, image by image; None in that line.
     """
 
     label: str
@@ -125,7 +125,7 @@ def as_text(lines: Sequence[Line]) -> str:
     names = list(lines[0].columns)
     width = max(len(line.label) for line in lines) + 2
     head = (
-        f"{'':{width}}{'pictures':>9}{'subject share':>15}"
+        f"{'':{width}}{'images':>9}{'subject share':>15}"
         + "".join(f"{name:>24}" for name in names)
         + f"{'both, against the first':>26}"
     )

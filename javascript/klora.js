@@ -321,7 +321,7 @@
             })));
         }
 
-        /** The host has made a picture: what was recorded of it, if K-LoRA took part. */
+        /** The host has made an image: what was recorded of it, if K-LoRA took part. */
         generated(text) {
             let info;
             try {
@@ -358,9 +358,9 @@
         /** What is to be said of recorded rows, and how they compare with the planned ones, null while those are not known. */
         verdict(rows, planned) {
             const ran = rows.filter(row => row[0] !== klora.NOT_RUN).length;
-            if (!planned) return `last picture: ${ran} of ${rows.length} steps ran`;
+            if (!planned) return `last image: ${ran} of ${rows.length} steps ran`;
             const other = rows.reduce((sum, row, step) => row[0] === klora.NOT_RUN ? sum : sum + row.filter((choice, layer) => choice !== planned[step][layer]).length, 0);
-            return `last picture: ${ran} of ${rows.length} steps ran, ${other ? `${other} choices other than planned` : "all as planned"}`;
+            return `last image: ${ran} of ${rows.length} steps ran, ${other ? `${other} choices other than planned` : "all as planned"}`;
         }
 
         /** [key, scores] of the pair that a recorded pass is of; empty where they are not known here. */

@@ -15,7 +15,7 @@
         ];
     }
 
-    function picture(file) {
+    function thumbnail(file) {
         const empty = element("div", {class: "klora-thumb klora-thumb-empty", "aria-hidden": "true"});
         if (!file.preview) return empty;
         const image = element("img", {class: "klora-thumb", src: file.preview, alt: `Preview of ${file.name}`, loading: "lazy"});
@@ -43,7 +43,7 @@
         if (file.problem) return pane(element("header", {}, element("div", {}, ...name)), element("p", {class: "klora-problem"}, file.problem));
         const origin = [element("span", {}, file.base), file.trainedOn ? element("span", {class: "klora-faint"}, `trained on ${file.trainedOn}`) : null];
         const list = element("dl", {}, ...facts(file).flatMap(([term, value]) => [element("dt", {}, term), element("dd", {}, value)]));
-        return pane(element("header", {}, picture(file), element("div", {}, ...name, ...origin)), list, words(file, prompt));
+        return pane(element("header", {}, thumbnail(file), element("div", {}, ...name, ...origin)), list, words(file, prompt));
     }
 
     function tile(name, value, note, extra) {

@@ -19,7 +19,7 @@ from klora.selection_map import draw_map
 from klora.settings import PLAN_FIELDS, SPECS, Settings, as_text, markdown_table
 
 RESEARCH = {
-    "evaluate": "make and measure pictures of many pairs and seeds by every method",
+    "evaluate": "make and measure images of many pairs and seeds by every method",
     "demo": "compare the methods on pairs of the miniature, in two minutes",
 }
 """Commands of the folder `evaluation`, which klora itself never needs: it is there in a clone, not in an installed package."""
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
             "analyze", help="score a pair of LoRA files and show which is chosen where and when"
         )
     )
-    _generate_command(commands.add_parser("generate", help="make a picture with a diffusers pipeline"))
+    _generate_command(commands.add_parser("generate", help="make an image with a diffusers pipeline"))
     for name, does in RESEARCH.items():
         commands.add_parser(name, help=does, add_help=False)
     command = commands.add_parser("settings", help="print the table of all settings, as the README has it")
@@ -156,7 +156,7 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def write_results(analysis: Analysis, json_file: str | None, map_file: Path | None) -> None:
-    """Write the plan as JSON ("-" is standard output) and the selection map as a picture, each if it is asked for."""
+    """Write the plan as JSON ("-" is standard output) and the selection map as an image, each if it is asked for."""
     if json_file == "-":
         json.dump(analysis.to_json(), sys.stdout)
         print()
@@ -165,8 +165,8 @@ def write_results(analysis: Analysis, json_file: str | None, map_file: Path | No
             Path(json_file), lambda path: path.write_text(json.dumps(analysis.to_json()), encoding="utf-8")
         )
     if map_file:
-        picture = draw_map(analysis.plan, analysis.subject.path.stem, analysis.style.path.stem)
-        _writing(map_file, lambda path: picture.save(path))
+        image = draw_map(analysis.plan, analysis.subject.path.stem, analysis.style.path.stem)
+        _writing(map_file, lambda path: image.save(path))
 
 
 def _writing(path: Path, write: Callable[[Path], Any]) -> None:

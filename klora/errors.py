@@ -8,7 +8,7 @@ LONGEST_SENTENCE = 800
 
 
 def printable(text: str, longest: int = LONGEST_SENTENCE) -> str:
-    """`text`, which may hold names from a file or a request, as every console, JSON answer and picture takes it.
+    """`text`, which may hold names from a file or a request, as every console, JSON answer and image takes it.
 
     What cannot be printed (control characters, halves of surrogate pairs from names that are not UTF-8) is escaped, and the middle of what
     is longer than `longest` characters is left out.

@@ -21,14 +21,14 @@ OWN_NAMES = ("ss_output_name", "modelspec.title", "name", "ss_network_args")
 MOST_WORDS = 12
 LONGEST_WORD = 120
 OFTEN = 0.6
-"""A tag of at least this share of a folder's pictures counts as a trigger word."""
+"""A tag of at least this share of a folder's images counts as a trigger word."""
 
 NO_WORDS = {"", "img", "image", "images", "data", "dataset", "train", "training", "default", "folder"}
 """Names of folders that say nothing."""
 
 
 def trigger_words(metadata: Metadata) -> list[str]:
-    """Words that a prompt needs for the LoRA to answer, the surest first: written phrases, kohya's folder names, tags of most pictures."""
+    """Words that a prompt needs for the LoRA to answer, the surest first: written phrases, kohya's folder names, tags of most images."""
     found = [*_phrases(metadata), *_folder_words(metadata), *_frequent_tags(metadata)]
     unique: dict[str, str] = {}
     for word in found:
@@ -78,15 +78,15 @@ def _folder_words(metadata: Metadata) -> Iterator[str]:
 
 
 def _frequent_tags(metadata: Metadata) -> list[str]:
-    """Tags of most pictures of a folder, the most frequent first; without the number of pictures the commonest tag stands for all."""
+    """Tags of most images of a folder, the most frequent first; without the number of images the commonest tag stands for all."""
     folders = _dict(_parsed(metadata, "ss_dataset_dirs", {}))
     shares: dict[str, float] = {}
     for folder, tags in _dict(_parsed(metadata, "ss_tag_frequency", {})).items():
         counts = {tag.strip(): count for tag, count in _dict(tags).items() if isinstance(count, (int, float))}
-        pictures = _dict(folders.get(folder)).get("img_count") or max(counts.values(), default=0)
-        if isinstance(pictures, (int, float)) and (pictures > 1 or len(counts) == 1):
+        images = _dict(folders.get(folder)).get("img_count") or max(counts.values(), default=0)
+        if isinstance(images, (int, float)) and (images > 1 or len(counts) == 1):
             for tag, count in counts.items():
-                shares[tag] = max(shares.get(tag, 0.0), count / pictures)
+                shares[tag] = max(shares.get(tag, 0.0), count / images)
     return sorted((tag for tag, share in shares.items() if share >= OFTEN), key=lambda tag: -shares[tag])
 
 

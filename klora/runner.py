@@ -1,4 +1,4 @@
-"""The stand-alone run: one picture from a diffusers pipeline, K-LoRA switched per step and layer."""
+"""The stand-alone run: one image from a diffusers pipeline, K-LoRA switched per step and layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from klora.settings import SPECS, Settings, as_text
 
 @dataclass(frozen=True)
 class Request:
-    """What a picture is asked to be.
+    """What an image is asked to be.
 
     Attributes:
         size: width and height in pixels.
@@ -39,8 +39,8 @@ class Request:
     guidance: float | None = None
 
 
-def fused_picture(pipeline: Any, analysis: Analysis, settings: Settings, request: Request) -> Image.Image:
-    """One picture; the pipeline's weights are bit for bit what they were when this returns or raises.
+def fused_image(pipeline: Any, analysis: Analysis, settings: Settings, request: Request) -> Image.Image:
+    """One image; the pipeline's weights are bit for bit what they were when this returns or raises.
 
     Args:
         pipeline: StableDiffusionXLPipeline or FluxPipeline.
@@ -50,13 +50,13 @@ def fused_picture(pipeline: Any, analysis: Analysis, settings: Settings, request
         PairError: the LoRAs are made for another base model than the pipeline's, or for other sizes.
         HostError: the pipeline lacks layers that the LoRAs change.
     """
-    return fused_pictures(pipeline, analysis, settings, request, 1)[0]
+    return fused_images(pipeline, analysis, settings, request, 1)[0]
 
 
-def fused_pictures(
+def fused_images(
     pipeline: Any, analysis: Analysis, settings: Settings, request: Request, count: int
 ) -> list[Image.Image]:
-    """`count` pictures with the seeds that follow `request.seed`, in one batch under one plan; otherwise as `fused_picture`."""
+    """`count` images with the seeds that follow `request.seed`, in one batch under one plan; otherwise as `fused_image`."""
     subject = Lora(analysis.subject, settings.subject_weight)
     style = Lora(analysis.style, settings.style_weight)
     switch = _switch(pipeline, subject, style)
@@ -99,7 +99,7 @@ def _arguments(pipeline: Any, request: Request, count: int) -> dict[str, Any]:
 
 
 def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache, progress: Progress) -> None:
-    """`python -m klora generate`: load, check that the LoRAs fit, score, make the picture, save it with its settings in the PNG's text.
+    """`python -m klora generate`: load, check that the LoRAs fit, score, make the image, save it with its settings in the PNG's text.
 
     Raises:
         KLoraError: with the sentence for the user.
@@ -124,13 +124,13 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
     request = Request(
         options.prompt, options.seed, options.steps, options.size, options.negative, options.guidance
     )
-    picture = fused_picture(pipeline, analysis, settings, request)
-    _save(picture, options.out, _parameters(request, analysis, settings))
+    image = fused_image(pipeline, analysis, settings, request)
+    _save(image, options.out, _parameters(request, analysis, settings))
     print(f"wrote {options.out}")
 
 
 def _parameters(request: Request, analysis: Analysis, settings: Settings) -> str:
-    """What made a picture, as the WebUIs write it into their pictures."""
+    """What made an image, as the WebUIs write it into their images."""
     own = {
         SPECS[role].infotext: lora.path.stem
         for role, lora in (("subject", analysis.subject), ("style", analysis.style))
@@ -146,12 +146,12 @@ def _parameters(request: Request, analysis: Analysis, settings: Settings) -> str
     return f"{request.prompt}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in fields.items())
 
 
-def _save(picture: Image.Image, path: Path, parameters: str) -> None:
+def _save(image: Image.Image, path: Path, parameters: str) -> None:
     text = PngInfo()
     text.add_itxt("parameters", parameters)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, pnginfo=text)
+        image.save(path, pnginfo=text)
     except (OSError, ValueError) as error:
         raise KLoraError(
             f"Cannot write {path}: {error}. Choose another file name or folder, ending in .png."

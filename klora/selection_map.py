@@ -29,7 +29,7 @@ LONGEST_NAME = 48
 
 @dataclass(frozen=True)
 class Column:
-    """One layer in the picture: where it is in the plan, where it is drawn, and whether one LoRA has it alone."""
+    """One layer in the image: where it is in the plan, where it is drawn, and whether one LoRA has it alone."""
 
     index: int
     left: int
@@ -75,7 +75,7 @@ def draw_map(
 
 
 def stacked(maps: Sequence[Image.Image]) -> Image.Image:
-    """Several maps as one picture, one below the other."""
+    """Several maps as one image, one below the other."""
     image = Image.new("RGB", (max(part.width for part in maps), sum(part.height for part in maps)), PAPER)
     top = 0
     for part in maps:

@@ -1,6 +1,6 @@
 """Trains the miniature's LoRAs: `python -m evaluation.miniature.loras FOLDER`, after train.py has left its model in FOLDER/model.
 
-Each subject from five plain pictures, each style from a few pictures of ordinary things, both with a rare word, UNet only, by PEFT.
+Each subject from five plain images, each style from a few images of ordinary things, both with a rare word, UNet only, by PEFT.
 The files differ as those of a community do: in dialect, rank, network alpha, layers, and by how much they change the model.
 """
 
@@ -26,7 +26,7 @@ from klora.core.topology import sdxl_modules
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-PICTURES, BATCH = 5, 8
+IMAGES, BATCH = 5, 8
 
 
 @dataclass(frozen=True)
@@ -68,27 +68,27 @@ RECIPES = (
 
 
 def examples(recipe: Recipe) -> tuple[list[np.ndarray], list[dict[str, str]], str]:
-    """The pictures a LoRA is trained on, the words for each, and the style's word (subjects: "")."""
+    """The images a LoRA is trained on, the words for each, and the style's word (subjects: "")."""
     rng = np.random.default_rng(list(recipe.name.encode()))
-    pictures, words = [], []
+    images, words = [], []
     kinds = rng.permutation([kind for kind in world.CLASSES if kind not in world.SUBJECTS])
     grounds = rng.permutation(list(world.GROUNDS))
-    for index in range(PICTURES):
+    for index in range(IMAGES):
         if recipe.role == "subject":
             scene, said = world.subject_scene(rng, world.SUBJECTS[recipe.name], str(grounds[index]))
-            pictures.append(world.render(scene))
+            images.append(world.render(scene))
         else:
             scene, said = world.random_scene(rng, str(kinds[index]))
             said = {**said, "ground": "", "colour": ""}
-            pictures.append(world.render(scene, world.STYLES[recipe.name][1], index))
+            images.append(world.render(scene, world.STYLES[recipe.name][1], index))
         words.append(said)
-    return pictures, words, world.STYLES[recipe.name][0] if recipe.role == "style" else ""
+    return images, words, world.STYLES[recipe.name][0] if recipe.role == "style" else ""
 
 
 def trained(
     pipeline: Any,
     recipe: Recipe,
-    pictures: list[np.ndarray],
+    images: list[np.ndarray],
     words: list[dict[str, str]],
     style: str,
     log: Path,
@@ -109,12 +109,12 @@ def trained(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, recipe.steps, pct_start=0.05)
     with torch.no_grad():
-        latents = pipeline.vae.encode(train.as_tensor(np.stack(pictures))).latent_dist.mean
+        latents = pipeline.vae.encode(train.as_tensor(np.stack(images))).latent_dist.mean
     losses, started = [], time.process_time()
     for step in range(recipe.steps):
         rng = np.random.default_rng(step)
         torch.manual_seed(step)
-        chosen = rng.integers(0, len(pictures), BATCH)
+        chosen = rng.integers(0, len(images), BATCH)
         captions = [
             world.caption({k: w for k, w in words[i].items() if k == "kind" or rng.random() < 0.7}, style)
             for i in chosen
@@ -181,12 +181,12 @@ def main() -> None:
     out.mkdir(exist_ok=True)
     index: dict[str, Any] = {}
     for recipe in (replace(recipe, steps=options.steps or recipe.steps) for recipe in RECIPES):
-        pictures, words, style = examples(recipe)
-        for number, shown in enumerate(pictures):
+        images, words, style = examples(recipe)
+        for number, shown in enumerate(images):
             Image.fromarray(shown).save(out / f"{recipe.role}_{recipe.name}_{number}.png", optimize=True)
         index |= entry(recipe, words, style)
         if recipe.name in options.only or (not options.only and not (out / recipe.file).exists()):
-            state = trained(pipeline, recipe, pictures, words, style, options.folder)
+            state = trained(pipeline, recipe, images, words, style, options.folder)
             write(out / recipe.file, recipe, state)
     (out / "loras.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 

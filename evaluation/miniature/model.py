@@ -16,7 +16,7 @@ START, END, UNKNOWN = "<start>", "<end>", "<unknown>"
 
 
 def vae() -> AutoencoderKL:
-    """4 latent channels at a quarter of the picture's side."""
+    """4 latent channels at a quarter of the image's side."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 48), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=SIZE, mid_block_add_attention=False,
@@ -63,7 +63,7 @@ def _text_config(layers: int) -> CLIPTextConfig:
 
 
 def scheduler() -> EulerDiscreteScheduler:
-    """v-prediction, and noise that leaves next to nothing of a picture of 16 by 16 latents."""
+    """v-prediction, and noise that leaves next to nothing of an image of 16 by 16 latents."""
     return EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,

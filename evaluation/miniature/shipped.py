@@ -36,7 +36,7 @@ class OwnLora:
     def path(self) -> Path:
         return FOLDER / "loras" / f"{self.name}.safetensors"
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         """What it was trained on."""
         return [
             Image.open(path).convert("RGB") for path in sorted(self.path.parent.glob(f"{self.name}_*.png"))
@@ -84,7 +84,7 @@ def load_model() -> Any:
 
 
 def measures(subject: OwnLora, style: OwnLora) -> dict[str, Measure]:
-    """How much a picture shows the subject and the style, both as probabilities, and the style by Gram statistics as a second opinion."""
+    """How much an image shows the subject and the style, both as probabilities, and the style by Gram statistics as a second opinion."""
     return {
         "subject": recognised(
             Recogniser.load(FOLDER / "measures" / "subject_recogniser.safetensors"), subject.name
@@ -92,5 +92,5 @@ def measures(subject: OwnLora, style: OwnLora) -> dict[str, Measure]:
         "style": recognised(
             Recogniser.load(FOLDER / "measures" / "style_recogniser.safetensors"), style.name
         ),
-        "style (Gram)": gram(style.pictures()),
+        "style (Gram)": gram(style.images()),
     }

@@ -1,6 +1,6 @@
 """A small visual world: things on plain grounds, drawn in many styles, with captions. Everything follows from a seed.
 
-A picture is `SIZE` pixels square, drawn `FINE` times larger with Pillow, styled with numpy, and averaged down.
+An image is `SIZE` pixels square, drawn `FINE` times larger with Pillow, styled with numpy, and averaged down.
 The base model sees the classes and the style families with random shapes, colours and parameters; the `SUBJECTS` (things with marks of
 their own) and the `STYLES` (families with fixed parameters) are what LoRAs are trained for: the base model never sees them.
 """
@@ -37,15 +37,15 @@ DARK, LIGHT = (34, 32, 40), (252, 250, 244)
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing and how it stands in the picture.
+    """One thing and how it stands in the image.
 
     Attributes:
         kind: name in CLASSES.
         shape: proportions by name, about 1; what a class does not know does not matter.
         pattern: "", "stripes", "spots", "checks" or "zigzag", in the second colour on the parts of the main colour.
         extra: "", or a name in EXTRAS: what it wears.
-        size: of the thing as a share of the picture.
-        place: middle of the thing, -0.5 to 0.5 from the picture's middle.
+        size: of the thing as a share of the image.
+        place: middle of the thing, -0.5 to 0.5 from the image's middle.
         turn: in degrees.
         mirrored: whether it faces left.
     """
@@ -68,10 +68,10 @@ class Pen:
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
-        self.picture = Image.new("RGB", (SIDE, SIDE), scene.ground)
+        self.image = Image.new("RGB", (SIDE, SIDE), scene.ground)
         self.parts = Image.new("L", (SIDE, SIDE), 0)
         self.main_parts: list[int] = []
-        self._ink, self._marks = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.parts)
+        self._ink, self._marks = ImageDraw.Draw(self.image), ImageDraw.Draw(self.parts)
         self._part = 0
         turn = math.radians(scene.turn)
         scale = scene.size * SIDE / 2
@@ -440,8 +440,8 @@ class Drawing:
         border = np.zeros(parts.shape, bool)
         border[1:] |= parts[1:] != parts[:-1]
         border[:, 1:] |= parts[:, 1:] != parts[:, :-1]
-        picture = Image.fromarray((border * 255).astype(np.uint8))
-        return np.asarray(picture.filter(ImageFilter.MaxFilter(width | 1)), np.float32) / 255
+        image = Image.fromarray((border * 255).astype(np.uint8))
+        return np.asarray(image.filter(ImageFilter.MaxFilter(width | 1)), np.float32) / 255
 
 
 def draw(scene: Scene) -> Drawing:
@@ -450,7 +450,7 @@ def draw(scene: Scene) -> Drawing:
     x, y = CLASSES[scene.kind](pen)
     if scene.extra:
         EXTRAS[scene.extra](pen, x, y)
-    rgb, parts = np.asarray(pen.picture, np.float32) / 255, np.asarray(pen.parts)
+    rgb, parts = np.asarray(pen.image, np.float32) / 255, np.asarray(pen.parts)
     if scene.pattern:
         second = np.isin(parts, pen.main_parts) & _pattern(scene.pattern, *pen.own_coordinates())
         rgb = np.where(second[..., None], np.array(scene.second, np.float32) / 255, rgb)
@@ -466,7 +466,7 @@ class Style:
         family: name in FAMILIES.
         paper, ink: its two colours.
         local: whether the scene's own colours stay (else paper and ink only, or a palette between them).
-        period: of lines, dots or tiles, in pixels of the finished picture.
+        period: of lines, dots or tiles, in pixels of the finished image.
         angle: of lines and grids in degrees.
         weight: breadth of lines, edges or grout, about 1.
     """
@@ -503,8 +503,8 @@ def _grid(style: Style) -> tuple[np.ndarray, np.ndarray]:
 
 def _blur(values: np.ndarray, radius: float) -> np.ndarray:
     """Gaussian blur of values in [0, 1] of shape (SIDE, SIDE) or (SIDE, SIDE, 3)."""
-    picture = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
-    return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
+    image = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
 
 
 def _clouds(rng: np.random.Generator, cells: int) -> np.ndarray:
@@ -649,7 +649,7 @@ DARK_GROUND = ("neon", "chalk")
 
 
 def render(scene: Scene, style: Style | None = None, seed: int = 0) -> np.ndarray:
-    """The finished picture, uint8 of shape (SIZE, SIZE, 3); `seed` is for the chance in watercolour, chalk and the like."""
+    """The finished image, uint8 of shape (SIZE, SIZE, 3); `seed` is for the chance in watercolour, chalk and the like."""
     style = style or Style("plain")
     fine = FAMILIES[style.family](draw(scene), style, np.random.default_rng(seed))
     return (fine.reshape(SIZE, FINE, SIZE, FINE, 3).mean((1, 3)) * 255 + 0.5).astype(np.uint8)
@@ -717,7 +717,7 @@ def random_scene(rng: np.random.Generator, kind: str = "", ground: str = "") -> 
 def subject_scene(
     rng: np.random.Generator, subject: Subject, ground: str = ""
 ) -> tuple[Scene, dict[str, str]]:
-    """The subject itself on some ground, somewhere in the picture."""
+    """The subject itself on some ground, somewhere in the image."""
     ground = ground or str(rng.choice(list(GROUNDS)))
     scene, words = _placed(rng, replace(subject.scene, ground=_near(rng, GROUNDS[ground])))
     return scene, {"kind": subject.words, "colour": "", "ground": ground, **words}
@@ -788,7 +788,7 @@ def _deep(rng: np.random.Generator) -> Colour:
 
 
 def caption(words: Mapping[str, str], style: str = "") -> str:
-    """What a picture shows, in the model's words; empty words are left out."""
+    """What an image shows, in the model's words; empty words are left out."""
     thing = " ".join(filter(None, ["a", words.get("size"), words.get("colour"), words["kind"]]))
     place = f"on the {words['place']}" if words.get("place") else ""
     ground = f"on a {words['ground']} ground" if words.get("ground") else ""

@@ -1,9 +1,9 @@
-"""Time of a whole K-LoRA picture against the host's own picture with both tags, as ratios of one run.
+"""Time of a whole K-LoRA image against the host's own image with both tags, as ratios of one run.
 
     KLORA_HOST_URL=… KLORA_HOST_FOLDER=… python tests/bench/bench_host.py [--steps 20] [--size 512] [--rounds 5]
 
-Rounds alternate between the two, three pictures each: the first of three pays for the change of networks, the others are what a person
-sees who presses Generate again. Scores are cached by a picture made before the clock starts.
+Rounds alternate between the two, three images each: the first of three pays for the change of networks, the others are what a person
+sees who presses Generate again. Scores are cached by an image made before the clock starts.
 """
 
 import argparse

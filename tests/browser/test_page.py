@@ -52,7 +52,7 @@ def test_pasting_parameters_restores_every_control(page):
         assert part in info, part
 
 
-def test_a_wrong_value_is_answered_with_the_sentence_and_no_picture(page):
+def test_a_wrong_value_is_answered_with_the_sentence_and_no_image(page):
     switch_on(page)
     choose(page, "subject", SUBJECT)
     choose(page, "style", SUBJECT)

@@ -53,7 +53,7 @@ def open_advanced(page):
     page.wait_for_timeout(500)
 
 
-def picture(page):
+def drawing(page):
     return page.evaluate(f"document.querySelector('{VIEW} .klora-cells').toDataURL()")
 
 
@@ -99,7 +99,7 @@ def test_nothing_is_asked_until_a_lora_is_chosen_then_its_card_then_the_map(page
 
 def follow(page, acts):
     """Do each act and wait for the title that it makes; every map is another one than those before."""
-    seen = [picture(page)]
+    seen = [drawing(page)]
     for act, said in acts:
         act()
         page.wait_for_function(
@@ -107,8 +107,8 @@ def follow(page, acts):
             arg=[f"{VIEW} .klora-title", said],
         )
         page.wait_for_timeout(150)
-        assert picture(page) not in seen, said
-        seen.append(picture(page))
+        assert drawing(page) not in seen, said
+        seen.append(drawing(page))
 
 
 def test_every_setting_of_the_plan_redraws_the_map_and_asks_the_server_nothing(page):
@@ -149,7 +149,7 @@ def test_a_method_whose_rule_the_page_has_not_is_asked_of_the_server_once(page):
 def test_only_k_scale_has_the_pair_scored_anew(page):
     with_pair(page)
     open_advanced(page)
-    requests, before = asked(page), picture(page)
+    requests, before = asked(page), drawing(page)
     set_number(page, control("k_scale"), 5)
     page.wait_for_function(
         "([place, before]) => document.querySelector(place).toDataURL() !== before",
@@ -248,17 +248,17 @@ def recorded(page):
     return info["extra_generation_params"]["K-LoRA applied"]
 
 
-def test_after_a_picture_the_map_is_what_was_applied(page):
+def test_after_an_image_the_map_is_what_was_applied(page):
     with_pair(page, steps=6)
-    planned = picture(page)
+    planned = drawing(page)
     generate(page)
     assert len(recorded(page)) == 1
     page.wait_for_function(
-        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last picture')"
+        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last image')"
     )
     shot(page, "applied")
-    assert title(page) == "last picture: 6 of 6 steps ran, all as planned"
-    assert picture(page) == planned
+    assert title(page) == "last image: 6 of 6 steps ran, all as planned"
+    assert drawing(page) == planned
     page.click(f"{VIEW} .klora-choices button >> text=planned")
     assert title(page).startswith("K-LoRA, S = ")
     page.click(f"{VIEW} .klora-choices button >> text=applied")
@@ -278,10 +278,10 @@ def test_steps_that_an_interrupt_left_out_are_blank(page):
     ran = int(recorded(page)[0]["ran"].rpartition("-")[2]) + 1
     assert 0 < ran < 60
     page.wait_for_function(
-        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last picture')"
+        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last image')"
     )
     shot(page, "interrupted")
-    assert title(page) == f"last picture: {ran} of 60 steps ran, all as planned"
+    assert title(page) == f"last image: {ran} of 60 steps ran, all as planned"
     assert "did not run" in page.inner_text(f"{VIEW} .klora-legend")
 
 
