@@ -33,17 +33,17 @@ CELL, CAPTION = 96, 22
 
 
 def demo(folder: Path) -> None:
-    """Make and measure images of some pairs, and say where the results are.
+    """Make and measure images of some pairs, and print where the results are.
 
     Raises:
-        HostError: the miniature is not there.
+        HostError: the miniature is missing.
     """
     start = time.perf_counter()
     shutil.rmtree(folder / "rows", ignore_errors=True)
     pairs = miniature_pairs(PAIRS)
     evaluation = Evaluation(
-        shipped.load_model(), folder / "rows", steps=STEPS, seeds=SEEDS, size=shipped.SIZE, guidance=shipped.GUIDANCE, batch=SEEDS,
-        made_of=shipped.fingerprint(),
+        shipped.load_model(), folder / "rows", steps=STEPS, seeds=SEEDS, size=shipped.SIZE,
+        guidance=shipped.GUIDANCE, batch=SEEDS, made_of=shipped.fingerprint(),
     )  # fmt: skip
     of = {variant.label: variant for variant in variants(["methods"])}
     methods = [of[label] for label in METHODS]
@@ -59,13 +59,14 @@ def demo(folder: Path) -> None:
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     write_report(folder / "report.html", evaluation, pairs, methods, found)
     print(
-        f"\n{text}\n\nMeans with 95 % intervals over {PAIRS} pairs with {SEEDS} images each; 'both' is the harmonic mean of subject and style.\n"
-        f"{time.perf_counter() - start:.0f} s. Images side by side, selection maps and report.html are in {folder.resolve()}"
+        f"\n{text}\n\nMeans with 95 % intervals over {PAIRS} pairs with {SEEDS} images each; 'both' is the "
+        f"harmonic mean of subject and style.\n{time.perf_counter() - start:.0f} s. Images side by side, "
+        f"selection maps and report.html are in {folder.resolve()}"
     )
 
 
 def side_by_side(evaluation: Evaluation, pair: Pair, methods: Sequence[Variant]) -> Image.Image:
-    """One row a method with its images of the first seeds; at the left training images of subject and style."""
+    """A row of images for each method, beside a training image of the subject and one of the style."""
     strips = [Image.open(evaluation.strip(pair.name, method)) for method in methods]
     count = strips[0].width // strips[0].height
     columns = -(-len(methods) // 4)

@@ -1,4 +1,4 @@
-"""How alike images are: to a subject, and to a style. Every measure gives one number an image, higher is more alike."""
+"""How much images look like a subject, and like a style: one number for each image, higher is more alike."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from klora.errors import KLoraError
 
 Measure = Callable[[Sequence[Image.Image]], np.ndarray]
-"""Images to their values, float64 of shape (images,)."""
+"""Takes images and returns their values, float64 of shape (images,)."""
 
 SIDE = 64
 
 
 class Recogniser(nn.Module):
-    """A small convolutional classifier of images of 64 pixels.
+    """A small convolutional classifier for 64-pixel images.
 
     Args:
-        labels: what it tells apart.
-        whole: whether places count (things do have places, styles are the same everywhere).
+        labels: the classes it tells apart.
+        whole: whether it matters where in the image something is (it does for things, not for styles).
     """
 
     def __init__(self, labels: Sequence[str], whole: bool) -> None:
@@ -48,7 +48,7 @@ class Recogniser(nn.Module):
         self.head = nn.Linear(widths[-1] * (16 if whole else 1), len(self.labels))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits (images, labels) of pixels in [-1, 1] of shape (images, 3, 64, 64)."""
+        """Logits of shape (images, labels) from pixels in [-1, 1] of shape (images, 3, 64, 64)."""
         return self.head(self.features(pixels))
 
     def save(self, path: Path) -> None:
@@ -65,7 +65,7 @@ class Recogniser(nn.Module):
 
 
 def as_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Float32 in [-1, 1] of shape (images, 3, 64, 64)."""
+    """The images as float32 in [-1, 1] of shape (images, 3, 64, 64)."""
     small = [image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
     return (
         torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2).float() / 127.5
@@ -74,7 +74,7 @@ def as_pixels(images: Sequence[Image.Image]) -> Tensor:
 
 
 def recognised(network: Recogniser, label: str) -> Measure:
-    """The probability, by `network`, that an image shows `label`; in [0, 1]."""
+    """The probability in [0, 1] that `network` gives to `label`."""
     place = network.labels.index(label)
 
     def measure(images: Sequence[Image.Image]) -> np.ndarray:
@@ -85,7 +85,10 @@ def recognised(network: Recogniser, label: str) -> Measure:
 
 
 def gram(references: Sequence[Image.Image]) -> Measure:
-    """Likeness of colours and textures: cosine of Gram statistics to the mean of the references' (Gatys et al. 2016, with fixed filters)."""
+    """Likeness of colours and textures: the cosine between Gram statistics and the mean of the references'.
+
+    As Gatys et al. 2016, but with fixed filters.
+    """
     wanted = _direction(np.mean([gram_statistics(image) for image in references], axis=0))
 
     def measure(images: Sequence[Image.Image]) -> np.ndarray:
@@ -95,7 +98,10 @@ def gram(references: Sequence[Image.Image]) -> Measure:
 
 
 def gram_statistics(image: Image.Image) -> np.ndarray:
-    """Mean colour, and correlations of colours and of their first and second differences at three scales; float64, any image size."""
+    """Mean colour, and correlations of colours and of their first and second differences at three scales.
+
+    Float64; the image may have any size.
+    """
     pixels = np.asarray(image.convert("RGB"), np.float64) / 255 - 0.5
     found = [pixels.mean((0, 1))]
     for _ in range(3):
@@ -122,10 +128,13 @@ def _direction(values: np.ndarray) -> np.ndarray:
 
 
 def clip_similarity(folder: Path, references: Sequence[Image.Image]) -> Measure:
-    """Cosine of CLIP's image embeddings to the references', averaged; `folder` is a model as transformers saves it.
+    """Mean cosine between the CLIP embedding of an image and those of the references.
+
+    Args:
+        folder: a CLIP model as transformers saves it.
 
     Raises:
-        KLoraError: there is no such model in the folder.
+        KLoraError: transformers cannot load such a model from the folder.
     """
     from transformers import CLIPVisionModelWithProjection
 
@@ -136,7 +145,7 @@ def dino_similarity(folder: Path, references: Sequence[Image.Image]) -> Measure:
     """The same with the class token of a DINO vision transformer.
 
     Raises:
-        KLoraError: there is no such model in the folder.
+        KLoraError: transformers cannot load such a model from the folder.
     """
     from transformers import AutoModel
 
@@ -150,7 +159,7 @@ def _embedded(folder: Path, references: Sequence[Image.Image], kind: type, embed
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         network = kind.from_pretrained(folder, local_files_only=True).eval()  # type: ignore[attr-defined]
     except (OSError, ValueError, KeyError) as error:
-        raise KLoraError(f"transformers cannot load a model for images from {folder}: {error}") from error
+        raise KLoraError(f"transformers cannot load an image model from {folder}: {error}") from error
 
     def embeddings(images: Sequence[Image.Image]) -> Tensor:
         with torch.no_grad():

@@ -124,7 +124,8 @@ def test_generate_makes_an_image_from_a_saved_model_and_says_what_is_missing(tmp
     with Image.open(out) as image:
         assert image.size == (64, 64)
         assert image.text["parameters"] == (
-            "a cat\nSteps: 2, Seed: 0, Size: 64x64, K-LoRA subject: subject, K-LoRA style: style, K-LoRA beta: 0.9"
+            "a cat\nSteps: 2, Seed: 0, Size: 64x64, K-LoRA subject: subject, K-LoRA style: style, K-LoRA "
+            "beta: 0.9"
         )
     assert main(["generate", "--model", str(model), *options, "--scheduler", "NoSuchScheduler"]) == 1
     assert "no scheduler 'NoSuchScheduler'" in capsys.readouterr().err

@@ -1,7 +1,9 @@
-"""Trains the miniature's LoRAs: `python -m evaluation.miniature.loras FOLDER`, after train.py has left its model in FOLDER/model.
+"""Trains the miniature's LoRAs: `python -m evaluation.miniature.loras FOLDER`.
 
-Each subject from five plain images, each style from a few images of ordinary things, both with a rare word, UNet only, by PEFT.
-The files differ as those of a community do: in dialect, rank, network alpha, layers, and by how much they change the model.
+train.py must have left its model in FOLDER/model.
+Each subject is trained on five plain images, each style on five images of ordinary things, each with a rare
+word, in the UNet only, by PEFT. The files differ as those of a community do: in dialect, rank, network alpha,
+layers, and in how much they change the model.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Recipe:
         role: "subject" or "style"; the name is one of world.SUBJECTS or world.STYLES.
         dialect: "peft" (diffusers' keys, no network alpha: rank and alpha are the same) or "kohya".
         network_alpha: written into a kohya file; training runs with it, as kohya's does.
-        strength: the file is saved so many times as strong as trained, to be used at a weight of 1 / strength.
+        strength: the saved file is this many times as strong as trained, so its weight is 1 / strength.
     """
 
     role: str
@@ -68,7 +70,7 @@ RECIPES = (
 
 
 def examples(recipe: Recipe) -> tuple[list[np.ndarray], list[dict[str, str]], str]:
-    """The images a LoRA is trained on, the words for each, and the style's word (subjects: "")."""
+    """The images a LoRA is trained on, the words for each, and the style's word ("" for subjects)."""
     rng = np.random.default_rng(list(recipe.name.encode()))
     images, words = [], []
     kinds = rng.permutation([kind for kind in world.CLASSES if kind not in world.SUBJECTS])
@@ -159,7 +161,7 @@ def write(path: Path, recipe: Recipe, state: dict[str, Tensor]) -> None:
 
 
 def entry(recipe: Recipe, words: list[dict[str, str]], style: str) -> dict[str, dict[str, Any]]:
-    """What loras.json says of a LoRA."""
+    """What loras.json says about a LoRA."""
     said = f"in {style} style" if style else f"a {words[0]['kind']}"
     return {
         f"{recipe.role}_{recipe.name}": {"role": recipe.role, "words": said, "weight": 1 / recipe.strength}
@@ -171,7 +173,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--only", nargs="*", default=[], help="names; files that exist are made anew only if they are named"
+        "--only", nargs="*", default=[], help="names; existing files are made again only if they are named"
     )
     parser.add_argument("--steps", type=int, help="for a trial")
     options = parser.parse_args()

@@ -1,6 +1,7 @@
-"""Trains and validates the miniature's recognisers: `python -m evaluation.miniature.recognisers FOLDER`, after train.py.
+"""Trains and validates the recognisers: `python -m evaluation.miniature.recognisers FOLDER`, after train.py.
 
-One recogniser tells subjects apart across styles, one tells styles apart across subjects; Gram statistics are held against the same renders.
+One recogniser tells subjects apart across styles, one tells styles apart across subjects. Gram statistics are
+tested on the same renders.
 Half of what they learn from has been through the model's autoencoder, as every image of the model has.
 """
 
@@ -25,7 +26,11 @@ STYLE_LABELS = [*world.FAMILIES, *(f"style_{name}" for name in world.STYLES)]
 
 
 def labelled(seed: int) -> tuple[np.ndarray, int, int]:
-    """A render with its labels; some ordinary things wear what the subjects wear, some ordinary styles have the colours of STYLES."""
+    """A render with its labels.
+
+    Some ordinary things wear what the subjects wear, and some ordinary styles have the colours of STYLES, so
+    that these alone do not give a subject or a style away.
+    """
     rng = np.random.default_rng(seed)
     if rng.random() < 0.4:
         name = str(rng.choice(list(world.SUBJECTS)))
@@ -65,7 +70,7 @@ def renders(seeds: range) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
 
 
 def through_the_autoencoder(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
-    """The images as the model can show them at best; uint8 of the same shape."""
+    """The images as the model can show them at best, uint8 of the same shape."""
     shown = []
     for start in range(0, len(images), 100):
         with torch.no_grad():
@@ -77,7 +82,7 @@ def through_the_autoencoder(vae: AutoencoderKL, images: np.ndarray) -> np.ndarra
 
 
 def roughened(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A little blur, noise and shift of colours, as images of a diffusion model have."""
+    """Add a little blur, noise and shift of colours, as in the images of a diffusion model."""
     blurred = nn.functional.avg_pool2d(nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     share = torch.from_numpy(rng.uniform(0, 0.7, (len(pixels), 1, 1, 1))).float()
     tint = torch.from_numpy(rng.normal(0, 0.06, (len(pixels), 3, 1, 1))).float()
@@ -88,7 +93,7 @@ def roughened(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 def train_recogniser(
     network: Recogniser, images: np.ndarray, shown: np.ndarray, wanted: torch.Tensor
 ) -> None:
-    """On renders and, as often, on what `shown` has of them."""
+    """Train on renders and, half of the time, on what `shown` has in their place."""
     steps = PASSES * len(images) // BATCH
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
@@ -116,8 +121,8 @@ def accuracy(network: Recogniser, images: np.ndarray, wanted: torch.Tensor, only
     own = torch.tensor([network.labels[i].startswith(only) for i in wanted])
     taken = torch.tensor([network.labels[i].startswith(only) for i in guessed])
     return (
-        f"{right.mean():.1%} of {len(right)} held-out renders; {right[own].mean():.1%} of those of {only[:-1]}s; "
-        f"{(taken & ~own).sum() / (~own).sum():.1%} of the others taken for one"
+        f"{right.mean():.1%} of {len(right)} held-out renders; {right[own].mean():.1%} of those of "
+        f"{only[:-1]}s; {(taken & ~own).sum() / (~own).sum():.1%} of the others taken for one"
     )
 
 
@@ -127,7 +132,10 @@ def gram_accuracy(images: np.ndarray, wanted: torch.Tensor, references: dict[str
     found = np.stack([measure([Image.fromarray(images[i]) for i in own]) for measure in measures.values()])
     names = list(measures)
     right = [names[best] == STYLE_LABELS[wanted[i]] for best, i in zip(found.argmax(0), own, strict=True)]
-    return f"{np.mean(right):.1%} of {len(own)} held-out renders in {len(names)} styles are nearest to their own style's images"
+    return (
+        f"{np.mean(right):.1%} of {len(own)} held-out renders in {len(names)} styles are nearest to the "
+        "images of their own style"
+    )
 
 
 def main() -> None:
@@ -144,7 +152,8 @@ def main() -> None:
     shown, test_shown = (through_the_autoencoder(vae, drawn) for drawn in (images, test))
     torch.manual_seed(0)
     for name, labels, whole, wanted, held in (
-        ("subject", SUBJECT_LABELS, True, things, test_things), ("style", STYLE_LABELS, False, manners, test_manners),
+        ("subject", SUBJECT_LABELS, True, things, test_things),
+        ("style", STYLE_LABELS, False, manners, test_manners),
     ):  # fmt: skip
         network = Recogniser(labels, whole)
         train_recogniser(network, images, shown, wanted)

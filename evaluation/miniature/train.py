@@ -1,7 +1,8 @@
-"""Trains the miniature from nothing, on a CPU: `python -m evaluation.miniature.train FOLDER`.
+"""Trains the miniature from scratch, on a CPU: `python -m evaluation.miniature.train FOLDER`.
 
-Images, autoencoder, latents, then denoiser and text encoders together. Every part keeps a checkpoint in FOLDER and goes on from it, with
-the same result as a run in one go: what a step draws follows from its number. FOLDER/log.txt has the losses and the processor seconds.
+The order is: images, autoencoder, latents, then the denoiser and the text encoders together. Every part keeps
+a checkpoint in FOLDER and resumes from it, with the same result as an uninterrupted run, because the random
+numbers of a step depend only on its number. FOLDER/log.txt has the losses and the processor seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from evaluation.miniature import model, world
 
 VAE_IMAGES, VAE_STEPS, VAE_BATCH = 4000, 3600, 8
 VAE_GUIDED = 300
-"""For so many steps, less and less, three latent channels are drawn to the mean colours of their pixels: found alone they take thousands."""
+"""Steps in which three latent channels are guided, less and less, to the mean colours of their pixels.
+
+Without that the autoencoder needs thousands of steps to find colours.
+"""
 LATENT_NOISE = 0.08
 IMAGES, UNET_STEPS, UNET_BATCH = 14000, 6000, 32
 PLAIN_SHARE = 0.45
@@ -38,7 +42,7 @@ def image(seed: int) -> tuple[np.ndarray, dict[str, str], str]:
 
 
 def spoken(rng: np.random.Generator, words: dict[str, str], style: str) -> str:
-    """A caption that leaves things out at random, and now and then has a rare word that means nothing."""
+    """A caption that leaves things out at random and sometimes has a rare word without meaning."""
     said = {name: word for name, word in words.items() if name == "kind" or rng.random() < 0.8}
     if rng.random() < 0.12:
         said["kind"] = f"{rng.choice(world.RARE)} {said['kind']}"
@@ -48,7 +52,7 @@ def spoken(rng: np.random.Generator, words: dict[str, str], style: str) -> str:
 
 
 class Training:
-    """Steps of one part of the training with a warm-up, a falling rate, an average of the weights and a checkpoint."""
+    """One part of the training: a warm-up, a falling rate, an average of the weights and a checkpoint."""
 
     def __init__(self, path: Path, networks: nn.ModuleList, steps: int, rate: float, averaged: float) -> None:
         self.path, self.networks, self.steps, self.averaged = path, networks, steps, averaged
@@ -67,7 +71,7 @@ class Training:
         )
 
     def run(self, loss_of: Callable[[int], Tensor]) -> None:
-        """Train until `steps` are done; the networks hold the averaged weights afterwards."""
+        """Train until `steps` are done; afterwards the networks hold the averaged weights."""
         saved, losses, started = time.monotonic(), [], time.process_time()
         before = self.seconds
         while self.step < self.steps:
@@ -86,7 +90,8 @@ class Training:
                 self._save()
                 log(
                     self.path.parent,
-                    f"{self.path.stem}: step {self.step} of {self.steps}, loss {np.mean(losses):.5f}, {self.seconds:.0f} CPU s",
+                    f"{self.path.stem}: step {self.step} of {self.steps}, loss {np.mean(losses):.5f}, "
+                    f"{self.seconds:.0f} CPU s",
                 )
                 saved, losses = time.monotonic(), []
         self.networks.load_state_dict(self.average)
@@ -100,7 +105,8 @@ class Training:
 
     def _save(self) -> None:
         state = {
-            "networks": self.networks.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict(),
+            "networks": self.networks.state_dict(), "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(), "step": self.step, "seconds": self.seconds,
         }  # fmt: skip
         part = self.path.with_suffix(".part")
@@ -122,7 +128,10 @@ def log(folder: Path, line: str) -> None:
 
 
 def draw_images(folder: Path, name: str, seeds: range) -> tuple[np.ndarray, list[Any]]:
-    """Images of these seeds, uint8 of shape (count, SIZE, SIZE, 3), and their words and styles; kept in FOLDER."""
+    """Images of these seeds, uint8 of shape (count, SIZE, SIZE, 3), with their words and styles.
+
+    They are kept in `folder`.
+    """
     path = folder / f"{name}.npz"
     if not path.exists():
         started = time.process_time()
@@ -143,7 +152,10 @@ def as_tensor(images: np.ndarray) -> Tensor:
 
 
 def train_vae(folder: Path) -> nn.Module:
-    """The autoencoder, its latents centred and of unit spread: that is written into its outermost convolutions."""
+    """The trained autoencoder.
+
+    Its latents are centred and have unit spread; the scaling is part of its outermost convolutions.
+    """
     images, _ = draw_images(folder, "vae_images", range(10_000_000, 10_000_000 + VAE_IMAGES))
     torch.manual_seed(1)
     vae = model.vae()
@@ -187,15 +199,17 @@ def train_vae(folder: Path) -> nn.Module:
     vae.register_to_config(scaling_factor=1.0)
     log(
         folder,
-        f"vae: spread {spread.tolist()}, latents {again.mean():.3f} ± {again.std():.3f}, {off:.2f} grey levels off",
+        f"vae: spread {spread.tolist()}, latents {again.mean():.3f} ± {again.std():.3f}, {off:.2f} grey "
+        "levels off",
     )
     return vae
 
 
 def _colour_whitening(images: np.ndarray) -> Callable[[Tensor], Tensor]:
-    """Turns colours (n, 3, h, w) into coordinates that spread alike over the world's images.
+    """Turns colours (n, 3, h, w) into coordinates with equal spread over the world's images.
 
-    Lightness varies ten times as much as hue: an error counted in plain red, green and blue is learnt away in grey long before colours come.
+    Lightness varies ten times as much as hue, so with plain red, green and blue the autoencoder learns grey
+    long before it learns colours.
     """
     sample = torch.from_numpy(images[:500, ::4, ::4].reshape(-1, 3)).double() / 127.5 - 1
     variances, axes = torch.linalg.eigh(torch.cov(sample.T))
@@ -220,7 +234,10 @@ def encode_images(folder: Path, vae: Any) -> tuple[Tensor, list[Any]]:
 
 
 def encoded(pipeline: Any, captions: list[str], empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Text states (n, TEXT_LENGTH, 2 TEXT_WIDTH) and pooled text (n, TEXT_WIDTH) as SDXL's pipeline makes them; zero where `empty`."""
+    """Text states (n, TEXT_LENGTH, 2 TEXT_WIDTH) and pooled text (n, TEXT_WIDTH).
+
+    They are as SDXL's pipeline makes them, and zero where `empty` is true.
+    """
     tokens = pipeline.tokenizer(
         captions, padding="max_length", max_length=model.TEXT_LENGTH, truncation=True, return_tensors="pt"
     ).input_ids

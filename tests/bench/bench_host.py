@@ -56,7 +56,8 @@ def measure(host, options):
         print(f"two tags {times[tags]}  K-LoRA {times[fused]}", file=sys.stderr)
     for name, ratios in (("after a change", first), ("again", again)):
         print(
-            f"K-LoRA / two tags, {name}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs"
+            f"K-LoRA / two tags, {name}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to "
+            f"{max(ratios):.3f}, {len(ratios)} pairs"
         )
 
 

@@ -133,7 +133,8 @@ def compare(pair: Pair, k: int, every: int, repeat: int) -> None:
     for above, below in (("plain", "ours"), ("ours", "floor")):
         ratios = sorted(turn[above] / turn[below] for turn in turns)
         print(
-            f"{above} / {below} {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f} in {repeat} turns)"
+            f"{above} / {below} {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f} in "
+            f"{repeat} turns)"
         )
 
 
@@ -143,7 +144,8 @@ def compare_cached(pair: Pair, folder: Path) -> None:
     second = statistics.median(seconds(lambda: score_pair(*pair, cache=ScoreCache(folder))) for _ in range(9))
     entries = [path.stat().st_size for path in folder.glob("*.profile")]
     print(
-        f"first pairing with a cache {first * 1e3:.0f} ms, from the cache {second * 1e3:.1f} ms, at most {max(entries) / 1024:.0f} KiB a file"
+        f"first pairing with a cache {first * 1e3:.0f} ms, from the cache {second * 1e3:.1f} ms, at most "
+        f"{max(entries) / 1024:.0f} KiB a file"
     )
 
 
@@ -188,8 +190,8 @@ def compare_memory(pair: Pair) -> None:
     command = [sys.executable, __file__, "--peak-memory", *(str(lora.path) for lora in pair)]
     own, everything = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(
-        f"peak memory above the files {own:.0f} MiB (RssAnon read every ms, less what it was before the call), "
-        f"{everything:.0f} MiB with the mapped pages of the files (VmHWM, reset before the call)"
+        f"peak memory above the files {own:.0f} MiB (RssAnon read every ms, less what it was before the "
+        f"call), {everything:.0f} MiB with the mapped pages of the files (VmHWM, reset before the call)"
     )
 
 
@@ -217,8 +219,8 @@ def main() -> None:
         style = write_lora(Path(folder, "style.safetensors"), shapes, options.rank_style, seed=2)
         numel = sum(rows * columns for rows, columns in shapes.values())
         print(
-            f"{options.network} rank {options.rank}/{options.rank_style}: {len(shapes)} matrices, {len(subject.layers)} layers, "
-            f"{numel / 1e9:.3f} G elements a LoRA, fp16 files"
+            f"{options.network} rank {options.rank}/{options.rank_style}: {len(shapes)} matrices, "
+            f"{len(subject.layers)} layers, {numel / 1e9:.3f} G elements a LoRA, fp16 files"
         )
         every = options.plain_every or PLAIN_EVERY[options.network]
         compare((subject, style), options.rank * options.rank_style, every, options.repeat)

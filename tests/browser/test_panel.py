@@ -290,7 +290,8 @@ def test_a_pasted_text_draws_its_map(page):
             "K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off")  # fmt: skip
     paste(page, text)
     page.wait_for_function(
-        f"document.querySelector('{VIEW} .klora-title')?.innerText === 'K-LoRA, S* = (2 t/T + 1.3) mod 1.5, γ 1, 7 steps'"
+        f"document.querySelector('{VIEW} .klora-title')?.innerText === 'K-LoRA, S* = (2 t/T + 1.3) mod 1.5, "
+        "γ 1, 7 steps'"
     )
 
 

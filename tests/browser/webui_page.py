@@ -84,7 +84,8 @@ def generate(page, while_it_runs=lambda: None):
     page.click("#txt2img_generate")
     while_it_runs()
     page.wait_for_function(
-        "before => { const t = document.querySelector('#html_info_txt2img')?.innerText; return t && t !== before }",
+        "before => { const t = document.querySelector('#html_info_txt2img')?.innerText; return t && t !== "
+        "before }",
         arg=before,
     )
     page.wait_for_timeout(1000)

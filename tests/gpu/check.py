@@ -151,7 +151,8 @@ def check_golden(device: torch.device, switch: str, report: Report) -> None:
     error = error_of(before)
     report.line(
         bool(folders) and not faults,
-        f"{len(folders) - len(faults)} of {len(folders)} golden pairs, {switch} (float32 products outside of scoring are off by {error:.0e})"
+        f"{len(folders) - len(faults)} of {len(folders)} golden pairs, {switch} (float32 products outside of "
+        f"scoring are off by {error:.0e})"
         + "".join(f"\n      {name}: {fault}" for name, fault in faults.items()),
     )
     if not torch.equal(product(device), before):
@@ -221,7 +222,8 @@ def check_shortage(device: torch.device, report: Report) -> None:
             enough_on_cpu = left not in ("0", MIDWAY) or answer["on_cpu"] > 0
             report.line(
                 difference <= TOLERANCE and enough_on_cpu,
-                f"{what}: {answer['on_cpu']} of {answer['layers']} layers on the CPU, numbers off by {difference:.0e} at most",
+                f"{what}: {answer['on_cpu']} of {answer['layers']} layers on the CPU, numbers off by "
+                f"{difference:.0e} at most",
             )
 
 
@@ -242,7 +244,8 @@ def check_times(device: torch.device) -> None:
                 else ""
             )
             print(
-                f"      {network} rank {rank:3}: {seconds:6.2f} s for a pair of {len(shapes)} layers each{peak}"
+                f"      {network} rank {rank:3}: {seconds:6.2f} s for a pair of {len(shapes)} layers "
+                f"each{peak}"
             )
 
 
