@@ -133,8 +133,9 @@ def pair_warnings(
                 ", …" if len(lora.unknown_keys) > 3 else ""
             )
             warnings.append(
-                f"{len(lora.unknown_keys)} tensors of the {role} LoRA {name} are left out because K-LoRA does "
-                f"not know their names ({few}): if the LoRA works without K-LoRA, please report these names."
+                f"{len(lora.unknown_keys)} tensors of the {role} LoRA {name} are left out because K-LoRA "
+                f"does not know their names ({few}): if the LoRA works without K-LoRA, please report these "
+                "names."
             )
     layers = plan.scores.layers
     alone = {role: sum(layer.only == role for layer in layers) for role in ("subject", "style")}

@@ -1,9 +1,11 @@
-"""Time of a whole K-LoRA image against the host's own image with both tags, as ratios of one run.
+"""Time of a whole K-LoRA image against the host's own image with both tags, as ratios within one run.
 
-    KLORA_HOST_URL=… KLORA_HOST_FOLDER=… python tests/bench/bench_host.py [--steps 20] [--size 512] [--rounds 5]
+    KLORA_HOST_URL=… KLORA_HOST_FOLDER=… python tests/bench/bench_host.py
+        [--steps 20] [--size 512] [--rounds 5]
 
-Rounds alternate between the two, three images each: the first of three pays for the change of networks, the others are what a person
-sees who presses Generate again. Scores are cached by an image made before the clock starts.
+Rounds alternate between the two, with three images each: the first of the three pays for the change of
+networks, the others are what people see who press Generate again. An image made before the clock starts fills
+the score cache.
 """
 
 import argparse

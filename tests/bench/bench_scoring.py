@@ -1,11 +1,13 @@
-"""How long one pass over a full-size pair takes, beside the plain way and beside the least that any exact way must do.
+"""How long scoring a full-size pair takes, next to the plain way and to the least any exact way must do.
 
-    python tests/bench/bench_scoring.py [--network sdxl|flux] [--rank 16] [--rank-style 16] [--plain-every N] [--repeat N]
+    python tests/bench/bench_scoring.py [--network sdxl|flux] [--rank 16] [--rank-style 16]
+                                        [--plain-every N] [--repeat N]
 
 plain: up @ down of the whole layer, abs, torch.topk at K = r·r, with torch's own threads.
 floor: up @ down in row blocks, abs and sum, in the threads that ours has.
 ours: `score_pair` without a cache.
-All three read and raise the same files and take both LoRAs; they run in turns, and a ratio is the median of the ratios of the turns.
+All three read the same files, raise them to float32 and take both LoRAs. They run in turns, and a ratio is
+the median of the ratios of the turns.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ def compare(pair: Pair, k: int, every: int, repeat: int) -> None:
 
 
 def compare_cached(pair: Pair, folder: Path) -> None:
-    """Prints the first pairing, which fills the cache, and the second, by a cache object that knows only the folder."""
+    """Prints the time of a first pairing, which fills the cache, and of a second, which reads it."""
     first = seconds(lambda: score_pair(*pair, cache=ScoreCache(folder)))
     second = statistics.median(seconds(lambda: score_pair(*pair, cache=ScoreCache(folder))) for _ in range(9))
     entries = [path.stat().st_size for path in folder.glob("*.profile")]
@@ -155,7 +157,7 @@ def status(field: str) -> float:
 
 
 def peak_memory(paths: list[Path]) -> None:
-    """Prints the MiB that `score_pair` needs in this process, as JSON: without and with the pages of the mapped files."""
+    """Prints the MiB that `score_pair` needs in this process, without and with the files' mapped pages."""
     tiny = write_lora(
         paths[0].with_name("tiny.safetensors"),
         {"middle_block.1.transformer_blocks.0.attn1.to_q": (1280, 1280)},

@@ -23,12 +23,16 @@ from webui_page import (
 VIEW = control("view")
 ANALYZE = """async ([names, settings]) => {
     const headers = {"Content-Type": "application/json"};
-    const post = async (path, body) => (await fetch(path, {method: "POST", headers, body: JSON.stringify(body)})).json();
+    const post = async (path, body) => {
+        const answer = await fetch(path, {method: "POST", headers, body: JSON.stringify(body)});
+        return answer.json();
+    };
     const {alphaM, comparisons, levels} = JSON.parse(document.querySelector(".klora-view").dataset.constants);
     const pair = await post("./klora/internal/scores", names), differing = [];
     for (const one of settings) {
         const server = await post("./klora/v1/analyze", {...names, ...one}), rule = comparisons[one.method];
-        const rows = rule ? klora.compared(rule, pair, klora.scheduleValues(one, alphaM), klora.gammaOf(pair, one.gamma), levels) :
+        const s = klora.scheduleValues(one, alphaM), gamma = klora.gammaOf(pair, one.gamma);
+        const rows = rule ? klora.compared(rule, pair, s, gamma, levels) :
             klora.rowsOf(await post("./klora/internal/strengths", {...names, ...one}), levels);
         const strengths = rows.map(row => [...row].map(code => [levels[code].subject, levels[code].style]));
         if (JSON.stringify(server.strengths) !== JSON.stringify(strengths)) differing.push(one);
@@ -286,12 +290,15 @@ def test_steps_that_an_interrupt_left_out_are_blank(page):
 
 
 def test_a_pasted_text_draws_its_map(page):
-    text = (f"a dog\nSteps: 7, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, "
-            "K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off")  # fmt: skip
+    text = (
+        "a dog\nSteps: 7, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, "
+        f"K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, "
+        "K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off"
+    )
     paste(page, text)
     page.wait_for_function(
-        f"document.querySelector('{VIEW} .klora-title')?.innerText === 'K-LoRA, S* = (2 t/T + 1.3) mod 1.5, "
-        "γ 1, 7 steps'"
+        f"document.querySelector('{VIEW} .klora-title')?.innerText === "
+        "'K-LoRA, S* = (2 t/T + 1.3) mod 1.5, γ 1, 7 steps'"
     )
 
 
