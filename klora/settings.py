@@ -138,7 +138,7 @@ class Settings:
     beta: float | None = _field(
         None,
         "β",
-        "Where S starts. Lower values give more of the early steps to the subject. auto is 0.5 for S and "
+        "Where S starts. Lower values give more of the early steps to the subject. auto means 0.5 for S and "
         "1.3 for S*.",
         "number",
         choices=(AUTO,),
@@ -158,8 +158,8 @@ class Settings:
     gamma: float | str = _field(
         AUTO,
         "γ",
-        "Balances two LoRAs of different magnitude; larger values favour the style. auto is computed from "
-        "the two files (eq. 9 of the paper), off is 1, a number sets it.",
+        "Balances two LoRAs of different magnitude; larger values favour the style. auto computes it from the "
+        "two files (eq. 9 of the paper), off means 1, and you can type a number.",
         "number",
         choices=(AUTO, OFF),
         bounds=(1e-6, 1e6),
