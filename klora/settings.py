@@ -158,8 +158,8 @@ class Settings:
     gamma: float | str = _field(
         AUTO,
         "γ",
-        "Balances two LoRAs of different magnitude; larger values favour the style. auto computes it from the "
-        "two files (eq. 9 of the paper), off means 1, and you can type a number.",
+        "Balances two LoRAs of different magnitude; larger values favour the style. auto computes it from "
+        "the two files (eq. 9 of the paper), off means 1, and you can type a number.",
         "number",
         choices=(AUTO, OFF),
         bounds=(1e-6, 1e6),
