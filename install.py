@@ -1,12 +1,14 @@
-"""Set-up for people and tools. A WebUI calls this file bare at start-up: then there is nothing to do.
+"""Runs the demo or the tests in an environment of its own.
 
     python3 install.py demo [OPTIONS of python -m klora demo]
     python3 install.py test [OPTIONS of pytest]
 
-Both make a virtual environment in .venv beside this file, install what they need from the package index, and run.
-`test` then runs the tests once more on the library versions that the WebUIs install, in environments outside this
-folder (KLORA_ENVIRONMENTS names another place for them): a download of several gigabytes, once. With options of
-pytest it runs today's environment alone.
+Both create a virtual environment in .venv beside this file, install what they need from the package index,
+and run. `test` then runs the tests again on the library versions that the WebUIs install, in environments
+outside this folder (KLORA_ENVIRONMENTS names another place for them): a one-time download of several
+gigabytes. With options for pytest it only uses today's environment.
+
+A WebUI runs this file without arguments when it starts; then there is nothing to do.
 """
 
 import hashlib
@@ -21,22 +23,25 @@ HERE = Path(__file__).resolve().parent
 VENV = HERE / ".venv"
 
 TORCH = "torch==2.13.0"
-"""Installed first and by itself: beside a range that admits it, pip would take the newest torch, a CUDA build of gigabytes."""
+"""Installed first and by itself: from a range pip would take the newest, a CUDA build of gigabytes."""
 
 HOST_PYTHON = "3.10"
 HOSTS = {
     "a1111": ["tests"],
     "forge": ["tests/core", "tests/test_selection_map.py"],
 }
-"""Environment of a WebUI, described in .ci/environments: the tests that run in it."""
+"""{environment of a WebUI, as .ci/environments describes it: the tests that run in it}."""
 
 
 class Unavailable(Exception):
-    """An environment that this machine cannot have, and why, in one line."""
+    """Why this machine cannot have an environment, in one line."""
 
 
 def set_up(extra: str) -> Path:
-    """Make .venv, install the dependencies of pyproject.toml's optional group `extra` once per state of that file; its Python."""
+    """Create .venv with the optional dependencies `extra` of pyproject.toml, and return its Python.
+
+    They are installed again only when that file has changed.
+    """
     python = python_of(VENV)
     if not python.exists():
         print(f"Making {VENV}", flush=True)
@@ -52,10 +57,12 @@ def set_up(extra: str) -> Path:
 
 
 def set_up_host(name: str) -> Path:
-    """Make the environment that .ci/environments describes for a WebUI, once per state of that file; its Python.
+    """Create the environment that .ci/environments describes for a WebUI, and return its Python.
+
+    It is created again only when its description has changed.
 
     Raises:
-        Unavailable: there is no Python of the host's version, or the packages cannot be installed.
+        Unavailable: there is no Python of that version, or the packages cannot be installed.
     """
     described = HERE / ".ci" / "environments" / f"{name}.txt"
     folder = environments() / f"{name}-{hashlib.sha256(described.read_bytes()).hexdigest()[:16]}"
@@ -74,7 +81,7 @@ def set_up_host(name: str) -> Path:
 
 
 def environments() -> Path:
-    """The folder of the hosts' environments, outside the clone so that they are kept between runs."""
+    """The folder for the hosts' environments, outside the clone so that they outlive it."""
     if chosen := os.environ.get("KLORA_ENVIRONMENTS"):
         return Path(chosen)
     if os.name == "nt":
@@ -83,10 +90,10 @@ def environments() -> Path:
 
 
 def host_python() -> list:
-    """The command of a Python of the hosts' version.
+    """The command that starts a Python of the hosts' version.
 
     Raises:
-        Unavailable: there is none.
+        Unavailable: none is installed.
     """
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     installed = sorted(pyenv.glob(f"{HOST_PYTHON}.*/bin/python"))
@@ -102,7 +109,7 @@ def host_python() -> list:
 
 
 def version_of(command: list) -> str:
-    """ "3.10" and the like; "" where the command is no Python."""
+    """The version, such as "3.10"; "" if the command is not a Python."""
     try:
         asked = subprocess.run(
             [*map(str, command), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
@@ -123,7 +130,7 @@ def pip_install(python: Path, *what: object) -> list:
 
 
 def run(command: list) -> None:
-    """Run a command in this folder; leave with its exit status if it fails."""
+    """Run a command in this folder, and exit with its status if it fails."""
     status = subprocess.run([str(part) for part in command], cwd=HERE).returncode
     if status:
         sys.exit(status)
@@ -145,7 +152,7 @@ def test(options: list) -> None:
 
 
 def test_on_host(name: str, tests: list) -> None:
-    """Run tests on what a WebUI installs; where that cannot be had, say so, and fail if this is CI."""
+    """Run tests on the library versions of a WebUI. If they are unavailable, say so, and fail in CI."""
     try:
         python = set_up_host(name)
     except Unavailable as reason:

@@ -1,1 +1,4 @@
-"""Research: how well each method fuses, measured on the miniature or on pairs of your own. Uses klora; klora never uses this."""
+"""Research: how well each method fuses, measured on the miniature or on pairs of your own.
+
+It uses klora; klora never uses it.
+"""

@@ -1,4 +1,4 @@
-"""`python -m klora evaluate | demo`, which `klora.__main__` hands over to this folder."""
+"""`python -m klora evaluate | demo`, which `klora.__main__` passes on to this folder."""
 
 from __future__ import annotations
 
@@ -34,22 +34,27 @@ def run(arguments: list[str]) -> None:
 
 
 def _evaluate_command(command: argparse.ArgumentParser) -> None:
-    command.description = "Without --model: pairs of the miniature. With it: one pair of your own, measured with CLIP and DINO models that you have."
+    command.description = (
+        "Without --model: pairs of the miniature. With it: one pair of your own, measured with CLIP and "
+        "DINO models that you have."
+    )
     command.add_argument(
         "--out",
         type=Path,
         default=Path("evaluation"),
-        help="folder for the results; an evaluation that was stopped goes on",
+        help="folder for the results; an evaluation that was stopped continues",
     )
     command.add_argument(
-        "--seeds", type=positive, default=10, help="pictures of each pair and method (default 10)"
+        "--seeds", type=positive, default=10, help="images of each pair and method (default 10)"
     )
     command.add_argument("--steps", type=positive, default=20, help="default 20")
     command.add_argument("--tables", nargs="+", choices=list(GROUPS), help="default: all")
-    command.add_argument("--pairs", type=positive, help="only so many pairs of the miniature")
+    command.add_argument("--pairs", type=positive, help="only this many pairs of the miniature")
     command.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
     command.add_argument(
-        "--model", type=Path, help=f"an {listed('or', short=True)} folder, or an SDXL single file; then also:"
+        "--model",
+        type=Path,
+        help=f"an {listed('or', short=True)} folder, or an SDXL single file; with it, use the options below",
     )
     command.add_argument(
         "--config",
@@ -60,10 +65,10 @@ def _evaluate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("--style", help="the style LoRA's file")
     command.add_argument("--subject-weight", type=float, default=1.0, help="default 1")
     command.add_argument("--style-weight", type=float, default=1.0, help="default 1")
-    command.add_argument("--prompt", help="with the trigger words of both")
+    command.add_argument("--prompt", help="with the trigger words of both LoRAs")
     command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="default 1024x1024")
-    command.add_argument("--subject-pictures", type=Path, metavar="FOLDER", help="pictures of the subject")
-    command.add_argument("--style-pictures", type=Path, metavar="FOLDER", help="pictures in the style")
+    command.add_argument("--subject-images", type=Path, metavar="FOLDER", help="images of the subject")
+    command.add_argument("--style-images", type=Path, metavar="FOLDER", help="images in the style")
     command.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it")
     command.add_argument(
         "--dino", type=Path, metavar="FOLDER", help="a DINO vision transformer as transformers saves it"

@@ -1,4 +1,7 @@
-"""`python -m klora evaluate`: pictures of many pairs and seeds under every method and setting, measured, as tables and a report."""
+"""`python -m klora evaluate`: images of many pairs and seeds by every method and setting, measured.
+
+The results are tables and an HTML report.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,24 @@ from klora.core.methods import METHODS, STYLE, SUBJECT, everywhere
 from klora.core.plan import Plan
 from klora.core.score_cache import ScoreCache
 from klora.errors import KLoraError
-from klora.runner import Request, fused_pictures, load_pipeline
+from klora.runner import Request, fused_images, load_pipeline
 from klora.settings import Settings
 
 K_SCALES = (1.0, 0.125, 0.5, 2.0, 8.0, 64.0)
 ALPHAS, BETAS = (1.5, 1.0, 2.0), (0.5, 0.25, 0.75)
-"""The grid of the paper's supplement F; what the others are compared with comes first."""
+"""The grid of the paper's supplement F; the values that the others are compared with come first."""
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What is fused and how it is measured.
+    """A pair to fuse, and how to measure the result.
 
     Attributes:
-        prompt: with the words of both.
-        weights: of subject and style.
-        measures: by name; "subject" and "style" are always there.
-        references: training pictures of subject and style, for the report.
+        prompt: contains the trigger words of both LoRAs.
+        weights: of the subject and the style.
+        measures: {name: measure}; "subject" and "style" are always there.
+        references: training images of subject and style, for the report.
     """
 
     name: str
@@ -55,8 +58,8 @@ class Variant:
     """One way to fuse.
 
     Attributes:
-        changed: changes a plan, where no method does what is asked.
-        single: each seed has a plan of its own (else one plan for all).
+        changed: (plan, seed) -> plan, for what no method does by itself.
+        single: whether each seed has a plan of its own; otherwise one plan is used for all.
     """
 
     group: str
@@ -108,20 +111,26 @@ def _halves(plan: Plan, _seed: int, *, first: tuple[int, int]) -> Plan:
 
 
 def _share(plan: Plan, seed: int, *, own: tuple[int, int], share: float) -> Plan:
-    """`own` on a random share of the layers, drawn anew at each step; the other LoRA is there at weight 0 and so stands for none."""
+    """`own` on a random share of the layers, drawn anew at each step.
+
+    The other LoRA has the rest of the layers, at weight 0, so nothing is applied there.
+    """
     strengths = everywhere(plan.strengths.shape[:2], STYLE if own == SUBJECT else SUBJECT)
     strengths[np.random.RandomState(seed % 2**32).random_sample(strengths.shape[:2]) < share] = own
     return replace(plan, strengths=strengths)
 
 
 class Evaluation:
-    """Makes and measures pictures, and keeps the rows in a folder, so that a stopped evaluation goes on where it was.
+    """Makes and measures images, and keeps the results in a folder so that it can continue after a stop.
 
     Attributes:
-        rows: all that is measured so far.
+        rows: everything measured so far.
     Args:
-        batch: pictures made at once.
-        made_of: stands for the model and the LoRAs: rows of others are not gone on with.
+        batch: images made at once.
+        made_of: identifies the model and the LoRAs, so that an evaluation of others is not continued.
+
+    Raises:
+        KLoraError: the folder holds an evaluation under other conditions.
     """
 
     def __init__(
@@ -157,12 +166,13 @@ class Evaluation:
         first, *lines = self._file.read_text(encoding="utf-8").splitlines()
         if json.loads(first) != self._conditions:
             raise KLoraError(
-                f"{self._file} is of an evaluation of {first}, not of {json.dumps(self._conditions)}: choose another --out."
+                f"{self._file} holds an evaluation of {first}, not of {json.dumps(self._conditions)}: choose "
+                "another --out."
             )
         self.rows = [Row(**json.loads(line)) for line in lines]
 
     def run(self, pairs: Sequence[Pair], wanted: Sequence[Variant], say: Callable[[str], None]) -> None:
-        """Measure all variants of all pairs; what is measured already is not made again."""
+        """Measure all variants of all pairs, except those that have been measured before."""
         done = {(row.group, row.variant, row.pair) for row in self.rows}
         left = [
             (pair, variant)
@@ -171,16 +181,17 @@ class Evaluation:
             if (variant.group, variant.label, pair.name) not in done
         ]
         for number, (pair, variant) in enumerate(left, 1):
-            rows, pictures = self._measured(pair, variant)
+            rows, images = self._measured(pair, variant)
             self._keep(rows)
-            strip = _strip(pictures[:4])
+            strip = _strip(images[:4])
             strip.save(self.folder / f"{_file_name(pair.name, variant)}.png", optimize=True)
             say(
-                f"{number} of {len(left)}: {pair.name}, {variant.label}: {np.mean([row.both for row in rows]):.1%}"
+                f"{number} of {len(left)}: {pair.name}, {variant.label}: "
+                f"{np.mean([row.both for row in rows]):.1%}"
             )
 
     def strip(self, pair: str, variant: Variant) -> Path:
-        """The first pictures of a pair under a variant, in a row."""
+        """The first images of a pair under a variant, in a row."""
         return self.folder / f"{_file_name(pair, variant)}.png"
 
     def _measured(self, pair: Pair, variant: Variant) -> tuple[list[Row], list[Image.Image]]:
@@ -189,7 +200,7 @@ class Evaluation:
             style_weight=pair.weights[1] * variant.settings.style_weight,
         )  # fmt: skip
         size = 1 if variant.single else min(self.batch, self.seeds)
-        rows, pictures = [], []
+        rows, images = [], []
         for first in range(0, self.seeds, size):
             count = min(size, self.seeds - first)
             # A pair's own seeds: otherwise chance would draw the same layers in every pair.
@@ -199,7 +210,7 @@ class Evaluation:
             )
             plan = variant.changed(analysis.plan, seed) if variant.changed else analysis.plan
             request = Request(pair.prompt, seed, self.steps, self.size, guidance=self.guidance)
-            made = fused_pictures(self.pipeline, replace(analysis, plan=plan), settings, request, count)
+            made = fused_images(self.pipeline, replace(analysis, plan=plan), settings, request, count)
             values = {name: measure(made) for name, measure in pair.measures.items()}
             share = float(plan.subject_share.mean())
             rows += [
@@ -214,8 +225,8 @@ class Evaluation:
                 )
                 for i in range(count)
             ]
-            pictures += made
-        return rows, pictures
+            images += made
+        return rows, images
 
     def _keep(self, rows: list[Row]) -> None:
         with self._file.open("a", encoding="utf-8") as file:
@@ -233,17 +244,17 @@ def _file_name(pair: str, variant: Variant) -> str:
     return f"{pair.replace(' ', '_')}-{word}".replace("α", "alpha").replace("β", "beta").replace("γ", "gamma")
 
 
-def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
-    strip = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
+def _strip(images: Sequence[Image.Image]) -> Image.Image:
+    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     left = 0
-    for picture in pictures:
-        strip.paste(picture, (left, 0))
-        left += picture.width
+    for image in images:
+        strip.paste(image, (left, 0))
+        left += image.width
     return strip
 
 
 def miniature_pairs(count: int | None = None) -> list[Pair]:
-    """All pairs of the miniature, or the first `count` of them, each subject and style as early as can be."""
+    """All pairs of the miniature, or the first `count`, in an order that uses all LoRAs early."""
     subjects, styles = shipped.loras("subject"), shipped.loras("style")
     order = sorted(
         ((i, j) for i in range(len(subjects)) for j in range(len(styles))),
@@ -253,24 +264,26 @@ def miniature_pairs(count: int | None = None) -> list[Pair]:
     for i, j in order[:count]:
         subject, style = subjects[i], styles[j]
         found.append(Pair(
-            f"{subject.name.removeprefix('subject_')} {style.name.removeprefix('style_')}", subject.path, style.path,
-            f"{subject.words} {style.words}", (subject.weight, style.weight), shipped.measures(subject, style),
-            (subject.pictures()[0], style.pictures()[0]),
+            f"{subject.name.removeprefix('subject_')} {style.name.removeprefix('style_')}", subject.path,
+            style.path,
+            f"{subject.words} {style.words}", (subject.weight, style.weight),
+            shipped.measures(subject, style),
+            (subject.images()[0], style.images()[0]),
         ))  # fmt: skip
     return found
 
 
 def own_pair(options: argparse.Namespace) -> Pair:
-    """The user's pair, measured with CLIP and DINO.
+    """The user's own pair, measured with CLIP and, if there is a model, DINO.
 
     Raises:
-        KLoraError: something that it needs is not given or not there.
+        KLoraError: an option or a file that this needs is missing.
     """
-    needed = ("subject", "style", "prompt", "subject_pictures", "style_pictures", "clip")
+    needed = ("subject", "style", "prompt", "subject_images", "style_images", "clip")
     missing = ["--" + name.replace("_", "-") for name in needed if not getattr(options, name)]
     if missing:
         raise KLoraError(f"With --model an evaluation also needs {', '.join(missing)}.")
-    things, styles = _pictures(options.subject_pictures), _pictures(options.style_pictures)
+    things, styles = _images(options.subject_images), _images(options.style_images)
     measures: dict[str, Measure] = {
         "subject": clip_similarity(options.clip, things),
         "style": clip_similarity(options.clip, styles),
@@ -291,7 +304,7 @@ def own_pair(options: argparse.Namespace) -> Pair:
     )
 
 
-def _pictures(folder: Path) -> list[Image.Image]:
+def _images(folder: Path) -> list[Image.Image]:
     try:
         found = [
             Image.open(path).convert("RGB")
@@ -299,9 +312,9 @@ def _pictures(folder: Path) -> list[Image.Image]:
             if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
         ]
     except OSError as error:
-        raise KLoraError(f"Cannot read the pictures in {folder}: {error}.") from error
+        raise KLoraError(f"Cannot read the images in {folder}: {error}. Choose another folder.") from error
     if not found:
-        raise KLoraError(f"There is no picture (.png, .jpg, .webp) in {folder}.")
+        raise KLoraError(f"There is no image (.png, .jpg or .webp) in {folder}: choose another folder.")
     return found
 
 

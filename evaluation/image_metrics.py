@@ -1,4 +1,4 @@
-"""How alike pictures are: to a subject, and to a style. Every measure gives one number a picture, higher is more alike."""
+"""How much images look like a subject, and like a style: one number for each image, higher is more alike."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from klora.errors import KLoraError
 
 Measure = Callable[[Sequence[Image.Image]], np.ndarray]
-"""Pictures to their values, float64 of shape (pictures,)."""
+"""Takes images and returns their values, float64 of shape (images,)."""
 
 SIDE = 64
 
 
 class Recogniser(nn.Module):
-    """A small convolutional classifier of pictures of 64 pixels.
+    """A small convolutional classifier for 64-pixel images.
 
     Args:
-        labels: what it tells apart.
-        whole: whether places count (things do have places, styles are the same everywhere).
+        labels: the classes it tells apart.
+        whole: whether it matters where in the image something is (it does for things, not for styles).
     """
 
     def __init__(self, labels: Sequence[str], whole: bool) -> None:
@@ -48,7 +48,7 @@ class Recogniser(nn.Module):
         self.head = nn.Linear(widths[-1] * (16 if whole else 1), len(self.labels))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits (pictures, labels) of pixels in [-1, 1] of shape (pictures, 3, 64, 64)."""
+        """Logits of shape (images, labels) from pixels in [-1, 1] of shape (images, 3, 64, 64)."""
         return self.head(self.features(pixels))
 
     def save(self, path: Path) -> None:
@@ -64,40 +64,45 @@ class Recogniser(nn.Module):
         return made.eval()
 
 
-def as_pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    """Float32 in [-1, 1] of shape (pictures, 3, 64, 64)."""
-    small = [picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX) for picture in pictures]
+def as_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """The images as float32 in [-1, 1] of shape (images, 3, 64, 64)."""
+    small = [image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
     return (
-        torch.from_numpy(np.stack([np.asarray(picture) for picture in small])).permute(0, 3, 1, 2).float()
-        / 127.5
+        torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2).float() / 127.5
         - 1
     )
 
 
 def recognised(network: Recogniser, label: str) -> Measure:
-    """The probability, by `network`, that a picture shows `label`; in [0, 1]."""
+    """The probability in [0, 1] that `network` gives to `label`."""
     place = network.labels.index(label)
 
-    def measure(pictures: Sequence[Image.Image]) -> np.ndarray:
+    def measure(images: Sequence[Image.Image]) -> np.ndarray:
         with torch.no_grad():
-            return network(as_pixels(pictures)).softmax(1)[:, place].double().numpy()
+            return network(as_pixels(images)).softmax(1)[:, place].double().numpy()
 
     return measure
 
 
 def gram(references: Sequence[Image.Image]) -> Measure:
-    """Likeness of colours and textures: cosine of Gram statistics to the mean of the references' (Gatys et al. 2016, with fixed filters)."""
-    wanted = _direction(np.mean([gram_statistics(picture) for picture in references], axis=0))
+    """Likeness of colours and textures: the cosine between Gram statistics and the mean of the references'.
 
-    def measure(pictures: Sequence[Image.Image]) -> np.ndarray:
-        return np.array([float(_direction(gram_statistics(picture)) @ wanted) for picture in pictures])
+    As Gatys et al. 2016, but with fixed filters.
+    """
+    wanted = _direction(np.mean([gram_statistics(image) for image in references], axis=0))
+
+    def measure(images: Sequence[Image.Image]) -> np.ndarray:
+        return np.array([float(_direction(gram_statistics(image)) @ wanted) for image in images])
 
     return measure
 
 
-def gram_statistics(picture: Image.Image) -> np.ndarray:
-    """Mean colour, and correlations of colours and of their first and second differences at three scales; float64, any picture size."""
-    pixels = np.asarray(picture.convert("RGB"), np.float64) / 255 - 0.5
+def gram_statistics(image: Image.Image) -> np.ndarray:
+    """Mean colour, and correlations of colours and of their first and second differences at three scales.
+
+    Float64; the image may have any size.
+    """
+    pixels = np.asarray(image.convert("RGB"), np.float64) / 255 - 0.5
     found = [pixels.mean((0, 1))]
     for _ in range(3):
         across, down = pixels[:-2, 2:] - pixels[:-2, :-2], pixels[2:, :-2] - pixels[:-2, :-2]
@@ -123,10 +128,13 @@ def _direction(values: np.ndarray) -> np.ndarray:
 
 
 def clip_similarity(folder: Path, references: Sequence[Image.Image]) -> Measure:
-    """Cosine of CLIP's picture embeddings to the references', averaged; `folder` is a model as transformers saves it.
+    """Mean cosine between the CLIP embedding of an image and those of the references.
+
+    Args:
+        folder: a CLIP model as transformers saves it.
 
     Raises:
-        KLoraError: there is no such model in the folder.
+        KLoraError: transformers cannot load such a model from the folder.
     """
     from transformers import CLIPVisionModelWithProjection
 
@@ -137,7 +145,7 @@ def dino_similarity(folder: Path, references: Sequence[Image.Image]) -> Measure:
     """The same with the class token of a DINO vision transformer.
 
     Raises:
-        KLoraError: there is no such model in the folder.
+        KLoraError: transformers cannot load such a model from the folder.
     """
     from transformers import AutoModel
 
@@ -151,14 +159,14 @@ def _embedded(folder: Path, references: Sequence[Image.Image], kind: type, embed
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         network = kind.from_pretrained(folder, local_files_only=True).eval()  # type: ignore[attr-defined]
     except (OSError, ValueError, KeyError) as error:
-        raise KLoraError(f"transformers cannot load a model for pictures from {folder}: {error}") from error
+        raise KLoraError(f"transformers cannot load an image model from {folder}: {error}") from error
 
-    def embeddings(pictures: Sequence[Image.Image]) -> Tensor:
+    def embeddings(images: Sequence[Image.Image]) -> Tensor:
         with torch.no_grad():
             output = network(
-                **processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
+                **processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
             )
         return nn.functional.normalize(embedding_of(output), dim=1)
 
     wanted = embeddings(references)
-    return lambda pictures: (embeddings(pictures) @ wanted.T).mean(1).double().numpy()
+    return lambda images: (embeddings(images) @ wanted.T).mean(1).double().numpy()

@@ -1,4 +1,4 @@
-"""What an evaluation measured, as tables: means, 95 % intervals, and differences picture by picture."""
+"""The results of an evaluation as tables: means, 95 % intervals, and differences image by image."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ GROUPS = {
     "alpha-beta": "α and β",
     "gamma": "γ auto and off",
     "order": "Finding (ii): which LoRA in which half of the steps",
-    "subject-alone": "Findings (i) and (ii): the subject LoRA alone, in half of the steps and on a random share of the layers",
-    "style-alone": "Findings (i) and (ii): the style LoRA alone, in half of the steps and on a random share of the layers",
+    "subject-alone": "Findings (i) and (ii): the subject LoRA alone, in part of the steps or layers",
+    "style-alone": "Findings (i) and (ii): the style LoRA alone, in part of the steps or layers",
 }
 """Name of a table -> its title."""
 FAR_GAMMA = 2.0
-"""From this factor on two LoRAs count as of very different magnitude."""
+"""Two LoRAs whose magnitudes are this many times apart or more count as very different."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured picture.
+    """One measured image.
 
     Attributes:
-        gamma: of the pair, eq. (9), whatever is in force.
-        share: of the layers and steps, the subject's.
-        values: by measure.
+        gamma: γ of the pair by K-LoRA eq. (9), even where another one was used.
+        share: the subject's share of the layers and steps.
+        values: {measure: value}.
     """
 
     group: str
@@ -59,9 +59,9 @@ class Mean:
 
 
 def mean_over_pairs(values: Mapping[str, Sequence[float]], draws: int = 2000) -> Mean:
-    """Mean of all values; its interval by a bootstrap that draws pairs, then pictures of each pair, with replacement.
+    """Mean of all values, with its interval by a bootstrap over pairs and the images of each pair.
 
-    Pictures of one pair are alike, so to draw them singly would claim too much.
+    Images of one pair resemble each other, so drawing them one by one would make the interval too narrow.
     """
     rng = np.random.RandomState(0)
     groups = [np.asarray(group, float) for group in values.values()]
@@ -80,9 +80,9 @@ class Line:
     """One row of a table.
 
     Attributes:
-        count: of pictures.
-        columns: by measure, then "both", the harmonic mean of subject and style.
-        against: how much "both" differs from the table's first line, picture by picture; None in that line.
+        count: of images.
+        columns: {measure: mean}, then "both", the harmonic mean of subject and style.
+        against: how much "both" differs from the table's first line, image by image; None in that line.
     """
 
     label: str
@@ -93,7 +93,7 @@ class Line:
 
 
 def table(rows: Sequence[Row]) -> list[Line]:
-    """Means of every variant in `rows`, in their order; all of one group."""
+    """Means of every variant in `rows`, which belong to one group, in the order of the rows."""
     labels = list(dict.fromkeys(row.variant for row in rows))
     of = {label: [row for row in rows if row.variant == label] for label in labels}
     base = {(row.pair, row.seed): row.both for row in of[labels[0]]}
@@ -125,12 +125,13 @@ def as_text(lines: Sequence[Line]) -> str:
     names = list(lines[0].columns)
     width = max(len(line.label) for line in lines) + 2
     head = (
-        f"{'':{width}}{'pictures':>9}{'subject share':>15}"
+        f"{'':{width}}{'images':>9}{'subject share':>15}"
         + "".join(f"{name:>24}" for name in names)
         + f"{'both, against the first':>26}"
     )
     body = [
-        f"{line.label:{width}}{line.count:9}{line.share:15.1%}" + "".join(f"{line.columns[name]!s:>24}" for name in names)
+        f"{line.label:{width}}{line.count:9}{line.share:15.1%}"
+        + "".join(f"{line.columns[name]!s:>24}" for name in names)
         + (f"{line.against!s:>26}" if line.against else "")
         for line in lines
     ]  # fmt: skip
@@ -138,7 +139,10 @@ def as_text(lines: Sequence[Line]) -> str:
 
 
 def tables(rows: Sequence[Row], groups: Sequence[str]) -> dict[str, list[Line]]:
-    """Title -> table, for all groups that have rows; γ's once for pairs of like and once for pairs of unlike magnitude."""
+    """{title: table} for all groups that have rows.
+
+    γ has two tables: one for pairs of very different magnitude, one for the other pairs.
+    """
     found = {}
     for group in groups:
         own = [row for row in rows if row.group == group]

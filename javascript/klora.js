@@ -1,21 +1,25 @@
 "use strict";
 
-/* The K-LoRA panel of txt2img and of img2img: asks for the files and scores of a pair once, and draws the rest in the browser. */
+/* The K-LoRA panels of txt2img and img2img. They ask the server once for the files and scores of a pair, and
+   draw the rest in the browser. */
 (function(klora) {
     const TABS = ["txt2img", "img2img"];
     const DEBOUNCE = 250, TRY_AGAIN = 2500, MOST_PAIRS = 6, MOST_PLANS = 24;
+    /** The host's own fields that a plan depends on. */
+    const FOLLOWED = ["steps", "seed", "denoising_strength"];
     const panels = {};
 
     async function ask(route, body, signal) {
         const answer = await fetch(`./klora/internal/${route}`, {
             method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body), signal,
         });
-        return answer.ok ? answer.json() : {problem: `The WebUI answered with status ${answer.status}.`, again: false};
+        if (answer.ok) return answer.json();
+        return {problem: `The WebUI answered with status ${answer.status}.`, again: false};
     }
 
     const field = (tab, name) => gradioApp().querySelector(`#${tab}_${name} input[type=number]`);
 
-    /** Number in one of the host's own fields, `otherwise` where there is none. */
+    /** The number in one of the host's own fields, or `otherwise` if there is none. */
     function hostNumber(tab, name, otherwise) {
         const value = parseFloat((field(tab, name) || {}).value);
         return Number.isFinite(value) ? value : otherwise;
@@ -29,7 +33,7 @@
         }
     }
 
-    /** The prompt of a tab, to put trigger words into. */
+    /** The prompt of a tab, which trigger words are added to. */
     class Prompt {
         constructor(tab) {
             this.tab = tab;
@@ -79,15 +83,16 @@
             this.status = element("p", {class: "klora-status", role: "status"});
             this.choices = element("div", {class: "klora-choices", role: "group", "aria-label": "Which map"});
             this.title = element("span", {class: "klora-title"});
-            this.widen = element("button", {type: "button", class: "klora-choice", "aria-pressed": "false"}, "layer names");
+            const toggle = {type: "button", class: "klora-choice", "aria-pressed": "false"};
+            this.widen = element("button", toggle, "layer names");
             this.widen.addEventListener("click", () => {
                 this.map.wide = !this.map.wide;
                 this.widen.setAttribute("aria-pressed", String(this.map.wide));
                 this.map.draw();
             });
             this.map = new klora.SelectionMap(this.constants);
-            this.mapPlace = element("div", {class: "klora-map-place", hidden: true},
-                element("div", {class: "klora-map-head"}, this.choices, this.title, this.widen), this.map.root);
+            const head = element("div", {class: "klora-map-head"}, this.choices, this.title, this.widen);
+            this.mapPlace = element("div", {class: "klora-map-place", hidden: true}, head, this.map.root);
             this.root.replaceChildren(this.cardPlace, this.status, this.mapPlace);
         }
 
@@ -113,7 +118,7 @@
             return known && known.layers ? known : null;
         }
 
-        /** The controls hold other values now, by the user or by a pasted text. */
+        /** The values of the controls have changed, by the user or by pasted parameters. */
         changed(values) {
             const before = this.pairKey;
             this.values = values;
@@ -122,7 +127,7 @@
             this.redraw();
         }
 
-        /** Ask for the card and then for the scores; whatever was asked before is given up. */
+        /** Ask for the card and then for the scores. Earlier requests are cancelled. */
         refresh(delay = 0) {
             clearTimeout(this.timer);
             if (this.asking) this.asking.abort();
@@ -141,16 +146,18 @@
             try {
                 const card = await ask("card", names, asking.signal);
                 if (asking.signal.aborted) return;
-                this.card = card.problem ? {subject: null, style: null, layers: null, checkpoint: null, problems: [card.problem]} : card;
+                const none = {subject: null, style: null, layers: null, checkpoint: null};
+                this.card = card.problem ? {...none, problems: [card.problem]} : card;
                 this.redraw();
-                if (card.layers && card.layers.shared && card.subject.base === card.style.base && !this.pairs.has(pairKey)) {
-                    this.say("Scoring the pair: once, then it is kept …");
+                const scorable = card.layers && card.layers.shared && card.subject.base === card.style.base;
+                if (scorable && !this.pairs.has(pairKey)) {
+                    this.say("Scoring the pair, which is only done once …");
                     await this.score(names, kScale, pairKey, asking);
                 }
                 this.say("");
             } catch (error) {
                 if (error.name === "AbortError") return;
-                this.say("The WebUI does not answer: the card is shown when it does.");
+                this.say("The WebUI does not answer. The card will appear as soon as it does.");
                 this.refresh(TRY_AGAIN);
             }
         }
@@ -176,7 +183,7 @@
             this.status.hidden = !sentence;
         }
 
-        /** Draw at the next frame, however often it is asked for until then. */
+        /** Draw once in the next frame, however often this is called until then. */
         redraw() {
             if (this.frame) return;
             this.frame = requestAnimationFrame(() => {
@@ -191,7 +198,9 @@
             this.drawCard(plan);
             const applied = this.applied();
             clearTimeout(this.planTimer);
-            if (this.wanted.size && !this.askingPlan) this.planTimer = setTimeout(() => this.loadPlan(), DEBOUNCE);
+            if (this.wanted.size && !this.askingPlan) {
+                this.planTimer = setTimeout(() => this.loadPlan(), DEBOUNCE);
+            }
             if (!applied) this.shown = "planned";
             const view = this.shown === "planned" ? plan : applied;
             this.mapPlace.hidden = !(view && view.rows);
@@ -206,15 +215,19 @@
                 this.cardPlace.replaceChildren();
                 return;
             }
-            const known = this.pairs.get(this.pairKey) || {};
-            const shares = plan && plan.rows ? plan.rows.map(row => klora.subjectShare(row, this.constants.levels)).filter(share => share !== null) : [];
+            const known = this.pairs.get(this.pairKey) || {}, {levels} = this.constants;
+            const rows = plan && plan.rows ? plan.rows : [];
+            const shares = rows.map(row => klora.subjectShare(row, levels)).filter(share => share !== null);
             const share = shares.length ? shares.reduce((sum, one) => sum + one, 0) / shares.length : null;
             const problems = [known.problem, plan && plan.problem].filter(Boolean).join(" ");
-            const offered = ["subject", "style"].every(role => (this.card[role] || {}).schedule === "s*") && this.values.schedule === "s";
-            const more = {gamma: plan && plan.rows ? plan.gamma : known.gamma ?? null, share, warnings: known.warnings || [], problem: problems, offered};
+            const recommended = ["subject", "style"].every(role => (this.card[role] || {}).schedule === "s*");
+            const offered = recommended && this.values.schedule === "s";
+            const gamma = plan && plan.rows ? plan.gamma : known.gamma ?? null;
+            const more = {gamma, share, warnings: known.warnings || [], problem: problems, offered};
             const drawn = JSON.stringify([this.card, more]);
             if (drawn !== this.drawnCard || !this.cardPlace.firstChild) {
-                this.cardPlace.replaceChildren(klora.drawCard(this.card, more, this.prompt, () => this.usePreset()));
+                const drawnNow = klora.drawCard(this.card, more, this.prompt, () => this.usePreset());
+                this.cardPlace.replaceChildren(drawnNow);
                 this.drawnCard = drawn;
             }
             this.markWords();
@@ -230,28 +243,31 @@
             }
         }
 
-        /** Settings of a plan from values by name; {problem} where a number is none. */
+        /** The settings of a plan from values by name, or {problem} if one of them is not a number. */
         settingsOf(values, steps, seed) {
             const numbers = {};
             for (const name of ["alpha", "beta", "gamma"]) {
                 numbers[name] = klora.readNumber(values[name], this.constants.numbers[name]);
                 if (numbers[name] === undefined) {
                     const {label, words, bounds} = this.constants.numbers[name];
-                    return {problem: `${label} is ${[...words, `a number from ${bounds[0]} to ${bounds[1]}`].join(" or ")}, not “${values[name]}”.`};
+                    const allowed = [...words, `a number from ${bounds[0]} to ${bounds[1]}`].join(" or ");
+                    return {problem: `${label} must be ${allowed}, not “${values[name]}”.`};
                 }
             }
             const beta = numbers.beta === "auto" ? this.constants.schedules[values.schedule] : numbers.beta;
-            return {method: values.method, schedule: values.schedule, alpha: numbers.alpha, beta, gamma: numbers.gamma, steps, seed};
+            const {method, schedule} = values, {alpha, gamma} = numbers;
+            return {method, schedule, alpha, beta, gamma, steps, seed};
         }
 
-        /** Steps of the whole schedule, and the first that runs: img2img enters where its noise level stands. */
+        /** Steps of the whole schedule, and the first one that runs: img2img starts at its noise level. */
         course() {
             const steps = Math.max(1, Math.round(hostNumber(this.tab, "steps", 20)));
             if (this.tab !== "img2img") return {steps, first: 0};
             const strength = Math.min(hostNumber(this.tab, "denoising_strength", 0.75), 0.999);
             const whole = opts.img2img_fix_steps ? Math.trunc(steps / strength) || 0 : steps;
             const run = (opts.img2img_fix_steps ? steps - 1 : Math.trunc(strength * steps)) + 1;
-            return this.values.hires === "restart" ? {steps: run, first: 0} : {steps: Math.max(whole, run), first: Math.max(whole - run, 0)};
+            if (this.values.hires === "restart") return {steps: run, first: 0};
+            return {steps: Math.max(whole, run), first: Math.max(whole - run, 0)};
         }
 
         planned() {
@@ -259,25 +275,36 @@
             const settings = this.settingsOf(this.values, steps, Math.max(0, Math.trunc(seed)));
             if (settings.problem) return settings;
             const plan = this.planOf(this.pair, this.pairKey, settings);
-            if (!plan.rows) return !plan.problem && this.lastPlan && this.lastPlan.pair === this.pair ? this.lastPlan : plan;
-            const rows = plan.rows.map((row, step) => step < first ? new Uint8Array(row.length).fill(klora.NOT_RUN) : row);
-            const unknown = this.constants.seeded.includes(settings.method) && seed < 0 ? ", here with seed 0: the true one is drawn at Generate" : "";
-            this.lastPlan = {...plan, rows, pair: this.pair, method: settings.method, names: this.names, title: this.titleOf(settings, plan.gamma) + unknown};
+            if (!plan.rows) {
+                const shown = !plan.problem && this.lastPlan && this.lastPlan.pair === this.pair;
+                return shown ? this.lastPlan : plan;
+            }
+            const blank = row => new Uint8Array(row.length).fill(klora.NOT_RUN), {method} = settings;
+            const rows = plan.rows.map((row, step) => step < first ? blank(row) : row);
+            const unknown = this.constants.seeded.includes(method) && seed < 0;
+            const note = unknown ? ", with seed 0 here: Generate draws the real one" : "";
+            const title = this.titleOf(settings, plan.gamma) + note;
+            this.lastPlan = {...plan, rows, pair: this.pair, method, names: this.names, title};
             return this.lastPlan;
         }
 
-        /** {rows, s, gamma} of a pair: by the method's own rule where the page has it, else as the server says; rows is null until it has said it. */
+        /**
+         * {rows, s, gamma} of a pair. Methods that compare are computed here, others by the server; rows is
+         * null until it has answered.
+         */
         planOf(pair, pairKey, settings) {
             const {alphaM, comparisons, levels} = this.constants, rule = comparisons[settings.method];
             const s = klora.scheduleValues(settings, alphaM), gamma = klora.gammaOf(pair, settings.gamma);
             if (rule) return {rows: klora.compared(rule, pair, s, gamma, levels), s, gamma};
-            const [names, kScale] = JSON.parse(pairKey), seed = this.constants.seeded.includes(settings.method) ? settings.seed : 0;
-            const asked = {...names, k_scale: kScale, ...settings, seed}, key = JSON.stringify(asked), told = this.plans.get(key);
+            const [names, kScale] = JSON.parse(pairKey);
+            const seed = this.constants.seeded.includes(settings.method) ? settings.seed : 0;
+            const asked = {...names, k_scale: kScale, ...settings, seed};
+            const key = JSON.stringify(asked), told = this.plans.get(key);
             if (!told) this.wanted.set(key, asked);
             return {rows: told && !told.problem ? told : null, problem: told && told.problem, s, gamma};
         }
 
-        /** Ask for one of the plans that the last drawing lacked, and draw again: that asks for the next. */
+        /** Ask for one of the plans that the last drawing lacked, and draw again, which asks for the next. */
         async loadPlan() {
             const [key, asked] = this.wanted.entries().next().value;
             let wait = 0;
@@ -304,7 +331,8 @@
 
         drawChoices(applied) {
             const choice = (text, pressed, act) => {
-                const button = klora.element("button", {type: "button", class: "klora-choice", "aria-pressed": String(pressed)}, text);
+                const toggle = {type: "button", class: "klora-choice", "aria-pressed": String(pressed)};
+                const button = klora.element("button", toggle, text);
                 button.addEventListener("click", () => {
                     act();
                     this.draw();
@@ -312,16 +340,25 @@
                 return button;
             };
             const batches = new Set(this.passes.map(pass => pass.batch)).size;
-            const nameOf = pass => ["applied", batches > 1 ? `batch ${pass.batch + 1}` : "", pass.pass === "hires" ? "hires pass" : ""].filter(Boolean).join(", ");
-            this.choices.replaceChildren(choice("planned", this.shown === "planned", () => {
+            const nameOf = pass => [
+                "applied",
+                batches > 1 ? `batch ${pass.batch + 1}` : "",
+                pass.pass === "hires" ? "hires pass" : "",
+            ].filter(Boolean).join(", ");
+            const planned = choice("planned", this.shown === "planned", () => {
                 this.shown = "planned";
-            }), ...(applied ? this.passes : []).map((pass, i) => choice(nameOf(pass), this.shown === "applied" && this.passIndex === i, () => {
-                this.shown = "applied";
-                this.passIndex = i;
-            })));
+            });
+            const passes = (applied ? this.passes : []).map((pass, i) => {
+                const pressed = this.shown === "applied" && this.passIndex === i;
+                return choice(nameOf(pass), pressed, () => {
+                    this.shown = "applied";
+                    this.passIndex = i;
+                });
+            });
+            this.choices.replaceChildren(planned, ...passes);
         }
 
-        /** The host has made a picture: what was recorded of it, if K-LoRA took part. */
+        /** The host has made an image: take what was recorded, if K-LoRA took part. */
         generated(text) {
             let info;
             try {
@@ -336,7 +373,7 @@
             this.redraw();
         }
 
-        /** The recorded pass that is chosen, as the map draws it; null where there is none or its layers are not known here. */
+        /** The chosen recorded pass as the map draws it; null if there is none or its layers are unknown. */
         applied() {
             const pass = this.passes[this.passIndex];
             if (!pass) return null;
@@ -349,29 +386,34 @@
             if (!pair) return null;
             const seed = (this.info.all_seeds || [0])[pass.batch * (this.info.batch_size || 1)] || 0;
             const settings = this.settingsOf(values, pass.steps, seed);
-            const rows = klora.rowsOf(pass, this.constants.levels), view = {rows, pair, method: values.method, names: values};
+            const rows = klora.rowsOf(pass, this.constants.levels);
+            const view = {rows, pair, method: values.method, names: values};
             if (settings.problem) return {...view, s: null, gamma: null, title: "as applied"};
             const plan = this.planOf(pair, pairKey, settings);
             return {...view, s: plan.s, gamma: plan.gamma, title: this.verdict(rows, plan.rows)};
         }
 
-        /** What is to be said of recorded rows, and how they compare with the planned ones, null while those are not known. */
+        /** A sentence about recorded rows; `planned` is null until the planned ones are known. */
         verdict(rows, planned) {
-            const ran = rows.filter(row => row[0] !== klora.NOT_RUN).length;
-            if (!planned) return `last picture: ${ran} of ${rows.length} steps ran`;
-            const other = rows.reduce((sum, row, step) => row[0] === klora.NOT_RUN ? sum : sum + row.filter((choice, layer) => choice !== planned[step][layer]).length, 0);
-            return `last picture: ${ran} of ${rows.length} steps ran, ${other ? `${other} choices other than planned` : "all as planned"}`;
+            const ran = [...rows.keys()].filter(step => rows[step][0] !== klora.NOT_RUN);
+            const said = `last image: ${ran.length} of ${rows.length} steps ran`;
+            if (!planned) return said;
+            const differing = step => rows[step].filter((code, layer) => code !== planned[step][layer]);
+            const other = ran.reduce((sum, step) => sum + differing(step).length, 0);
+            return `${said}, ${other ? `${other} choices differ from the plan` : "all as planned"}`;
         }
 
-        /** [key, scores] of the pair that a recorded pass is of; empty where they are not known here. */
+        /** [key, scores] of the pair in a recorded pass; empty if they are not known here. */
         pairOf(pass, {subject, style, k_scale}) {
-            const key = JSON.stringify([{subject, style}, klora.readNumber(k_scale, this.constants.numbers.k_scale)]), pair = this.pairs.get(key);
+            const kScale = klora.readNumber(k_scale, this.constants.numbers.k_scale);
+            const key = JSON.stringify([{subject, style}, kScale]), pair = this.pairs.get(key);
             return pair && pair.layers && pair.layers.name.length === pass.layers ? [key, pair] : [];
         }
 
-        /** Something on the page changed that may matter here. */
+        /** Something on the page has changed: look whether it matters here. */
         look() {
-            const info = (gradioApp().querySelector(`#generation_info_${this.tab} textarea`) || {}).value || "";
+            const place = gradioApp().querySelector(`#generation_info_${this.tab} textarea`);
+            const info = (place || {}).value || "";
             if (info !== (this.seenInfo ?? "")) {
                 this.seenInfo = info;
                 this.generated(info);
@@ -381,12 +423,13 @@
                 this.seenLog = log;
                 if (this.card && !this.card.checkpoint) this.refresh(DEBOUNCE);
             }
-            const checkpoint = (gradioApp().querySelector("#setting_sd_model_checkpoint input") || {}).value + opts.sd_model_checkpoint;
+            const setting = gradioApp().querySelector("#setting_sd_model_checkpoint input");
+            const checkpoint = (setting || {}).value + opts.sd_model_checkpoint;
             if (this.seenCheckpoint !== checkpoint) {
                 this.seenCheckpoint = checkpoint;
                 if (this.card) this.refresh();
             }
-            const fields = ["steps", "seed", "denoising_strength"].map(name => hostNumber(this.tab, name, null)).join();
+            const fields = FOLLOWED.map(name => hostNumber(this.tab, name, null)).join();
             if (this.seenFields !== fields) {
                 this.seenFields = fields;
                 if (this.card) this.redraw();
@@ -394,7 +437,7 @@
         }
     }
 
-    /** Called by the page whenever a control of the panel changes, with the values of all by name. */
+    /** The page calls this when a control of the panel changes, with the values of all controls by name. */
     klora.changed = function(tab, names, values) {
         const panel = panelOf(tab);
         if (panel) panel.changed(Object.fromEntries(names.map((name, i) => [name, values[i]])));
@@ -412,10 +455,13 @@
     if (globalThis.onUiLoaded) {
         onUiLoaded(() => {
             TABS.forEach(panelOf);
-            const own = TABS.map(tab => ["steps", "seed", "denoising_strength"].map(name => `#${tab}_${name}`)).flat().join();
+            const followed = TABS.map(tab => FOLLOWED.map(name => `#${tab}_${name}`)).flat().join();
+            const prompts = TABS.map(tab => `#${tab}_prompt`).join();
             gradioApp().addEventListener("input", event => {
-                if (event.target.closest(own)) look();
-                else if (event.target.closest(TABS.map(tab => `#${tab}_prompt`).join())) TABS.forEach(tab => panels[tab] && panels[tab].markWords());
+                if (event.target.closest(followed)) look();
+                if (event.target.closest(prompts)) {
+                    TABS.forEach(tab => panels[tab] && panels[tab].markWords());
+                }
             });
         });
         onAfterUiUpdate(look);

@@ -1,9 +1,11 @@
 "use strict";
 
-/* The selection map of the page: steps down, layers across, beside it the schedule and the subject's share of every step. */
+/* The selection map in the page: steps run down, layers across. Beside it are the schedule and the subject's
+   share at every step. */
 (function(klora) {
     const AXIS = 34, TOP = 30, BELOW = 46, BLOCK_GAP = 2, GROUP_GAP = 8, COURSE = 158, CURVE = 92;
-    const HEIGHT = 300, LEAST_ROW = 4, MOST_ROW = 20, LEAST_CELL = 0.3, MOST_CELL = 16, WIDE_CELL = 12, NAMES = 170, MOST_PIXELS = 16000;
+    const HEIGHT = 300, LEAST_ROW = 4, MOST_ROW = 20, LEAST_CELL = 0.3, MOST_CELL = 16, WIDE_CELL = 12;
+    const NAMES = 170, MOST_PIXELS = 16000;
     const NARROW = 560;
 
     const percent = share => share === null ? "–" : `${Math.round(share * 100)}%`;
@@ -20,7 +22,7 @@
         return made;
     }
 
-    /** Layers in the order of the network with their places on the map. */
+    /** The layers in the order of the network, with their places on the map. */
     function layOut(layers, cell) {
         const order = [...layers.place.keys()].sort((a, b) => layers.place[a] - layers.place[b]);
         const columns = [], blocks = [], groups = [];
@@ -34,8 +36,9 @@
             columns.push(column);
             for (const [spans, name] of [[blocks, block], [groups, group]]) {
                 const span = spans[spans.length - 1];
-                if (!span || span.name !== name) spans.push({name, left, right: left + cell, layers: [layer]});
-                else {
+                if (!span || span.name !== name) {
+                    spans.push({name, left, right: left + cell, layers: [layer]});
+                } else {
                     span.right = left + cell;
                     span.layers.push(layer);
                 }
@@ -50,9 +53,10 @@
         return columns.length ? width : 0;
     }
 
-    /** The context of a canvas of this many CSS pixels, sharp on any screen, with at least one pixel for the narrowest column. */
+    /** The context of a canvas of this many CSS pixels, sharp on any screen, a pixel for every column. */
     function canvasOf(canvas, width, height, narrowest = 1) {
-        const ratio = window.devicePixelRatio || 1, whole = Math.ceil(ratio * Math.min(1, narrowest)) / Math.min(1, narrowest);
+        const ratio = window.devicePixelRatio || 1, least = Math.min(1, narrowest);
+        const whole = Math.ceil(ratio * least) / least;
         const scale = Math.min(whole, MOST_PIXELS / Math.max(width, 1));
         canvas.width = Math.round(width * scale);
         canvas.height = Math.round(height * scale);
@@ -82,11 +86,12 @@
         return context.createPattern(tile, "repeat");
     }
 
-    /** One map in the page. `show` draws a plan or a recorded pass; nothing else is kept but the place that is pointed at. */
+    /** One map in the page. `show` draws a plan or a recorded pass; the only other state is the pointer. */
     class SelectionMap {
         constructor({levels, comparisons, magnitudes}) {
             Object.assign(this, {levels, comparisons, magnitudes});
-            this.colours = {subject: levels[klora.codeOf(levels, 1, 0)].colour, style: levels[klora.codeOf(levels, 0, 1)].colour};
+            const colourOf = (...pair) => levels[klora.codeOf(levels, ...pair)].colour;
+            this.colours = {subject: colourOf(1, 0), style: colourOf(0, 1)};
             this.wide = false;
             this.axis = element("canvas", {class: "klora-axis", "aria-hidden": "true"});
             this.cells = element("canvas", {class: "klora-cells", tabindex: "0", role: "img"});
@@ -96,20 +101,22 @@
             this.tip = element("div", {class: "klora-tip", role: "status", hidden: true});
             this.legend = element("div", {class: "klora-legend"});
             this.text = element("div", {class: "klora-text"});
-            this.root = element("div", {class: "klora-map"}, this.body, this.tip, this.legend,
-                element("details", {class: "klora-as-text"}, element("summary", {}, "The map as text"), this.text));
+            const summary = element("summary", {}, "The map as text");
+            const asText = element("details", {class: "klora-as-text"}, summary, this.text);
+            this.root = element("div", {class: "klora-map"}, this.body, this.tip, this.legend, asText);
             this.cells.addEventListener("pointermove", event => this.pointAt(event));
             this.cells.addEventListener("pointerdown", event => this.pointAt(event));
             this.cells.addEventListener("pointerleave", () => this.leave());
             this.cells.addEventListener("blur", () => this.leave());
             this.cells.addEventListener("keydown", event => this.step(event));
             new ResizeObserver(() => {
-                if (this.view && this.root.clientWidth && this.root.clientWidth !== this.drawnFor) this.draw();
+                const width = this.root.clientWidth;
+                if (this.view && width && width !== this.drawnFor) this.draw();
             }).observe(this.root);
         }
 
         /**
-         * @param view {pair, rows, s, method, gamma, names: {subject, style}}; s null where the run's schedule is not known
+         * @param view {pair, rows, s, method, gamma, names: {subject, style}}; s is null if it is not known
          */
         show(view) {
             this.view = view;
@@ -129,7 +136,8 @@
             this.paper = style.getPropertyValue("--klora-paper").trim() || "#fff";
             this.faint = style.getPropertyValue("--klora-faint").trim() || "#888";
             const available = (width < NARROW ? 0 : width - AXIS - COURSE - 15) - gaps(pair.layers);
-            const share = available / pair.layers.name.length, fitting = share >= 2 ? Math.min(MOST_CELL, Math.floor(share)) : share;
+            const share = available / pair.layers.name.length;
+            const fitting = share >= 2 ? Math.min(MOST_CELL, Math.floor(share)) : share;
             this.cell = this.wide ? Math.max(fitting, WIDE_CELL) : fitting >= LEAST_CELL ? fitting : 1;
             this.row = Math.max(LEAST_ROW, Math.min(MOST_ROW, Math.floor(HEIGHT / rows.length)));
             this.layout = layOut(pair.layers, this.cell);
@@ -155,9 +163,11 @@
         }
 
         drawCells() {
-            const {pair, rows} = this.view, {columns, groups, blocks, width} = this.layout, {cell, row} = this;
+            const {pair, rows} = this.view, {cell, row} = this;
+            const {columns, groups, blocks, width} = this.layout;
             const context = canvasOf(this.cells, width, this.height, cell);
-            context.globalCompositeOperation = "lighter"; // layers narrower than a pixel add up to their mean colour
+            // Layers narrower than a pixel add up to their mean colour.
+            context.globalCompositeOperation = "lighter";
             for (const {layer, left} of columns) {
                 for (let first = 0, step = 1; step <= rows.length; step++) {
                     if (step < rows.length && rows[step][layer] === rows[first][layer]) continue;
@@ -181,7 +191,9 @@
             if (row >= 8) {
                 context.fillStyle = this.paper;
                 context.globalAlpha = 0.35;
-                for (let step = 1; step < rows.length; step++) context.fillRect(0, this.topOf(step) - 0.5, width, 1);
+                for (let step = 1; step < rows.length; step++) {
+                    context.fillRect(0, this.topOf(step) - 0.5, width, 1);
+                }
                 context.globalAlpha = 1;
             }
             this.nameSpans(context, groups, blocks);
@@ -216,7 +228,8 @@
             }
             taken = -1;
             for (const {name, left, right} of blocks) {
-                const number = name.replace(/^\D+/, ""), middle = (left + right) / 2, half = context.measureText(number).width / 2;
+                const number = name.replace(/^\D+/, "");
+                const middle = (left + right) / 2, half = context.measureText(number).width / 2;
                 context.fillStyle = this.faint;
                 context.fillRect(left, bottom + 4, right - left, 1);
                 if (!number || middle - half < taken) continue;
@@ -252,13 +265,15 @@
             const {column, step} = this.pointed;
             context.strokeStyle = this.ink;
             context.lineWidth = 1;
-            context.strokeRect(column.left - 0.5, TOP - 0.5, this.cell + 1, this.row * this.view.rows.length + 1);
+            const height = this.row * this.view.rows.length;
+            context.strokeRect(column.left - 0.5, TOP - 0.5, this.cell + 1, height + 1);
             context.strokeRect(-0.5, this.topOf(step) - 0.5, this.layout.width + 1, this.row + 1);
         }
 
-        /** S(t) against the steps, the place where it passes 1, and bars of the subject's share. */
+        /** S(t) over the steps, the steps where it passes 1, and bars for the subject's share. */
         drawCourse() {
-            const {rows, s, method} = this.view, context = canvasOf(this.course, COURSE, this.height), bottom = this.topOf(rows.length);
+            const {rows, s, method} = this.view, bottom = this.topOf(rows.length);
+            const context = canvasOf(this.course, COURSE, this.height);
             const bars = CURVE + 8, barWidth = COURSE - bars - 2;
             context.fillStyle = this.ink;
             context.textAlign = "right";
@@ -277,8 +292,9 @@
             context.fillText("0", bars, bottom + 13);
             context.textAlign = "right";
             context.fillText("100%", bars + barWidth, bottom + 13);
-            const summary = `Subject's share of the layers: ${percent(klora.subjectShare(rows[0], this.levels))} at the first step, ` +
-                `${percent(klora.subjectShare(rows[rows.length - 1], this.levels))} at the last.`;
+            const shareAt = row => percent(klora.subjectShare(row, this.levels));
+            const summary = "Subject's share of the layers: " +
+                `${shareAt(rows[0])} at the first step, ${shareAt(rows[rows.length - 1])} at the last.`;
             this.course.setAttribute("aria-label", summary);
             if (s) this.drawCurve(context, s, bottom, Boolean((this.comparisons[method] || {}).s));
         }
@@ -286,7 +302,8 @@
         drawCurve(context, s, bottom, inUse) {
             const ratio = this.pointed ? this.ratioOf(this.pointed.column.layer) : null;
             const low = Math.min(0, ...s), high = Math.max(1.25, ...s) * 1.05, left = 2, right = CURVE - 8;
-            const across = value => left + (Math.min(high, Math.max(low, value)) - low) / (high - low) * (right - left);
+            const within = value => Math.min(high, Math.max(low, value));
+            const across = value => left + (within(value) - low) / (high - low) * (right - left);
             const middle = step => this.topOf(step) + this.row / 2;
             context.strokeStyle = context.fillStyle = this.faint;
             context.lineWidth = 1;
@@ -306,14 +323,17 @@
             context.lineWidth = 2;
             context.beginPath();
             const changes = [...s].map((value, step) => step ? value - s[step - 1] : 0);
-            const rises = changes.filter(change => change > 0).length >= changes.filter(change => change < 0).length;
+            const ups = changes.filter(change => change > 0), downs = changes.filter(change => change < 0);
+            const rises = ups.length >= downs.length;
             s.forEach((value, step) => {
                 const wraps = changes[step] !== 0 && (changes[step] > 0) !== rises;
                 context[step && !wraps ? "lineTo" : "moveTo"](across(value), middle(step));
             });
             context.stroke();
             if (inUse) {
-                this.crossings(s, 1).forEach(step => this.dot(context, across(s[step]), middle(step), this.ink));
+                for (const step of this.crossings(s, 1)) {
+                    this.dot(context, across(s[step]), middle(step), this.ink);
+                }
                 if (ratio !== null) this.drawRatio(context, s, ratio, across, middle, bottom);
             }
             context.globalAlpha = 1;
@@ -326,10 +346,12 @@
             context.moveTo(across(ratio), TOP);
             context.lineTo(across(ratio), bottom);
             context.stroke();
-            this.crossings(s, ratio).forEach(step => this.dot(context, across(s[step]), middle(step), this.colours.subject));
+            for (const step of this.crossings(s, ratio)) {
+                this.dot(context, across(s[step]), middle(step), this.colours.subject);
+            }
         }
 
-        /** The steps at which S(t) has passed a level since the step before. */
+        /** The steps at which S(t) has passed a level since the previous step. */
         crossings(s, level) {
             return [...s.keys()].filter(step => step > 0 && (s[step] <= level) !== (s[step - 1] <= level));
         }
@@ -344,13 +366,17 @@
             context.stroke();
         }
 
-        /** What the method compares on a layer, or else the first magnitude there is: {words, subject, style, ratio}; null where it is one LoRA's alone. */
+        /**
+         * {words, subject, style, ratio} of what the method compares in a layer, or of the first magnitude if
+         * it compares none; null if only one LoRA changes the layer.
+         */
         comparedOn(layer) {
             const {pair, method} = this.view, {layers} = pair;
             if (layers.only[layer]) return null;
-            const field = (this.comparisons[method] || {}).magnitude || Object.keys(this.magnitudes)[0], found = pair.magnitudes[field];
+            const field = (this.comparisons[method] || {}).magnitude || Object.keys(this.magnitudes)[0];
             const words = this.magnitudes[field].replace("{k}", layers.k[layer]);
-            return {words, subject: found.subject[layer], style: found.style[layer], ratio: found.ratio[layer]};
+            const {subject, style, ratio} = pair.magnitudes[field];
+            return {words, subject: subject[layer], style: style[layer], ratio: ratio[layer]};
         }
 
         ratioOf(layer) {
@@ -362,7 +388,8 @@
             const box = this.cells.getBoundingClientRect();
             const x = event.clientX - box.left, step = Math.floor((event.clientY - box.top - TOP) / this.row);
             const column = this.layout && this.layout.columns.findLast(one => one.left <= x);
-            if (!column || x > column.left + this.cell + GROUP_GAP || step < 0 || step >= this.view.rows.length) {
+            const inside = step >= 0 && step < this.view.rows.length;
+            if (!inside || !column || x > column.left + this.cell + GROUP_GAP) {
                 this.leave();
                 return;
             }
@@ -370,12 +397,16 @@
         }
 
         step(event) {
-            const moves = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], PageUp: [-20, 0], PageDown: [20, 0]}[event.key];
+            const moves = {
+                ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1],
+                PageUp: [-20, 0], PageDown: [20, 0],
+            }[event.key];
             if (event.key === "Escape") this.leave();
             if (!moves || !this.layout) return;
             event.preventDefault();
             const {columns} = this.layout, limit = (value, count) => Math.max(0, Math.min(count - 1, value));
-            const at = this.pointed ? [columns.indexOf(this.pointed.column), this.pointed.step] : [-moves[0], -moves[1]];
+            const {pointed} = this;
+            const at = pointed ? [columns.indexOf(pointed.column), pointed.step] : [-moves[0], -moves[1]];
             const column = columns[limit(at[0] + moves[0], columns.length)];
             this.scroller.scrollLeft = column.left - this.scroller.clientWidth / 2;
             this.point(column, limit(at[1] + moves[1], this.view.rows.length));
@@ -394,8 +425,9 @@
         placeTip(column, step) {
             const root = this.root.getBoundingClientRect(), cells = this.cells.getBoundingClientRect();
             const x = cells.left - root.left + column.left, y = cells.top - root.top + this.topOf(step);
-            const left = x + this.tip.offsetWidth + 24 > root.width ? x - this.tip.offsetWidth - 12 : x + this.cell + 12;
-            this.tip.style.left = `${Math.max(0, Math.min(root.width - this.tip.offsetWidth, left))}px`;
+            const width = this.tip.offsetWidth;
+            const left = x + width + 24 > root.width ? x - width - 12 : x + this.cell + 12;
+            this.tip.style.left = `${Math.max(0, Math.min(root.width - width, left))}px`;
             this.tip.style.top = `${y + this.row + 8}px`;
         }
 
@@ -416,20 +448,23 @@
                 element("div", {}, swatch, `step ${step}: ${who}`, s ? `, S = ${short(s[step])}` : ""),
             ];
             const found = this.comparedOn(layer), ratio = this.ratioOf(layer);
+            const say = sentence => lines.push(element("div", {}, sentence));
             if (found) {
-                lines.push(element("div", {}, `${found.words}: subject ${short(found.subject)}, style ${short(found.style)}`));
-                if (ratio !== null) lines.push(element("div", {}, `ratio subject ÷ γ · style: ${short(ratio)}`));
+                say(`${found.words}: subject ${short(found.subject)}, style ${short(found.style)}`);
+                if (ratio !== null) say(`ratio subject ÷ γ · style: ${short(ratio)}`);
             } else {
-                lines.push(element("div", {}, `Only ${layers.only[layer] === "subject" ? names.subject : names.style} changes this layer.`));
+                say(`Only ${names[layers.only[layer]]} changes this layer.`);
             }
-            const switches = klora.switchesOf(rows, layer).filter(one => rows[one][layer] !== klora.NOT_RUN && rows[one - 1][layer] !== klora.NOT_RUN);
+            const ran = one => rows[one][layer] !== klora.NOT_RUN;
+            const switches = klora.switchesOf(rows, layer).filter(one => ran(one) && ran(one - 1));
             const few = switches.slice(0, 6).join(", ") + (switches.length > 6 ? ", …" : "");
-            lines.push(element("div", {}, switches.length ? `switches at step ${few}` : "never switches"));
+            say(switches.length ? `switches at step ${few}` : "never switches");
             return lines;
         }
 
         swatch(code) {
-            const made = element("span", {class: `klora-swatch${code === klora.NOT_RUN ? " klora-blank" : ""}`});
+            const blank = code === klora.NOT_RUN ? " klora-blank" : "";
+            const made = element("span", {class: `klora-swatch${blank}`});
             if (code !== klora.NOT_RUN) made.style.background = this.levels[code].colour;
             return made;
         }
@@ -440,31 +475,40 @@
             const subject = klora.codeOf(levels, 1, 0), style = klora.codeOf(levels, 0, 1);
             const has = code => rows.some(row => row.includes(code));
             const mixed = [...levels.keys()].filter(code => code !== subject && code !== style && has(code));
+            const hatched = element("span", {class: "klora-swatch klora-hatched"});
             this.legend.replaceChildren(...[
                 entry(this.swatch(subject), `subject: ${names.subject}`),
                 entry(this.swatch(style), `style: ${names.style}`),
                 ...mixed.reverse().map(code => entry(this.swatch(code), levels[code].words)),
-                pair.layers.only.some(Boolean) ? entry(element("span", {class: "klora-swatch klora-hatched"}), "only one LoRA changes this layer") : null,
+                pair.layers.only.some(Boolean) ? entry(hatched, "only one LoRA changes this layer") : null,
                 has(klora.NOT_RUN) ? entry(this.swatch(klora.NOT_RUN), "did not run") : null,
             ].filter(Boolean));
         }
 
         writeText() {
-            const {pair, rows} = this.view, shown = rows.filter(row => row[0] !== klora.NOT_RUN), layers = pair.layers.name.length;
-            const last = Math.max(0, shown.length - 1), marks = [...new Set([0, Math.round(last / 3), Math.round(2 * last / 3), last])];
+            const {pair, rows} = this.view, layers = [...pair.layers.name.keys()];
             const steps = [...rows.keys()].filter(step => rows[step][0] !== klora.NOT_RUN);
-            const mean = shown.reduce((sum, row) => sum + klora.subjectShare(row, this.levels), 0) / (shown.length || 1);
-            const never = [...pair.layers.name.keys()].filter(layer => !klora.switchesOf(shown, layer).length).length;
-            this.summary = `${shown.length} of ${rows.length} steps, ${layers} layers. The subject holds ${percent(mean)} of the layers over the run` +
-                (shown.length ? `, ${percent(klora.subjectShare(shown[0], this.levels))} at the first step and ${percent(klora.subjectShare(shown[last], this.levels))} at the last` : "") +
-                `; ${never} layers never switch.`;
-            this.cells.setAttribute("aria-label", `Selection map. ${this.summary} Arrow keys move from layer to layer and from step to step.`);
+            const shown = steps.map(step => rows[step]), last = Math.max(0, shown.length - 1);
+            const marks = [...new Set([0, Math.round(last / 3), Math.round(2 * last / 3), last])];
+            const share = (row, members) => klora.subjectShare(row, this.levels, members);
+            const mean = shown.reduce((sum, row) => sum + share(row), 0) / (shown.length || 1);
+            const at = place => percent(share(shown[place]));
+            const ends = shown.length ? `, ${at(0)} at the first step and ${at(last)} at the last` : "";
+            const never = layers.filter(layer => !klora.switchesOf(shown, layer).length).length;
+            const size = `${shown.length} of ${rows.length} steps, ${layers.length} layers`;
+            const parts = `The subject has ${percent(mean)} of the layers over the run${ends}`;
+            this.summary = `${size}. ${parts}; ${never} layers never switch.`;
+            const keys = "The arrow keys move from layer to layer and from step to step.";
+            this.cells.setAttribute("aria-label", `Selection map. ${this.summary} ${keys}`);
             const head = element("tr", {}, element("th", {}, "block"), element("th", {}, "layers"),
                 ...marks.map(mark => element("th", {}, `step ${steps[mark] ?? 0}`)));
-            const body = layOut(pair.layers, 1).blocks.map(({name, layers: members}) => element("tr", {}, element("th", {scope: "row"}, name),
-                element("td", {}, String(members.length)), ...marks.map(mark => element("td", {}, shown[mark] ? percent(klora.subjectShare(shown[mark], this.levels, members)) : "–"))));
+            const cell = (mark, members) => shown[mark] ? percent(share(shown[mark], members)) : "–";
+            const body = layOut(pair.layers, 1).blocks.map(({name, layers: members}) => element("tr", {},
+                element("th", {scope: "row"}, name), element("td", {}, String(members.length)),
+                ...marks.map(mark => element("td", {}, cell(mark, members)))));
+            const caption = element("caption", {}, "The subject's share of each block's layers");
             this.text.replaceChildren(element("p", {}, this.summary),
-                element("table", {}, element("caption", {}, "The subject's share of each block's layers"), element("thead", {}, head), element("tbody", {}, ...body)));
+                element("table", {}, caption, element("thead", {}, head), element("tbody", {}, ...body)));
         }
     }
 

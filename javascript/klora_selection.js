@@ -1,8 +1,9 @@
 "use strict";
 
-/* How strongly each LoRA is on each layer at each step: S(t) and the rule of the methods that compare, bit for bit as in klora.core;
-   of all other methods, and of what was applied, the server tells the changes. A row of a plan has one code a layer: the place of its
-   strengths in `levels`, the list of {subject, style, colour, words} that the server gives. */
+/* How strongly each LoRA is applied in each layer at each step. S(t) and the rule of the methods that compare
+   are computed here, bit for bit as in klora.core. For all other methods, and for what was applied, the
+   server sends the changes. A row of a plan has one code for each layer: the index of its strengths in
+   `levels`, the list of {subject, style, colour, words} that the server sends. */
 (function(klora) {
     const NOT_RUN = 255;
 
@@ -31,7 +32,7 @@
         });
     }
 
-    /** γ in force: of the pair, none, or the user's number. */
+    /** The γ to use: the pair's, none (1), or the user's number. */
     function gammaOf(pair, gamma) {
         return gamma === "auto" ? pair.gamma : gamma === "off" ? 1 : gamma;
     }
@@ -41,14 +42,16 @@
     }
 
     /**
-     * The rows of a method that compares: the subject alone where its ratio >= γ · S(t), else the style alone.
-     * @param rule {magnitude, gamma, s}: whose ratio, null for 1 on all layers; whether γ and S(t) take part
+     * The rows of a method that compares: the subject where its ratio >= γ · S(t), otherwise the style.
+     * @param rule {magnitude, gamma, s}: the magnitude whose ratio counts (null: 1 in all layers), and
+     *     whether γ and S(t) count
      * @param pair the answer of /klora/internal/scores
      * @param s S(t) of every step
-     * @param gamma in force
+     * @param gamma the γ to use
      */
     function compared(rule, pair, s, gamma, levels) {
-        const ratios = rule.magnitude === null ? pair.layers.name.map(() => 1) : pair.magnitudes[rule.magnitude].ratio;
+        const {magnitude} = rule;
+        const ratios = magnitude === null ? pair.layers.name.map(() => 1) : pair.magnitudes[magnitude].ratio;
         const subject = codeOf(levels, 1, 0), style = codeOf(levels, 0, 1);
         return Array.from(s, value => {
             const threshold = (rule.gamma ? gamma : 1) * (rule.s ? value : 1);
@@ -64,9 +67,10 @@
         });
     }
 
-    /** The rows of what the server tells as changes, klora.core.changes. */
+    /** The rows from the changes that the server sends, as klora.core.changes makes them. */
     function rowsOf({steps, layers, ran, changes}, levels) {
-        const rows = Array.from({length: steps}, () => new Uint8Array(layers).fill(NOT_RUN)), row = new Uint8Array(layers);
+        const rows = Array.from({length: steps}, () => new Uint8Array(layers).fill(NOT_RUN));
+        const row = new Uint8Array(layers);
         let next = 0;
         for (const step of numbersIn(ran)) {
             for (; next < changes.length && changes[next][0] === step; next++) {
@@ -78,7 +82,7 @@
         return rows;
     }
 
-    /** Shares of the layers that subject and style hold in a row, each layer split as its two strengths are; null where the step did not run. */
+    /** The shares of subject and style in a row, layers split by strengths; null if the step did not run. */
     function sharesOf(row, levels, members = [...row.keys()]) {
         if (!members.length || row[members[0]] === NOT_RUN) return null;
         const held = {subject: 0, style: 0};
@@ -91,18 +95,18 @@
         return {subject: held.subject / members.length, style: held.style / members.length};
     }
 
-    /** The subject's share of a row; null where the step did not run. */
+    /** The subject's share of a row; null if the step did not run. */
     function subjectShare(row, levels, members) {
         const shares = sharesOf(row, levels, members);
         return shares && shares.subject;
     }
 
-    /** The steps at which a layer's strengths differ from the step before. */
+    /** The steps at which a layer's strengths differ from those at the previous step. */
     function switchesOf(rows, layer) {
         return [...rows.keys()].filter(step => step > 0 && rows[step][layer] !== rows[step - 1][layer]);
     }
 
-    /** A number as the settings take it: one of its words, or within its bounds; undefined for anything else. */
+    /** A number as the settings accept it: one of its words, or within its bounds; otherwise undefined. */
     function readNumber(text, {words, bounds}) {
         const plain = String(text).trim().toLowerCase();
         if (words.includes(plain)) return plain;
@@ -112,6 +116,7 @@
     }
 
     Object.assign(klora, {
-        NOT_RUN, scheduleValues, gammaOf, codeOf, compared, rowsOf, sharesOf, subjectShare, switchesOf, readNumber,
+        NOT_RUN, scheduleValues, gammaOf, codeOf, compared, rowsOf, sharesOf, subjectShare, switchesOf,
+        readNumber,
     });
 })(globalThis.klora = globalThis.klora || {});

@@ -1,3 +1,3 @@
-"""K-LoRA: training-free fusion of a subject LoRA and a style LoRA (CVPR 2025), for the Stable Diffusion WebUIs."""
+"""K-LoRA (CVPR 2025) for the Stable Diffusion WebUIs: this subject in that style, without training."""
 
 __version__ = "0.1.0"

@@ -20,14 +20,18 @@ from klora.selection_map import draw_map
 from klora.settings import PLAN_FIELDS, SPECS, Settings, as_text, markdown_table
 
 RESEARCH = {
-    "evaluate": "make and measure pictures of many pairs and seeds by every method",
+    "evaluate": "make images of many pairs and seeds by every method, and measure them",
     "demo": "compare the methods on pairs of the miniature, in two minutes",
 }
-"""Commands of the folder `evaluation`, which klora itself never needs: it is there in a clone, not in an installed package."""
+"""Commands of the folder `evaluation`, which is optional: klora itself never needs it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit status is 0, 1 after a fault of the input (one sentence on stderr), or 130 after Ctrl-C."""
+    """Run one command and return its exit status.
+
+    It is 0 on success, 1 if something is wrong with the input (stderr then has one sentence that says what),
+    and 130 after Ctrl-C.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -62,13 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="analyze | generate | evaluate | demo | settings")
     _analyze_command(
         commands.add_parser(
-            "analyze", help="score a pair of LoRA files and show which is chosen where and when"
+            "analyze", help="score a pair of LoRA files and show which one is chosen where and when"
         )
     )
-    _generate_command(commands.add_parser("generate", help="make a picture with a diffusers pipeline"))
+    _generate_command(commands.add_parser("generate", help="make an image with a diffusers pipeline"))
     for name, does in RESEARCH.items():
         commands.add_parser(name, help=does, add_help=False)
-    command = commands.add_parser("settings", help="print the table of all settings, as the README has it")
+    command = commands.add_parser("settings", help="print the table of all settings, as in docs/api.md")
     command.set_defaults(run=lambda _options: print(markdown_table()))
     return parser
 
@@ -76,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 def _analyze_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("subject", type=Path, metavar="SUBJECT", help="the subject LoRA's file")
     command.add_argument("style", type=Path, metavar="STYLE", help="the style LoRA's file")
-    command.add_argument("--steps", type=positive, default=30, help="steps of the schedule (default 30)")
+    command.add_argument("--steps", type=positive, default=30, help="number of steps (default 30)")
     command.add_argument("--seed", type=int, default=0, help="for the method Random (default 0)")
     _add_settings(command, PLAN_FIELDS)
     command.add_argument("--json", metavar="FILE|-", help="write the plan as JSON")
@@ -160,7 +164,7 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def write_results(analysis: Analysis, json_file: str | None, map_file: Path | None) -> None:
-    """Write the plan as JSON ("-" is standard output) and the selection map as a picture, each if it is asked for."""
+    """Write the plan as JSON ("-" is standard output) and the selection map as an image, if asked for."""
     if json_file == "-":
         json.dump(analysis.to_json(), sys.stdout)
         print()
@@ -169,8 +173,8 @@ def write_results(analysis: Analysis, json_file: str | None, map_file: Path | No
             Path(json_file), lambda path: path.write_text(json.dumps(analysis.to_json()), encoding="utf-8")
         )
     if map_file:
-        picture = draw_map(analysis.plan, analysis.subject.path.stem, analysis.style.path.stem)
-        _writing(map_file, lambda path: picture.save(path))
+        image = draw_map(analysis.plan, analysis.subject.path.stem, analysis.style.path.stem)
+        _writing(map_file, lambda path: image.save(path))
 
 
 def _writing(path: Path, write: Callable[[Path], Any]) -> None:
@@ -192,7 +196,7 @@ def _research(arguments: list[str]) -> None:
         if (missing.name or "").partition(".")[0] != "evaluation":
             raise
         raise KLoraError(
-            f"`{arguments[0]}` needs the folder `evaluation` of the whole repository: run it in a clone."
+            f"`{arguments[0]}` needs the folder `evaluation` of the repository: run it in a clone."
         ) from missing
     command.run(arguments)
 

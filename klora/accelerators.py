@@ -1,4 +1,4 @@
-"""Names of LoRAs that make a model need few steps: neither a subject nor a style."""
+"""Recognises by name the LoRAs that make a model need few steps, which are neither a subject nor a style."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import pairwise
 from klora.core.families import FAMILIES
 
 AMBIGUOUS = frozenset(("lightning", "turbo", "flash", "hyper", "schnell"))
-"""Words that name characters, cars and styles too."""
+"""Words that can also name characters, cars and styles."""
 
 ACCELERATORS = (
     "lcm",
@@ -26,7 +26,7 @@ ACCELERATORS = (
     "pcm",
     "perflow",
 )
-"""Words in the name of an accelerator, its file's or its own."""
+"""Words in the name of an accelerator or of its file."""
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_]+")
 _LORA = re.compile("lora", re.IGNORECASE)
@@ -35,19 +35,20 @@ _MODELS = {"sd", *(word for family in FAMILIES.values() for word in family.words
 _VERSIONS = {"v", "version", "alpha", "beta"}
 _COUNTED = {"rank", "r", "dim", "fp", "bf"}
 _NEUTRAL = {
-    *AMBIGUOUS, "lora", "loras", "weights", "unet", "model", "adapter", "base", "to", "cfg", "converted", "comfyui", "diffusers",
-    "pytorch", "safetensors", "ckpt", "pt",
+    *AMBIGUOUS, "lora", "loras", "weights", "unet", "model", "adapter", "base", "to", "cfg", "converted",
+    "comfyui", "diffusers", "pytorch", "safetensors", "ckpt", "pt",
 }  # fmt: skip
 
 
 def is_accelerator(name: str, words: Sequence[str] = ACCELERATORS) -> bool:
-    """Whether the name of a LoRA has one of these words.
+    """Whether the name of a LoRA contains one of these words.
 
-    A word counts as a whole, in whatever case: "hyper" is not in "hyperrealism". One of `AMBIGUOUS` counts beside a number of steps, or
-    where all else in the name says a base model, a version or a rank: "sdxl_lightning_4step" and "FLUX.1-Turbo-Alpha", not "porsche_911_turbo".
+    Only whole words count, in upper or lower case: "hyper" is not in "hyperrealism". A word in `AMBIGUOUS`
+    counts only if the name has a number of steps, or otherwise says nothing but a base model, a version or a
+    rank: "sdxl_lightning_4step" and "FLUX.1-Turbo-Alpha", but not "porsche_911_turbo".
 
     Args:
-        words: of one or several parts, such as "dmd" or "my words".
+        words: each may have several parts, such as "dmd" or "my words".
     """
     parts = _parts(name)
     found = [wanted for word in words if (wanted := _parts(word)) and _holds(parts, wanted)]
@@ -57,7 +58,7 @@ def is_accelerator(name: str, words: Sequence[str] = ACCELERATORS) -> bool:
 
 
 def _parts(name: str) -> list[str]:
-    """The words and numbers of a name, in lower case; capitals and numbers begin new ones."""
+    """The words and numbers of a name, in lower case; a capital or a digit begins a new one."""
     return [word.lower() for word in _WORD.findall(_LORA.sub("_lora_", name))]
 
 
@@ -70,7 +71,7 @@ def _says_steps(parts: list[str]) -> bool:
 
 
 def _is_technical(parts: list[str]) -> bool:
-    """Whether a name has no word of its own, and tells a model, a version or a rank."""
+    """Whether a name says a model, a version or a rank, and has no word of its own."""
     telling = _MODELS | _VERSIONS | _COUNTED
     known = _NEUTRAL | telling
     before = ["", *parts]

@@ -18,7 +18,7 @@ from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import Turn, score_pair
 from klora.errors import PairError, printable
-from klora.file_notes import own_names
+from klora.lora_metadata import own_names
 from klora.settings import Settings
 
 Progress = Callable[[int, int], None]
@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Analysis:
-    """A pair of LoRA files and what K-LoRA makes of it."""
+    """A pair of LoRA files, its plan, and what the user should know about it."""
 
     subject: LoraFile
     style: LoraFile
@@ -55,16 +55,18 @@ def analyze(
     """Read both files, score the pair and plan a schedule of `steps` steps.
 
     Args:
-        settings: of it the method, schedule, α, β, K scale and γ.
-        device: where to score; CUDA or ROCm if there is one, else the CPU, if None.
-        accelerators: words in the name of a LoRA that is neither a subject nor a style.
+        settings: only the method, schedule, α, β, K scale and γ are used.
+        seed: for methods that draw random numbers.
+        device: where to score; None means a CUDA or ROCm GPU if there is one, otherwise the CPU.
+        accelerators: words in the names of LoRAs that are neither a subject nor a style.
         progress: called as progress(layers done, layers in all) while scoring.
-        cancelled: asked all the time while scoring.
-        turn: entered around every pass over a file.
+        cancelled: called again and again while scoring; scoring stops once it returns true.
+        turn: a context manager that is entered for every pass over a file.
 
     Raises:
-        LoraFileError, PairError: with the sentence for the user.
-        Cancelled: when `cancelled` said so.
+        LoraFileError: a file cannot be used.
+        PairError: the files cannot be fused with each other.
+        Cancelled: `cancelled` returned true.
     """
     files = read_lora(subject), read_lora(style)
     check_pair(*files)
@@ -89,15 +91,15 @@ def analyze(
 
 
 def check_pair(subject: LoraFile, style: LoraFile) -> None:
-    """Refuse two files of different base models, before any work is done.
+    """Refuse two files for different base models, before any work is done.
 
     Raises:
-        PairError: naming both files and their base models.
+        PairError: names both files and their base models.
     """
     if subject.base != style.base:
         raise PairError(
-            f"The subject LoRA {subject.path.name} is made for {BASE_NAMES[subject.base]} but the style LoRA {style.path.name} for "
-            f"{BASE_NAMES[style.base]}: choose two LoRAs of the same base model."
+            f"The subject LoRA {subject.path.name} is made for {BASE_NAMES[subject.base]} but the style LoRA "
+            f"{style.path.name} for {BASE_NAMES[style.base]}: choose two LoRAs of the same base model."
         )
 
 
@@ -107,40 +109,43 @@ BASE_NAMES = {family.key: family.short_name for family in FAMILIES.values()}
 def pair_warnings(
     subject: LoraFile, style: LoraFile, plan: Plan, accelerators: Sequence[str] = ACCELERATORS
 ) -> list[str]:
-    """What is worth knowing of a pair that can be fused, one plain sentence each."""
+    """What the user should know about a pair that can be fused, one sentence each."""
     warnings = []
     for role, lora in (("subject", subject), ("style", style)):
         name = lora.path.name
         if any(is_accelerator(text, accelerators) for text in (name, *own_names(lora.metadata))):
             warnings.append(
-                f"The {role} LoRA {name} looks like an accelerator (it makes a model need few steps), which is neither a subject "
-                "nor a style: put it in the prompt and choose another LoRA here."
+                f"The {role} LoRA {name} looks like an accelerator, which lets a model work in few steps and "
+                "has neither a subject nor a style: put it into the prompt and choose another LoRA here."
             )
         family = FAMILIES[lora.base]
         if family.is_control(lora.unknown_keys, {layer: info.shape for layer, info in lora.layers.items()}):
             warnings.append(
-                f"The {role} LoRA {name} is a control LoRA (FLUX.1 Depth or Canny, or for FLUX.1 Fill), which follows an image given beside the "
-                "prompt and is neither a subject nor a style: choose another LoRA here."
+                f"The {role} LoRA {name} is a control LoRA (FLUX.1 Depth or Canny, or for FLUX.1 Fill), "
+                "which follows an image given with the prompt and has neither a subject nor a style: choose "
+                "another LoRA here."
             )
         elif (other := other_base_by_metadata(family, lora.metadata)) is not None:
             warnings.append(
-                f"The header of the {role} LoRA {name} says that it was made for {other}, whose names and sizes are those of {family.name} where "
-                "it is trained: fuse it with LoRAs for that model only."
+                f"The header of the {role} LoRA {name} says that it was made for {other}, whose LoRAs have "
+                f"the same names and sizes as those of {family.name}: only fuse it with LoRAs for the same model."
             )
         elif lora.unknown_keys:
             few = ", ".join(printable(key, 80) for key in lora.unknown_keys[:3]) + (
                 ", …" if len(lora.unknown_keys) > 3 else ""
             )
             warnings.append(
-                f"{len(lora.unknown_keys)} tensors of the {role} LoRA {name} have names K-LoRA does not know and are left out ({few}): "
-                "if the LoRA works without K-LoRA, please report these names."
+                f"{len(lora.unknown_keys)} tensors of the {role} LoRA {name} are left out because K-LoRA "
+                f"does not know their names ({few}): if the LoRA works without K-LoRA, please report these "
+                "names."
             )
     layers = plan.scores.layers
     alone = {role: sum(layer.only == role for layer in layers) for role in ("subject", "style")}
     for role, lora in (("subject", subject), ("style", style)):
         if alone[role] > len(layers) / 2:
             warnings.append(
-                f"{alone[role]} of {len(layers)} layers are changed by the {role} LoRA {lora.path.name} only and stay with it in every "
-                "step: the two files train different parts of the model, so little is left to choose."
+                f"{alone[role]} of {len(layers)} layers are changed by the {role} LoRA {lora.path.name} only "
+                "and have it at every step: the two files train different parts of the model, so there is "
+                "little to choose."
             )
     return [printable(warning) for warning in warnings]

@@ -1,17 +1,18 @@
-"""Faults that a user can cause and mend.
+"""Errors that a user can cause and fix.
 
-Each carries one plain sentence that names the file or the field at fault and the way out; it is shown as it stands in
-the UI, in the API answer and in the console.
+Each has one plain sentence that names the file or field at fault and says what to do. The UI, the API's
+answers and the console show it unchanged.
 """
 
 LONGEST_SENTENCE = 800
 
 
 def printable(text: str, longest: int = LONGEST_SENTENCE) -> str:
-    """`text`, which may hold names from a file or a request, as every console, JSON answer and picture takes it.
+    """The text in a form that every console, JSON answer and image accepts.
 
-    What cannot be printed (control characters, halves of surrogate pairs from names that are not UTF-8) is escaped, and the middle of what
-    is longer than `longest` characters is left out.
+    It may hold names from a file or a request. Characters that cannot be printed are escaped: control
+    characters, and the lone surrogates in file names that are not UTF-8. The middle of a text longer than
+    `longest` characters is left out.
     """
     if len(text) > longest:
         text = f"{text[: longest // 2]} […] {text[-(longest // 2) :]}"
@@ -19,25 +20,25 @@ def printable(text: str, longest: int = LONGEST_SENTENCE) -> str:
 
 
 class KLoraError(Exception):
-    """Any fault with a sentence for the user."""
+    """Any error with a sentence for the user."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(printable(sentence))
 
 
 class LoraFileError(KLoraError):
-    """A LoRA file that cannot be used: unreadable, not a LoRA, broken numbers, or made for another base model."""
+    """A LoRA file that cannot be used: unreadable, not a LoRA, broken, or for another base model."""
 
 
 class PairError(KLoraError):
-    """Two LoRA files that cannot be fused with each other or with the model at hand."""
+    """Two LoRA files that cannot be fused with each other, or not with the loaded model."""
 
 
 class SettingsError(KLoraError):
-    """Settings that do not fit.
+    """Settings that cannot be used.
 
     Attributes:
-        problems: one sentence per bad field, {field name: sentence}.
+        problems: {name of a bad field: sentence}.
     """
 
     def __init__(self, problems: dict[str, str]) -> None:
@@ -50,4 +51,4 @@ class HostError(KLoraError):
 
 
 class Cancelled(Exception):
-    """The user stopped a long work between two layers or steps. Not a fault: nothing is to be reported."""
+    """The user stopped the work between two layers or steps. This is not an error, so nothing is reported."""

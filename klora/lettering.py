@@ -1,4 +1,7 @@
-"""Text on images, in its place in every font: before 10.1 Pillow's own one is a bitmap of one size that ignores anchors and knows latin-1 only."""
+"""Text on images, placed alike in every font.
+
+Before 10.1 Pillow's default font is a bitmap in one size that ignores anchors and has only latin-1 letters.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Fonts = Callable[[int], Font]
-"""A font by its size in pixels."""
+"""Returns a font in a size given in pixels."""
 
 SPELLED = {"γ": "gamma"}
-"""Letters of our own texts that not every font has."""
+"""Letters in our own texts that some fonts lack, spelled out."""
 UNKNOWN = "?"
 NO_CHARACTER = "\uffff"
-"""Of which a scalable font draws its sign for what it lacks."""
+"""No font has it, so a scalable font draws its sign for a missing letter."""
 
 
 def own_font(size: int) -> Font:
-    """Pillow's own font; before 10.1 it has one size only."""
+    """Pillow's default font; before Pillow 10.1 it has only one size."""
     try:
         return ImageFont.load_default(size)
     except TypeError:
@@ -53,15 +56,18 @@ class Pen:
         """Write one line.
 
         Args:
-            x: where the line starts, or where it ends if `ends`.
-            middle: the height at which the middle of its digits and capitals stands.
+            x: where the line starts, or where it ends if `ends` is true.
+            middle: the y coordinate of the middle of its digits and capitals.
         """
         font, below = self._font(size)
         left = x - self.width(text, size) if ends else x
         ImageDraw.Draw(image).text((left, middle - below), self.writable(text), colour, font)
 
     def writable(self, text: str) -> str:
-        """The text as the font can write it: for a letter it lacks the letter's name, the letter without its accent, or a question mark."""
+        """The text with letters that the font has.
+
+        A letter it lacks becomes its name, the same letter without its accent, or a question mark.
+        """
         text = unicodedata.normalize("NFC", text)
         for letter in set(text) - self._instead.keys():
             self._instead[letter] = self._in_place_of(letter)
@@ -84,7 +90,7 @@ class Pen:
         return letter.isascii() or "\xa1" <= letter <= "\xff"
 
     def _font(self, size: int) -> tuple[Font, int]:
-        """The font, and how far below the place of a text the middle of its digits and capitals is."""
+        """The font, and how far the middle of its digits and capitals is below the position of a text."""
         if size not in self._of_size:
             font = self._fonts(size)
             _, top, _, bottom = font.getbbox("0")

@@ -1,4 +1,4 @@
-"""How strengths are shown, in images and in the page alike: the colour and the words of each pair of levels."""
+"""The colour and the words for each pair of levels, for the images and for the page."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from klora.core.methods import FULL
 Colour = tuple[int, int, int]
 
 SUBJECT, STYLE, BOTH, NEITHER = (31, 95, 191), (124, 205, 108), (226, 164, 60), (196, 196, 196)
-"""Told apart by lightness as well as by hue, so that colour-blind people can."""
+"""They differ in lightness as well as in hue, so that colour-blind people can tell them apart."""
 
 BY_BALANCE = (STYLE, (184, 189, 70), BOTH, (168, 92, 160), SUBJECT)
-"""From the style alone by both alike to the subject alone, the weaker one at half the other's level in between.
+"""From the style alone through both alike to the subject alone, with one at half the other's level between.
 
-Chosen, not computed: half-way between blue and orange lies grey.
+They are chosen by eye: a computed mean of blue and orange would be grey.
 """
 
 PAIRS = tuple((subject, style) for subject in range(FULL + 1) for style in range(FULL + 1))
-"""All pairs of levels; a pair's place here is its code, subject · (FULL + 1) + style."""
+"""All pairs of levels. The index of a pair is its code, subject · (FULL + 1) + style."""
 
 
 def colour_of(subject: int, style: int) -> Colour:
-    """The colour of a layer that has the subject and the style at these levels: paler where neither is there in full."""
+    """The colour of a layer with subject and style at these levels, paler if neither is at full level."""
     strongest = max(subject, style)
     if not strongest:
         return NEITHER
@@ -30,7 +30,7 @@ def colour_of(subject: int, style: int) -> Colour:
 
 
 def words_of(subject: int, style: int) -> str:
-    """What is on a layer that has the subject and the style at these levels."""
+    """The words for a layer with subject and style at these levels."""
     if subject == style:
         return {0: "neither LoRA", FULL: "both LoRAs"}.get(subject, "half of both LoRAs")
     levels = (("the subject", subject), ("the style", style))

@@ -1,4 +1,4 @@
-"""The pre-flight report of the command line: what the two files are, and what K-LoRA will choose."""
+"""The report that `analyze` prints: what the two files are, and what K-LoRA will choose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BAR_WIDTH = 40
 
 
 def preflight(analysis: Analysis) -> str:
-    """The report as text, one fact a line."""
+    """The report as text, with one fact in each line."""
     return "\n".join([
         *_file_lines("subject", analysis.subject),
         *_file_lines("style", analysis.style),
@@ -29,7 +29,8 @@ def _file_lines(role: str, lora: LoraFile) -> Iterator[str]:
     kinds = ", ".join(f"{kind} {count}" for kind, count in lora.kinds.items())
     ranks = value_range([layer.rank for layer in lora.layers.values()])
     alphas = value_range([layer.network_alpha for layer in lora.layers.values()])
-    yield f"         {BASE_NAMES[lora.base]}, {lora.dialect} keys; {kinds}; rank {ranks}, network alpha {alphas}"
+    base = BASE_NAMES[lora.base]
+    yield f"         {base}, {lora.dialect} keys; {kinds}; rank {ranks}, network alpha {alphas}"
     encoders = (
         ", ".join(f"{name} {count}" for name, count in lora.text_encoder_layers.items() if count) or "none"
     )
@@ -38,7 +39,7 @@ def _file_lines(role: str, lora: LoraFile) -> Iterator[str]:
 
 
 def value_range(values: list) -> str:
-    """The least and the greatest of these numbers as a person writes them; None counts for nothing."""
+    """The smallest and the largest of these numbers as text; None is ignored."""
     known = sorted({value for value in values if value is not None})
     if not known:
         return "none"
@@ -48,7 +49,8 @@ def value_range(values: list) -> str:
 def _pair_lines(analysis: Analysis) -> Iterator[str]:
     plan, layers = analysis.plan, analysis.plan.scores.layers
     alone = {role: sum(layer.only == role for layer in layers) for role in ("subject", "style")}
-    yield f"pair     {len(layers) - sum(alone.values())} layers shared, {alone['subject']} only in the subject, {alone['style']} only in the style"
+    only = ", ".join(f"{count} only in the {role}" for role, count in alone.items())
+    yield f"pair     {len(layers) - sum(alone.values())} layers shared, {only}"
     yield f"         gamma {plan.gamma:.6g}"
     still = np.array([not steps for steps in plan.switches()])
     first = plan.strengths[0]

@@ -1,4 +1,4 @@
-"""The stand-alone run: one picture from a diffusers pipeline, K-LoRA switched per step and layer."""
+"""`python -m klora generate`: an image from a diffusers pipeline, without a WebUI."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from klora.settings import SPECS, Settings, as_text
 
 @dataclass(frozen=True)
 class Request:
-    """What a picture is asked to be.
+    """The image to make.
 
     Attributes:
         size: width and height in pixels.
-        guidance: guidance scale; None is the pipeline's own default.
+        guidance: guidance scale; None means the pipeline's default.
     """
 
     prompt: str
@@ -40,24 +40,27 @@ class Request:
     guidance: float | None = None
 
 
-def fused_picture(pipeline: Any, analysis: Analysis, settings: Settings, request: Request) -> Image.Image:
-    """One picture; the pipeline's weights are bit for bit what they were when this returns or raises.
+def fused_image(pipeline: Any, analysis: Analysis, settings: Settings, request: Request) -> Image.Image:
+    """Make one image. The pipeline's weights are the same bit for bit when this returns or raises.
 
     Args:
         pipeline: StableDiffusionXLPipeline or FluxPipeline.
-        analysis: its plan has `request.steps` steps.
+        analysis: has a plan for `request.steps` steps.
 
     Raises:
-        PairError: the LoRAs are made for another base model than the pipeline's, or for other sizes.
+        PairError: the LoRAs are for another base model than the pipeline's, or have other sizes.
         HostError: the pipeline lacks layers that the LoRAs change.
     """
-    return fused_pictures(pipeline, analysis, settings, request, 1)[0]
+    return fused_images(pipeline, analysis, settings, request, 1)[0]
 
 
-def fused_pictures(
+def fused_images(
     pipeline: Any, analysis: Analysis, settings: Settings, request: Request, count: int
 ) -> list[Image.Image]:
-    """`count` pictures with the seeds that follow `request.seed`, in one batch under one plan; otherwise as `fused_picture`."""
+    """Make `count` images in one batch under one plan, with consecutive seeds from `request.seed` on.
+
+    Otherwise this does what `fused_image` does.
+    """
     subject = Lora(analysis.subject, settings.subject_weight)
     style = Lora(analysis.style, settings.style_weight)
     switch = _switch(pipeline, subject, style)
@@ -75,12 +78,12 @@ def fused_pictures(
 
 
 def _switch(pipeline: Any, subject: Lora, style: Lora) -> DiffusersSwitch:
-    """The hold on the pipeline's denoiser, if both LoRAs are for its base model and have its sizes."""
+    """The switch for the pipeline's denoiser; raises PairError if the LoRAs are for another model."""
     base, loaded = subject.file.base, base_of(pipeline)
     if base != loaded:
         raise PairError(
-            f"The LoRAs {subject.file.path.name} and {style.file.path.name} are made for {BASE_NAMES[base]} but the model is "
-            f"{BASE_NAMES[loaded]}: choose a model or LoRAs that fit."
+            f"The LoRAs {subject.file.path.name} and {style.file.path.name} are made for {BASE_NAMES[base]} "
+            f"but the model is {BASE_NAMES[loaded]}: choose a model or LoRAs that fit."
         )
     return DiffusersSwitch(denoiser_of(pipeline), base, subject, style)
 
@@ -90,7 +93,8 @@ def _arguments(pipeline: Any, request: Request, count: int) -> dict[str, Any]:
     width, height = request.size
     arguments: dict[str, Any] = {
         "prompt": request.prompt, "width": width, "height": height, "num_inference_steps": request.steps,
-        "num_images_per_prompt": count, "generator": [torch.Generator().manual_seed(request.seed + index) for index in range(count)],
+        "num_images_per_prompt": count,
+        "generator": [torch.Generator().manual_seed(request.seed + index) for index in range(count)],
     }  # fmt: skip
     if request.negative and "negative_prompt" in accepted:
         arguments["negative_prompt"] = request.negative
@@ -100,10 +104,10 @@ def _arguments(pipeline: Any, request: Request, count: int) -> dict[str, Any]:
 
 
 def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache, progress: Progress) -> None:
-    """`python -m klora generate`: load, check that the LoRAs fit, score, make the picture, save it with its settings in the PNG's text.
+    """Load the model, check that the LoRAs fit, score them, make the image, and save it with its settings.
 
     Raises:
-        KLoraError: with the sentence for the user.
+        KLoraError: a file, an option or the model cannot be used.
     """
     files = read_lora(options.subject), read_lora(options.style)
     check_pair(*files)
@@ -125,13 +129,13 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
     request = Request(
         options.prompt, options.seed, options.steps, options.size, options.negative, options.guidance
     )
-    picture = fused_picture(pipeline, analysis, settings, request)
-    _save(picture, options.out, _parameters(request, analysis, settings))
+    image = fused_image(pipeline, analysis, settings, request)
+    _save(image, options.out, _parameters(request, analysis, settings))
     print(f"wrote {options.out}")
 
 
 def _parameters(request: Request, analysis: Analysis, settings: Settings) -> str:
-    """What made a picture, as the WebUIs write it into their pictures."""
+    """The generation parameters of an image, as the WebUIs write them."""
     own = {
         SPECS[role].infotext: lora.path.stem
         for role, lora in (("subject", analysis.subject), ("style", analysis.style))
@@ -147,12 +151,12 @@ def _parameters(request: Request, analysis: Analysis, settings: Settings) -> str
     return f"{request.prompt}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in fields.items())
 
 
-def _save(picture: Image.Image, path: Path, parameters: str) -> None:
+def _save(image: Image.Image, path: Path, parameters: str) -> None:
     text = PngInfo()
     text.add_itxt("parameters", parameters)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, pnginfo=text)
+        image.save(path, pnginfo=text)
     except (OSError, ValueError) as error:
         raise KLoraError(
             f"Cannot write {path}: {error}. Choose another file name or folder, ending in .png."
@@ -160,7 +164,7 @@ def _save(picture: Image.Image, path: Path, parameters: str) -> None:
 
 
 def load_pipeline(model: Path, config: Path | None = None) -> Any:
-    """A pipeline from a diffusers folder or an SDXL single file, on the best device there is.
+    """A pipeline from a diffusers folder or a single SDXL file, on the GPU if there is one.
 
     Raises:
         HostError: there is no such model, or diffusers cannot load it.
@@ -169,7 +173,8 @@ def load_pipeline(model: Path, config: Path | None = None) -> Any:
 
     if not model.exists():
         raise HostError(
-            f"There is no model at {model}: give --model an {listed('or', short=True)} folder, or an SDXL .safetensors file."
+            f"There is no model at {model}: give --model an {listed('or', short=True)} folder, or an SDXL "
+            ".safetensors file."
         )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

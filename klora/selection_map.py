@@ -1,6 +1,7 @@
-"""The selection map (K-LoRA fig. 6): steps down, layers across, blue where the subject is applied and green where the style is.
+"""The selection map (K-LoRA fig. 6) as an image.
 
-What else a layer may have, each in a colour of its own, is in `level_colours`.
+Steps run down and layers across. Layers are blue where the subject is applied and green where the style is;
+`level_colours` has the colours for both, neither and halves.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LONGEST_NAME = 48
 
 @dataclass(frozen=True)
 class Column:
-    """One layer in the picture: where it is in the plan, where it is drawn, and whether one LoRA has it alone."""
+    """One layer in the image: its index in the plan, its place, and whether only one LoRA changes it."""
 
     index: int
     left: int
@@ -45,12 +46,14 @@ def draw_map(
     note: str = "",
     fonts: Fonts = own_font,
 ) -> Image.Image:
-    """The selection map of a plan, or of what was really applied, as wide as its layers and its texts need.
+    """The selection map of a plan, or of what was applied, as wide as its layers and texts need.
 
     Args:
-        subject, style: names for the legend; the middle of very long ones is left out.
-        strengths: recorded levels instead of the plan's, int of shape (steps, layers, 2); -1 where a step did not run.
-        note: what the title says beside the names.
+        subject, style: names for the legend; the middle of very long names is left out.
+        strengths: recorded levels to draw instead of the plan's, int of shape (steps, layers, 2), with -1
+            where a step did not run.
+        note: added to the names in the title.
+        fonts: the fonts to write in.
     """
     pen = Pen(fonts)
     rows = plan.strengths if strengths is None else strengths
@@ -75,7 +78,7 @@ def draw_map(
 
 
 def stacked(maps: Sequence[Image.Image]) -> Image.Image:
-    """Several maps as one picture, one below the other."""
+    """Several maps in one image, one below the other."""
     image = Image.new("RGB", (max(part.width for part in maps), sum(part.height for part in maps)), PAPER)
     top = 0
     for part in maps:
@@ -85,7 +88,7 @@ def stacked(maps: Sequence[Image.Image]) -> Image.Image:
 
 
 def _columns(plan: Plan) -> tuple[list[Column], int]:
-    """Layers in the order of the network with a gap between blocks, and the width of one in pixels."""
+    """The layers in the order of the network with gaps between blocks, and a layer's width in pixels."""
     layers = sorted(enumerate(plan.scores.layers), key=lambda item: forward_order(item[1].name))
     cell = max(1, min(16, MAP_WIDTH // max(1, len(layers))))
     columns: list[Column] = []
@@ -100,7 +103,7 @@ def _columns(plan: Plan) -> tuple[list[Column], int]:
 
 
 def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, width: int) -> np.ndarray:
-    """The map itself, uint8 of shape (steps * height, width, 3); one-sided layers are hatched where they ran."""
+    """The map itself, uint8 of shape (steps * height, width, 3); one-sided layers that ran are hatched."""
     colours = np.array([*(colour_of(*pair) for pair in PAIRS), NOT_RUN], np.uint8)
     codes = _codes(rows)
     pixels = np.full((len(rows) * height, width, 3), PAPER, np.uint8)
@@ -115,13 +118,13 @@ def _cells(rows: np.ndarray, columns: Sequence[Column], cell: int, height: int, 
 
 
 def _codes(rows: np.ndarray) -> np.ndarray:
-    """The place in PAIRS of every layer's levels, int of shape (steps, layers); -1 where a step did not run."""
+    """The index in PAIRS of each layer's levels, int of shape (steps, layers); -1 if the step did not run."""
     subject, style = rows[..., 0].astype(np.int16), rows[..., 1]
     return np.where(subject < 0, -1, subject * (FULL + 1) + style)
 
 
 def _shortened(name: str) -> str:
-    """The name, without its middle if it is very long: trainers tell their files apart at the end."""
+    """The name, without its middle if it is very long: the files of one training differ at the end."""
     kept = LONGEST_NAME // 2 - 1
     return name if len(name) <= LONGEST_NAME else f"{name[:kept]}...{name[-kept:]}"
 
@@ -133,7 +136,8 @@ def _subtitle(plan: Plan) -> str:
         if s.name == "s"
         else f"S* = ({s.alpha:g} t/T + {s.beta:g}) mod {ALPHA_M:g}"
     )
-    return f"{plan.method}    {schedule}    γ = {plan.gamma:.4g}    {len(plan.scores.layers)} layers, {plan.steps} steps"
+    size = f"{len(plan.scores.layers)} layers, {plan.steps} steps"
+    return f"{plan.method}    {schedule}    γ = {plan.gamma:.4g}    {size}"
 
 
 def _steps_axis(image: Image.Image, steps: int, height: int, pen: Pen) -> None:
@@ -177,7 +181,7 @@ def _shares(image: Image.Image, rows: np.ndarray, height: int, left: int, pen: P
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the legend; `width` is that of swatch and text in pixels."""
+    """One entry of the legend; `width` is the width of swatch and text together, in pixels."""
 
     colour: tuple[int, int, int]
     text: str
@@ -211,5 +215,5 @@ def _legend(image: Image.Image, entries: Sequence[Entry], middle: int, pen: Pen)
 
 
 def _hatch(height: int, width: int) -> np.ndarray:
-    """Where a one-sided layer is struck through, bool of shape (height, width)."""
+    """Where the lines of the hatching are, bool of shape (height, width)."""
     return np.add.outer(np.arange(height), np.arange(width)) % 8 < 2

@@ -1,6 +1,8 @@
-"""The settings of a K-LoRA run: the one declaration that UI, HTTP API, X/Y/Z plot, infotext, command line and README read.
+"""The settings of a K-LoRA run, declared once.
 
-The order of the fields is the order of the positional arguments of the always-on script: append only.
+The UI, the HTTP API, the X/Y/Z plot, the infotext, the command line and docs/api.md are made from it.
+
+The fields are in the order of the positional arguments of the always-on script, so new ones go at the end.
 """
 
 from __future__ import annotations
@@ -17,26 +19,28 @@ from klora.core.schedule import SCHEDULES, Schedule
 from klora.errors import SettingsError
 
 MOST_UNKNOWN = 8
+"""Unknown names that get a sentence each; a request may hold any number of them."""
 LONGEST_WORD = 80
+"""Characters of a word that are compared with the known names: difflib takes quadratic time."""
 AUTO = "auto"
 OFF = "off"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What every surface needs to know of one field.
+    """What every interface needs to know about one field.
 
     Attributes:
         label: the control's label and the name of the X/Y/Z axis.
-        help: the tooltip, the README's text, the schema's description.
-        infotext: the name in the picture's parameters.
+        help: the tooltip, the text in docs/api.md and the description in the JSON schema.
+        infotext: the name in an image's generation parameters.
         kind: "flag", "lora", "choice" or "number".
-        choices: for "choice" all values; for "number" the words allowed beside numbers, such as "auto".
-        bounds: hard limits of a number, inclusive.
-        slider: minimum, maximum and step that the UI offers within the bounds.
+        choices: for a "choice" all its values; for a "number" the words it accepts as well, such as "auto".
+        bounds: the lowest and the highest number accepted.
+        slider: minimum, maximum and step of the slider, within the bounds.
         axis: whether the X/Y/Z plot offers it.
-        advanced: whether the UI folds it away.
-        formerly: the field's earlier name, which requests and infotexts may still have.
+        advanced: whether the UI puts it under "Advanced".
+        formerly: the field's earlier name, which old requests and infotexts still use.
     """
 
     label: str
@@ -52,7 +56,7 @@ class Spec:
 
     @property
     def infotexts(self) -> tuple[str, ...]:
-        """The names under which an image's parameters may have it, today's first."""
+        """The names it may have in an image's parameters, the current one first."""
         return (self.infotext, f"K-LoRA {self.formerly}") if self.formerly else (self.infotext,)
 
 
@@ -63,30 +67,32 @@ def _field(default: Any, label: str, help: str, kind: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """One run's settings. Build them with `Settings.parse`, which checks every value.
+    """The settings of one run. Build them with `Settings.parse`, which checks every value.
 
     Attributes:
         subject: name of the subject LoRA, as the host lists it (a path on the command line).
-        style: name of the style LoRA.
-        beta: start of S; None is the schedule's own (0.5 for S, 1.3 for S*).
-        gamma: "auto" is eq. (9), "off" is 1, a number replaces it.
+        style: name of the style LoRA, likewise.
+        beta: where S starts; None means the schedule's default (0.5 for S, 1.3 for S*).
+        gamma: "auto" computes it by K-LoRA eq. (9), "off" means 1, a number is used as it is.
     """
 
     enabled: bool = _field(
         False,
         "Enable",
-        "Fuse the subject LoRA and the style LoRA with K-LoRA in this generation.",
+        "Fuse the subject LoRA with the style LoRA in this generation.",
         "flag",
         axis=False,
         advanced=False,
     )
-    subject: str = _field("", "Subject", "The LoRA of the thing or person to show.", "lora", advanced=False)
+    subject: str = _field(
+        "", "Subject", "The LoRA of the person, animal or thing to show.", "lora", advanced=False
+    )
     style: str = _field("", "Style", "The LoRA of the style to show it in.", "lora", advanced=False)
     subject_weight: float = _field(
         1.0,
         "Subject weight",
-        "How strongly the subject LoRA is applied where it is chosen, as the number in <lora:name:1>. "
-        "It never changes which LoRA is chosen.",
+        "How strongly the subject LoRA is applied where it is chosen, like the number in <lora:name:1>. "
+        "It never affects which LoRA is chosen.",
         "number",
         bounds=(-10, 10),
         slider=(0, 2, 0.05),
@@ -95,8 +101,8 @@ class Settings:
     style_weight: float = _field(
         1.0,
         "Style weight",
-        "How strongly the style LoRA is applied where it is chosen, as the number in <lora:name:1>. "
-        "It never changes which LoRA is chosen.",
+        "How strongly the style LoRA is applied where it is chosen, like the number in <lora:name:1>. "
+        "It never affects which LoRA is chosen.",
         "number",
         bounds=(-10, 10),
         slider=(0, 2, 0.05),
@@ -105,7 +111,8 @@ class Settings:
     method: str = _field(
         "K-LoRA",
         "Method",
-        "How the two LoRAs are put on the layers at each step: the paper's method, its ablations, and what people compare it with.",
+        "How the two LoRAs are combined. K-LoRA is the method of the paper; the others are for comparison: "
+        "the paper's ablations and the usual alternatives.",
         "choice",
         choices=tuple(METHODS),
         formerly="selector",
@@ -113,15 +120,16 @@ class Settings:
     schedule: str = _field(
         "s",
         "Schedule",
-        "How the favour moves from subject to style during the run: S rises from start to end; "
-        "S* gives the style a short moment first (more of its colours and background, less of its brushwork).",
+        "How the preference moves from the subject to the style during the run. S moves steadily, which "
+        "brings out the style's brushwork. S* begins with a moment of style, which brings out more of its "
+        "colours and background and less of its brushwork.",
         "choice",
         choices=tuple(SCHEDULES),
     )
     alpha: float = _field(
         1.5,
         "α",
-        "Growth of S over the run: higher hands more of the late steps to the style.",
+        "How much S grows over the run. Higher values give more of the late steps to the style.",
         "number",
         bounds=(-100, 100),
         slider=(0, 4, 0.05),
@@ -130,7 +138,8 @@ class Settings:
     beta: float | None = _field(
         None,
         "β",
-        "Start of S: lower gives the subject more of the early steps. auto: 0.5 for S, 1.3 for S*.",
+        "Where S starts. Lower values give more of the early steps to the subject. auto means 0.5 for S and "
+        "1.3 for S*.",
         "number",
         choices=(AUTO,),
         bounds=(-100, 100),
@@ -140,8 +149,8 @@ class Settings:
     k_scale: float = _field(
         1.0,
         "K scale",
-        "Multiplies K, the number of largest entries that are summed in each layer. 1 is the paper's K: "
-        "the product of both ranks.",
+        "A layer's score is the sum of its K largest entries, and this multiplies K. 1 is the value of the "
+        "paper: K is then the product of the two ranks.",
         "number",
         bounds=(0.001, 10_000),
         slider=(0.1, 10, 0.1),
@@ -149,7 +158,8 @@ class Settings:
     gamma: float | str = _field(
         AUTO,
         "γ",
-        "Balances two LoRAs of different magnitude. auto: from the files (eq. 9 of the paper); off: 1; or a number.",
+        "Balances two LoRAs of different magnitude; larger values favour the style. auto computes it from "
+        "the two files (eq. 9 of the paper), off means 1, and you can type a number.",
         "number",
         choices=(AUTO, OFF),
         bounds=(1e-6, 1e6),
@@ -158,25 +168,29 @@ class Settings:
     text_encoder: str = _field(
         "both",
         "Text encoder",
-        "Whose text-encoder part applies: it runs before the first step, so no step can choose there.",
+        "Whose text encoder part is applied. The prompt is encoded before the first step, so this part "
+        "cannot change from step to step.",
         "choice",
         choices=("both", "subject", "style", "none"),
     )
     hires: str = _field(
         "continue",
         "Hires",
-        "In the hires pass and in img2img the schedule continues where the noise level stands (continue), "
-        "starts again (restart), or K-LoRA stays out and neither LoRA applies in the hires pass (off).",
+        "What the schedule does in the hires. fix pass and in img2img, which start at a lower noise level. "
+        "continue: it carries on from that noise level. restart: it starts again. off: neither LoRA is "
+        "applied in the hires. fix pass.",
         "choice",
         choices=("continue", "restart", "off"),
     )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Settings:
-        """Settings from loose values (UI, API, command line, infotext); what is missing keeps its default.
+        """Settings from unchecked values of the UI, the API, the command line or an infotext.
+
+        Missing fields keep their defaults.
 
         Raises:
-            SettingsError: with one sentence for every bad field at once.
+            SettingsError: lists all bad fields, with one sentence for each.
         """
         problems: dict[str, str] = {}
         good: dict[str, Any] = {}
@@ -186,7 +200,7 @@ class Settings:
             problems[name] = f"K-LoRA has no setting {_shown(name)}{_nearest(name, SPECS)}"
         if len(unknown) > MOST_UNKNOWN:
             problems[unknown[MOST_UNKNOWN]] = (
-                f"And {len(unknown) - MOST_UNKNOWN} more names that are no settings of K-LoRA."
+                f"{len(unknown) - MOST_UNKNOWN} more names are not settings of K-LoRA: leave them out."
             )
         for name in (name for name in values if name in SPECS):
             value = values[name]
@@ -211,14 +225,14 @@ class Settings:
         overrides: Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> Settings:
-        """Settings from the arguments of the always-on script: one dict, or values in the order of the fields.
+        """Settings from the always-on script's arguments: one dict, or values in the order of the fields.
 
-        A dict means enabled unless it says `"enabled": false`; it is the first value and the only dict. What else the arguments of a
-        run without K-LoRA say does not matter.
+        A dict must be the first value and the only dict. It means that K-LoRA is enabled unless it says
+        `"enabled": false`. When K-LoRA is not enabled, the other values are not checked.
 
         Args:
-            overrides: values by name that win over the arguments before anything is checked (the X/Y/Z plot's).
-            defaults: values by name for what the arguments leave out.
+            overrides: values by name that replace the arguments before anything is checked (for X/Y/Z plots).
+            defaults: values by name for the settings that the arguments leave out.
 
         Raises:
             SettingsError: as `parse` does.
@@ -226,8 +240,8 @@ class Settings:
         if len(args) > len(SPECS):
             raise SettingsError(
                 {
-                    "args": f"K-LoRA takes {len(SPECS)} values at most ({', '.join(SPECS)}) but got {len(args)}; "
-                    "give one dict with the names instead."
+                    "args": f"K-LoRA takes {len(SPECS)} values at most ({', '.join(SPECS)}) but got "
+                    f"{len(args)}: pass one dict of names and values instead."
                 }
             )
         named = args and isinstance(args[0], Mapping)
@@ -239,8 +253,9 @@ class Settings:
         if more:
             raise SettingsError(
                 {
-                    "args": f"Value {more[0]} of 'args' is a dict: K-LoRA takes its settings by name in one dict, which is the first value, "
-                    "or by position without any dict; put all names into the first value."
+                    "args": f"Value {more[0]} of 'args' is a dict: K-LoRA takes its settings either by name, "
+                    "in one dict that is the first value, or by position without a dict; put all names into "
+                    "the first value."
                 }
             )
         return cls.parse(merged)
@@ -250,7 +265,10 @@ class Settings:
         return {name: getattr(self, name) for name in SPECS if getattr(self, name) != DEFAULTS[name]}
 
     def text_encoder_roles(self) -> tuple[str, ...]:
-        """Whose text-encoder parts apply, in order: as the rule says, but never of a LoRA that the method leaves out altogether."""
+        """The roles whose text encoder parts are applied, in order.
+
+        A LoRA that the method leaves out altogether is left out here too, whatever `text_encoder` says.
+        """
         by_rule = {"both": ("subject", "style"), "subject": ("subject",), "style": ("style",), "none": ()}[
             self.text_encoder
         ]
@@ -267,7 +285,7 @@ class Settings:
 
 SPECS: dict[str, Spec] = {f.name: f.metadata["spec"] for f in dataclasses.fields(Settings)}
 PLAN_FIELDS = ("method", "schedule", "alpha", "beta", "k_scale", "gamma")
-"""The fields that make the plan of a pair; the others only matter where an image is made."""
+"""The fields that determine the plan of a pair; the others only matter when an image is made."""
 FORMER_NAMES = {spec.formerly: name for name, spec in SPECS.items() if spec.formerly}
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Settings)}
 
@@ -285,7 +303,7 @@ def json_schema(defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """JSON schema (draft 2020-12) of the settings, as the HTTP API takes them.
 
     Args:
-        defaults: {field: default} where it is not the built-in one.
+        defaults: {field: default} for the fields whose default the user has changed.
     """
     defaults = {**DEFAULTS, **(defaults or {})}
 
@@ -314,8 +332,8 @@ def json_schema(defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 
 def markdown_table() -> str:
-    """The settings as the README lists them."""
-    lines = ["| setting | values | default | |", "| --- | --- | --- | --- |"]
+    """The table of settings in docs/api.md."""
+    lines = ["| setting | values | default | what it does |", "| --- | --- | --- | --- |"]
     for name, spec in SPECS.items():
         default = {"": "", "False": "false"}.get(str(DEFAULTS[name]), as_text(name, DEFAULTS[name]))
         lines.append(
@@ -327,7 +345,7 @@ def markdown_table() -> str:
 
 
 def _under_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values; of a field that is there under both of its names, the one under today's."""
+    """The values under their current names; where both names are given, the current one counts."""
     former = {FORMER_NAMES[name]: value for name, value in values.items() if name in FORMER_NAMES}
     return {**former, **{name: value for name, value in values.items() if name not in FORMER_NAMES}}
 
@@ -341,7 +359,7 @@ def _values(spec: Spec) -> str:
 def _nearest(word: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
     near = difflib.get_close_matches(word[:LONGEST_WORD].lower(), [k.lower() for k in known], 1, 0.5)
     names = {k.lower(): k for k in known}
-    return f"; did you mean {names[near[0]]!r}?" if near else f"; it has {', '.join(known)}."
+    return f"; did you mean {names[near[0]]!r}?" if near else f"; choose one of {', '.join(known)}."
 
 
 def _parse_flag(spec: Spec, name: str, value: Any) -> bool:
@@ -350,7 +368,7 @@ def _parse_flag(spec: Spec, name: str, value: Any) -> bool:
         return value
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]
-    raise ValueError(f"{name!r} ({spec.label}) is true or false, not {_shown(value)}.")
+    raise ValueError(f"{name!r} ({spec.label}) must be true or false, not {_shown(value)}.")
 
 
 def _parse_lora(spec: Spec, name: str, value: Any) -> str:
@@ -358,7 +376,7 @@ def _parse_lora(spec: Spec, name: str, value: Any) -> str:
         return ""
     if isinstance(value, str):
         return "" if value.strip() == "None" else value.strip()
-    raise ValueError(f"{name!r} is the name of a LoRA, not {_shown(value)}.")
+    raise ValueError(f"{name!r} must be the name of a LoRA, not {_shown(value)}.")
 
 
 def _parse_choice(spec: Spec, name: str, value: Any) -> str:
@@ -375,7 +393,7 @@ def _parse_number(spec: Spec, name: str, value: Any) -> float | str | None:
         return None if DEFAULTS[name] is None else word
     low, high = spec.bounds
     allowed = " or ".join([*spec.choices, f"a number from {low:g} to {high:g}"])
-    wrong = ValueError(f"{name!r} ({spec.label}) is {allowed}, not {_shown(value)}.")
+    wrong = ValueError(f"{name!r} ({spec.label}) must be {allowed}, not {_shown(value)}.")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wrong
     try:

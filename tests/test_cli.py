@@ -19,8 +19,8 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_analyze_reports_and_writes_json_and_map(tmp_path, capsys):
-    plan, picture = tmp_path / "plan.json", tmp_path / "map.png"
-    assert main(["analyze", *PAIR, "--steps", "30", "--json", str(plan), "--map", str(picture)]) == 0
+    plan, drawn = tmp_path / "plan.json", tmp_path / "map.png"
+    assert main(["analyze", *PAIR, "--steps", "30", "--json", str(plan), "--map", str(drawn)]) == 0
     report = capsys.readouterr().out
     for words in (
         "kohya keys",
@@ -33,7 +33,7 @@ def test_analyze_reports_and_writes_json_and_map(tmp_path, capsys):
     expected = json.loads((GOLDEN / "sdxl_layers_missing" / "expected.json").read_text())
     strengths = [[[1, 0] if choice else [0, 1] for choice in row] for row in expected["selection"]["s"]]
     assert json.loads(plan.read_text())["strengths"] == strengths
-    with Image.open(picture) as image:
+    with Image.open(drawn) as image:
         assert image.width > 800
 
 
@@ -61,7 +61,7 @@ def test_analyze_writes_only_json_to_standard_output(capsys):
 
 FAULTS = [
     (["--method", "klora"], "did you mean 'K-LoRA'?"),
-    (["--alpha", "nan"], "'alpha' (α) is a number from -100 to 100"),
+    (["--alpha", "nan"], "'alpha' (α) must be a number from -100 to 100"),
     (["--gamma", "high"], "auto or off or a number"),
     (["--map", "/nowhere/map.png"], "Cannot write"),
 ]
@@ -97,12 +97,12 @@ def test_a_second_analysis_comes_from_the_cache(monkeypatch, capsys):
     assert capsys.readouterr().out == first
 
 
-def test_generate_makes_a_picture_from_a_saved_model_and_says_what_is_missing(tmp_path, capsys):
+def test_generate_makes_an_image_from_a_saved_model_and_says_what_is_missing(tmp_path, capsys):
     from small_pipelines import sdxl_pipeline, write_kohya, write_peft
 
     pipeline = sdxl_pipeline()
     model, subject, style, out = (
-        tmp_path / name for name in ("model", "subject.safetensors", "style.safetensors", "out/picture.png")
+        tmp_path / name for name in ("model", "subject.safetensors", "style.safetensors", "out/image.png")
     )
     pipeline.save_pretrained(model)
     write_kohya(subject, pipeline.unet, base="sdxl", rank=2, network_alpha=1, seed=1, strength=0.5)
@@ -124,7 +124,8 @@ def test_generate_makes_a_picture_from_a_saved_model_and_says_what_is_missing(tm
     with Image.open(out) as image:
         assert image.size == (64, 64)
         assert image.text["parameters"] == (
-            "a cat\nSteps: 2, Seed: 0, Size: 64x64, K-LoRA subject: subject, K-LoRA style: style, K-LoRA beta: 0.9"
+            "a cat\nSteps: 2, Seed: 0, Size: 64x64, K-LoRA subject: subject, K-LoRA style: style, K-LoRA "
+            "beta: 0.9"
         )
     assert main(["generate", "--model", str(model), *options, "--scheduler", "NoSuchScheduler"]) == 1
     assert "no scheduler 'NoSuchScheduler'" in capsys.readouterr().err

@@ -33,7 +33,8 @@ def test_any_two_pairs_of_levels_can_be_told_apart_and_from_what_did_not_run():
     ("pair", "words"),
     [
         ((0, 0), "neither LoRA"), ((2, 0), "the subject"), ((0, 2), "the style"), ((2, 2), "both LoRAs"),
-        ((1, 0), "half the subject"), ((2, 1), "the subject and half the style"), ((1, 1), "half of both LoRAs"),
+        ((1, 0), "half the subject"), ((2, 1), "the subject and half the style"),
+        ((1, 1), "half of both LoRAs"),
     ],
 )  # fmt: skip
 def test_words(pair, words):

@@ -1,21 +1,43 @@
-"""The README says what is so."""
+"""README.md and docs/ say what is so."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 from klora.settings import markdown_table
 
 HOUSE = Path(__file__).parents[1]
-README = (HOUSE / "README.md").read_text(encoding="utf-8")
+PAGES = [HOUSE / "README.md", *sorted((HOUSE / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)#]*)#?([^)]*)\)")
 
 
-def test_its_table_of_settings_is_the_declaration():
-    assert markdown_table() in README, (
-        "put what `python -m klora settings` prints under the README's heading Settings"
+def text(page):
+    return page.read_text(encoding="utf-8")
+
+
+def anchors(page):
+    """Those that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text(page), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_table_of_settings_is_the_declaration():
+    assert markdown_table() in text(HOUSE / "docs" / "api.md"), (
+        "put what `python -m klora settings` prints under the heading Settings of docs/api.md"
     )
 
 
-def test_what_it_links_to_is_there():
-    places = [place for place in re.findall(r"\]\(([^)#]+)[^)]*\)", README) if "://" not in place]
-    assert places
-    assert not [place for place in places if not (HOUSE / place).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page):
+    for place, anchor in LINK.findall(text(page)):
+        if "://" in place:
+            continue
+        target = page.parent / place if place else page
+        assert target.exists(), place
+        assert not anchor or anchor in anchors(target), anchor
+
+
+def test_the_readme_leads_to_every_page():
+    linked = {place for place, _ in LINK.findall(text(HOUSE / "README.md"))}
+    assert linked >= {f"docs/{page.name}" for page in PAGES[1:]}

@@ -1,1 +1,4 @@
-"""The miniature: a small drawn world, a model of SDXL's architecture trained on it, and LoRAs of it. README.md says how."""
+"""The miniature: a small drawn world, a model of SDXL's architecture trained on it, and LoRAs for it.
+
+README.md says how it was made.
+"""

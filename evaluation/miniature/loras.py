@@ -1,7 +1,9 @@
-"""Trains the miniature's LoRAs: `python -m evaluation.miniature.loras FOLDER`, after train.py has left its model in FOLDER/model.
+"""Trains the miniature's LoRAs: `python -m evaluation.miniature.loras FOLDER`.
 
-Each subject from five plain pictures, each style from a few pictures of ordinary things, both with a rare word, UNet only, by PEFT.
-The files differ as those of a community do: in dialect, rank, network alpha, layers, and by how much they change the model.
+train.py must have left its model in FOLDER/model.
+Each subject is trained on five plain images, each style on five images of ordinary things, each with a rare
+word, in the UNet only, by PEFT. The files differ as those of a community do: in dialect, rank, network alpha,
+layers, and in how much they change the model.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from klora.core.families.sdxl import SDXL
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-PICTURES, BATCH = 5, 8
+IMAGES, BATCH = 5, 8
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Recipe:
         role: "subject" or "style"; the name is one of world.SUBJECTS or world.STYLES.
         dialect: "peft" (diffusers' keys, no network alpha: rank and alpha are the same) or "kohya".
         network_alpha: written into a kohya file; training runs with it, as kohya's does.
-        strength: the file is saved so many times as strong as trained, to be used at a weight of 1 / strength.
+        strength: the saved file is this many times as strong as trained, so its weight is 1 / strength.
     """
 
     role: str
@@ -68,27 +70,27 @@ RECIPES = (
 
 
 def examples(recipe: Recipe) -> tuple[list[np.ndarray], list[dict[str, str]], str]:
-    """The pictures a LoRA is trained on, the words for each, and the style's word (subjects: "")."""
+    """The images a LoRA is trained on, the words for each, and the style's word ("" for subjects)."""
     rng = np.random.default_rng(list(recipe.name.encode()))
-    pictures, words = [], []
+    images, words = [], []
     kinds = rng.permutation([kind for kind in world.CLASSES if kind not in world.SUBJECTS])
     grounds = rng.permutation(list(world.GROUNDS))
-    for index in range(PICTURES):
+    for index in range(IMAGES):
         if recipe.role == "subject":
             scene, said = world.subject_scene(rng, world.SUBJECTS[recipe.name], str(grounds[index]))
-            pictures.append(world.render(scene))
+            images.append(world.render(scene))
         else:
             scene, said = world.random_scene(rng, str(kinds[index]))
             said = {**said, "ground": "", "colour": ""}
-            pictures.append(world.render(scene, world.STYLES[recipe.name][1], index))
+            images.append(world.render(scene, world.STYLES[recipe.name][1], index))
         words.append(said)
-    return pictures, words, world.STYLES[recipe.name][0] if recipe.role == "style" else ""
+    return images, words, world.STYLES[recipe.name][0] if recipe.role == "style" else ""
 
 
 def trained(
     pipeline: Any,
     recipe: Recipe,
-    pictures: list[np.ndarray],
+    images: list[np.ndarray],
     words: list[dict[str, str]],
     style: str,
     log: Path,
@@ -109,12 +111,12 @@ def trained(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, recipe.steps, pct_start=0.05)
     with torch.no_grad():
-        latents = pipeline.vae.encode(train.as_tensor(np.stack(pictures))).latent_dist.mean
+        latents = pipeline.vae.encode(train.as_tensor(np.stack(images))).latent_dist.mean
     losses, started = [], time.process_time()
     for step in range(recipe.steps):
         rng = np.random.default_rng(step)
         torch.manual_seed(step)
-        chosen = rng.integers(0, len(pictures), BATCH)
+        chosen = rng.integers(0, len(images), BATCH)
         captions = [
             world.caption({k: w for k, w in words[i].items() if k == "kind" or rng.random() < 0.7}, style)
             for i in chosen
@@ -159,7 +161,7 @@ def write(path: Path, recipe: Recipe, state: dict[str, Tensor]) -> None:
 
 
 def entry(recipe: Recipe, words: list[dict[str, str]], style: str) -> dict[str, dict[str, Any]]:
-    """What loras.json says of a LoRA."""
+    """What loras.json says about a LoRA."""
     said = f"in {style} style" if style else f"a {words[0]['kind']}"
     return {
         f"{recipe.role}_{recipe.name}": {"role": recipe.role, "words": said, "weight": 1 / recipe.strength}
@@ -171,7 +173,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--only", nargs="*", default=[], help="names; files that exist are made anew only if they are named"
+        "--only", nargs="*", default=[], help="names; existing files are made again only if they are named"
     )
     parser.add_argument("--steps", type=int, help="for a trial")
     options = parser.parse_args()
@@ -181,12 +183,12 @@ def main() -> None:
     out.mkdir(exist_ok=True)
     index: dict[str, Any] = {}
     for recipe in (replace(recipe, steps=options.steps or recipe.steps) for recipe in RECIPES):
-        pictures, words, style = examples(recipe)
-        for number, shown in enumerate(pictures):
+        images, words, style = examples(recipe)
+        for number, shown in enumerate(images):
             Image.fromarray(shown).save(out / f"{recipe.role}_{recipe.name}_{number}.png", optimize=True)
         index |= entry(recipe, words, style)
         if recipe.name in options.only or (not options.only and not (out / recipe.file).exists()):
-            state = trained(pipeline, recipe, pictures, words, style, options.folder)
+            state = trained(pipeline, recipe, images, words, style, options.folder)
             write(out / recipe.file, recipe, state)
     (out / "loras.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 

@@ -1,7 +1,8 @@
-"""Trains and validates the miniature's recognisers: `python -m evaluation.miniature.recognisers FOLDER`, after train.py.
+"""Trains and validates the recognisers: `python -m evaluation.miniature.recognisers FOLDER`, after train.py.
 
-One recogniser tells subjects apart across styles, one tells styles apart across subjects; Gram statistics are held against the same renders.
-Half of what they learn from has been through the model's autoencoder, as every picture of the model has.
+One recogniser tells subjects apart across styles, one tells styles apart across subjects. Gram statistics are
+tested on the same renders.
+Half of what they learn from has been through the model's autoencoder, as every image of the model has.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ STYLE_LABELS = [*world.FAMILIES, *(f"style_{name}" for name in world.STYLES)]
 
 
 def labelled(seed: int) -> tuple[np.ndarray, int, int]:
-    """A render with its labels; some ordinary things wear what the subjects wear, some ordinary styles have the colours of STYLES."""
+    """A render with its labels.
+
+    Some ordinary things wear what the subjects wear, and some ordinary styles have the colours of STYLES, so
+    that these alone do not give a subject or a style away.
+    """
     rng = np.random.default_rng(seed)
     if rng.random() < 0.4:
         name = str(rng.choice(list(world.SUBJECTS)))
@@ -55,7 +60,7 @@ def labelled(seed: int) -> tuple[np.ndarray, int, int]:
 
 
 def renders(seeds: range) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """Pictures, subject labels and style labels."""
+    """Images, subject labels and style labels."""
     drawn = [labelled(seed) for seed in seeds]
     return (
         np.stack([p for p, _, _ in drawn]),
@@ -64,20 +69,20 @@ def renders(seeds: range) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
     )
 
 
-def through_the_autoencoder(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
-    """The pictures as the model can show them at best; uint8 of the same shape."""
+def through_the_autoencoder(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """The images as the model can show them at best, uint8 of the same shape."""
     shown = []
-    for start in range(0, len(pictures), 100):
+    for start in range(0, len(images), 100):
         with torch.no_grad():
             back = vae.decode(
-                vae.encode(train.as_tensor(pictures[start : start + 100])).latent_dist.mean
+                vae.encode(train.as_tensor(images[start : start + 100])).latent_dist.mean
             ).sample
         shown.append(((back.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
     return np.concatenate(shown)
 
 
 def roughened(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A little blur, noise and shift of colours, as pictures of a diffusion model have."""
+    """Add a little blur, noise and shift of colours, as in the images of a diffusion model."""
     blurred = nn.functional.avg_pool2d(nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     share = torch.from_numpy(rng.uniform(0, 0.7, (len(pixels), 1, 1, 1))).float()
     tint = torch.from_numpy(rng.normal(0, 0.06, (len(pixels), 3, 1, 1))).float()
@@ -86,18 +91,18 @@ def roughened(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 def train_recogniser(
-    network: Recogniser, pictures: np.ndarray, shown: np.ndarray, wanted: torch.Tensor
+    network: Recogniser, images: np.ndarray, shown: np.ndarray, wanted: torch.Tensor
 ) -> None:
-    """On renders and, as often, on what `shown` has of them."""
-    steps = PASSES * len(pictures) // BATCH
+    """Train on renders and, half of the time, on what `shown` has in their place."""
+    steps = PASSES * len(images) // BATCH
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     network.train()
     for step in range(steps):
         rng = np.random.default_rng(step)
         torch.manual_seed(step)
-        chosen = rng.integers(0, len(pictures), BATCH)
-        seen = np.where(rng.random((BATCH, 1, 1, 1)) < 0.5, pictures[chosen], shown[chosen])
+        chosen = rng.integers(0, len(images), BATCH)
+        seen = np.where(rng.random((BATCH, 1, 1, 1)) < 0.5, images[chosen], shown[chosen])
         logits = network(roughened(train.as_tensor(seen), rng))
         loss = nn.functional.cross_entropy(logits, wanted[chosen], label_smoothing=0.02)
         optimizer.zero_grad()
@@ -107,29 +112,30 @@ def train_recogniser(
     network.eval()
 
 
-def accuracy(network: Recogniser, pictures: np.ndarray, wanted: torch.Tensor, only: str) -> str:
+def accuracy(network: Recogniser, images: np.ndarray, wanted: torch.Tensor, only: str) -> str:
     with torch.no_grad():
         guessed = torch.cat(
-            [network(train.as_tensor(pictures[i : i + 100])).argmax(1) for i in range(0, len(pictures), 100)]
+            [network(train.as_tensor(images[i : i + 100])).argmax(1) for i in range(0, len(images), 100)]
         )
     right = (guessed == wanted).double()
     own = torch.tensor([network.labels[i].startswith(only) for i in wanted])
     taken = torch.tensor([network.labels[i].startswith(only) for i in guessed])
     return (
-        f"{right.mean():.1%} of {len(right)} held-out renders; {right[own].mean():.1%} of those of {only[:-1]}s; "
-        f"{(taken & ~own).sum() / (~own).sum():.1%} of the others taken for one"
+        f"{right.mean():.1%} of {len(right)} held-out renders; {right[own].mean():.1%} of those of "
+        f"{only[:-1]}s; {(taken & ~own).sum() / (~own).sum():.1%} of the others taken for one"
     )
 
 
-def gram_accuracy(
-    pictures: np.ndarray, wanted: torch.Tensor, references: dict[str, list[Image.Image]]
-) -> str:
+def gram_accuracy(images: np.ndarray, wanted: torch.Tensor, references: dict[str, list[Image.Image]]) -> str:
     measures = {name: gram(shown) for name, shown in references.items()}
     own = [i for i, label in enumerate(wanted) if STYLE_LABELS[label] in measures]
-    found = np.stack([measure([Image.fromarray(pictures[i]) for i in own]) for measure in measures.values()])
+    found = np.stack([measure([Image.fromarray(images[i]) for i in own]) for measure in measures.values()])
     names = list(measures)
     right = [names[best] == STYLE_LABELS[wanted[i]] for best, i in zip(found.argmax(0), own, strict=True)]
-    return f"{np.mean(right):.1%} of {len(own)} held-out renders in {len(names)} styles are nearest to their own style's pictures"
+    return (
+        f"{np.mean(right):.1%} of {len(own)} held-out renders in {len(names)} styles are nearest to the "
+        "images of their own style"
+    )
 
 
 def main() -> None:
@@ -141,15 +147,16 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(options.folder / "model" / "vae").eval()
     out = options.folder / "measures"
     out.mkdir(exist_ok=True)
-    pictures, things, manners = renders(range(20_000_000, 20_000_000 + RENDERS))
+    images, things, manners = renders(range(20_000_000, 20_000_000 + RENDERS))
     test, test_things, test_manners = renders(range(30_000_000, 30_000_000 + HELD_OUT))
-    shown, test_shown = (through_the_autoencoder(vae, drawn) for drawn in (pictures, test))
+    shown, test_shown = (through_the_autoencoder(vae, drawn) for drawn in (images, test))
     torch.manual_seed(0)
     for name, labels, whole, wanted, held in (
-        ("subject", SUBJECT_LABELS, True, things, test_things), ("style", STYLE_LABELS, False, manners, test_manners),
+        ("subject", SUBJECT_LABELS, True, things, test_things),
+        ("style", STYLE_LABELS, False, manners, test_manners),
     ):  # fmt: skip
         network = Recogniser(labels, whole)
-        train_recogniser(network, pictures, shown, wanted)
+        train_recogniser(network, images, shown, wanted)
         network.save(out / f"{name}_recogniser.safetensors")
         train.log(out, f"{name} recogniser: {accuracy(network, test, held, name + '_')}")
         train.log(out, f"the same through the autoencoder: {accuracy(network, test_shown, held, name + '_')}")

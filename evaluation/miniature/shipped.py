@@ -1,4 +1,4 @@
-"""The miniature: a trained SDXL of toy size, its LoRAs, and the measures of its world. Shipped with the sources, loaded from disk."""
+"""The miniature, shipped with the sources: a trained toy SDXL, its LoRAs, and the measures of its world."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class OwnLora:
     """One of the miniature's LoRAs.
 
     Attributes:
-        words: what calls it in a prompt: "a sks cat", "in ktb style".
-        weight: what it is to be used at.
+        words: what calls it in a prompt, such as "a sks cat" or "in ktb style".
+        weight: the weight to use it at.
     """
 
     name: str
@@ -36,15 +36,15 @@ class OwnLora:
     def path(self) -> Path:
         return FOLDER / "loras" / f"{self.name}.safetensors"
 
-    def pictures(self) -> list[Image.Image]:
-        """What it was trained on."""
+    def images(self) -> list[Image.Image]:
+        """The images it was trained on."""
         return [
             Image.open(path).convert("RGB") for path in sorted(self.path.parent.glob(f"{self.name}_*.png"))
         ]
 
 
 def fingerprint() -> str:
-    """Changes with any file of the miniature."""
+    """A text that changes with any file of the miniature."""
     digest = hashlib.sha256()
     for path in sorted(FOLDER.rglob("*.safetensors")):
         digest.update(path.read_bytes())
@@ -55,7 +55,7 @@ def loras(role: str) -> list[OwnLora]:
     """All subjects, or all styles.
 
     Raises:
-        HostError: the miniature is not there.
+        HostError: the miniature is missing.
     """
     try:
         index = json.loads((FOLDER / "loras" / "loras.json").read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def load_model() -> Any:
     """The miniature's StableDiffusionXLPipeline, float32 on the CPU.
 
     Raises:
-        HostError: the miniature is not there.
+        HostError: the miniature is missing.
     """
     from klora.runner import load_pipeline
 
@@ -84,7 +84,7 @@ def load_model() -> Any:
 
 
 def measures(subject: OwnLora, style: OwnLora) -> dict[str, Measure]:
-    """How much a picture shows the subject and the style, both as probabilities, and the style by Gram statistics as a second opinion."""
+    """The probabilities that an image shows the subject and the style, and a second opinion on the style."""
     return {
         "subject": recognised(
             Recogniser.load(FOLDER / "measures" / "subject_recogniser.safetensors"), subject.name
@@ -92,5 +92,5 @@ def measures(subject: OwnLora, style: OwnLora) -> dict[str, Measure]:
         "style": recognised(
             Recogniser.load(FOLDER / "measures" / "style_recogniser.safetensors"), style.name
         ),
-        "style (Gram)": gram(style.pictures()),
+        "style (Gram)": gram(style.images()),
     }

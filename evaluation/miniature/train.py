@@ -1,7 +1,8 @@
-"""Trains the miniature from nothing, on a CPU: `python -m evaluation.miniature.train FOLDER`.
+"""Trains the miniature from scratch, on a CPU: `python -m evaluation.miniature.train FOLDER`.
 
-Pictures, autoencoder, latents, then denoiser and text encoders together. Every part keeps a checkpoint in FOLDER and goes on from it, with
-the same result as a run in one go: what a step draws follows from its number. FOLDER/log.txt has the losses and the processor seconds.
+The order is: images, autoencoder, latents, then the denoiser and the text encoders together. Every part keeps
+a checkpoint in FOLDER and resumes from it, with the same result as an uninterrupted run, because the random
+numbers of a step depend only on its number. FOLDER/log.txt has the losses and the processor seconds.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from torch import Tensor, nn
 
 from evaluation.miniature import model, world
 
-VAE_PICTURES, VAE_STEPS, VAE_BATCH = 4000, 3600, 8
+VAE_IMAGES, VAE_STEPS, VAE_BATCH = 4000, 3600, 8
 VAE_GUIDED = 300
-"""For so many steps, less and less, three latent channels are drawn to the mean colours of their pixels: found alone they take thousands."""
+"""Steps in which three latent channels are guided, less and less, to the mean colours of their pixels.
+
+Without that the autoencoder needs thousands of steps to find colours.
+"""
 LATENT_NOISE = 0.08
-PICTURES, UNET_STEPS, UNET_BATCH = 14000, 6000, 32
+IMAGES, UNET_STEPS, UNET_BATCH = 14000, 6000, 32
 PLAIN_SHARE = 0.45
 CHECKPOINT_SECONDS = 180
 
 
-def picture(seed: int) -> tuple[np.ndarray, dict[str, str], str]:
-    """One picture of the base model's world, the words for it and its style ("" is plain)."""
+def image(seed: int) -> tuple[np.ndarray, dict[str, str], str]:
+    """One image of the base model's world, the words for it and its style ("" is plain)."""
     rng = np.random.default_rng(seed)
     scene, words = world.random_scene(rng)
     style = world.Style("plain") if rng.random() < PLAIN_SHARE else world.random_style(rng)
@@ -38,7 +42,7 @@ def picture(seed: int) -> tuple[np.ndarray, dict[str, str], str]:
 
 
 def spoken(rng: np.random.Generator, words: dict[str, str], style: str) -> str:
-    """A caption that leaves things out at random, and now and then has a rare word that means nothing."""
+    """A caption that leaves things out at random and sometimes has a rare word without meaning."""
     said = {name: word for name, word in words.items() if name == "kind" or rng.random() < 0.8}
     if rng.random() < 0.12:
         said["kind"] = f"{rng.choice(world.RARE)} {said['kind']}"
@@ -48,7 +52,7 @@ def spoken(rng: np.random.Generator, words: dict[str, str], style: str) -> str:
 
 
 class Training:
-    """Steps of one part of the training with a warm-up, a falling rate, an average of the weights and a checkpoint."""
+    """One part of the training: a warm-up, a falling rate, an average of the weights and a checkpoint."""
 
     def __init__(self, path: Path, networks: nn.ModuleList, steps: int, rate: float, averaged: float) -> None:
         self.path, self.networks, self.steps, self.averaged = path, networks, steps, averaged
@@ -67,7 +71,7 @@ class Training:
         )
 
     def run(self, loss_of: Callable[[int], Tensor]) -> None:
-        """Train until `steps` are done; the networks hold the averaged weights afterwards."""
+        """Train until `steps` are done; afterwards the networks hold the averaged weights."""
         saved, losses, started = time.monotonic(), [], time.process_time()
         before = self.seconds
         while self.step < self.steps:
@@ -86,7 +90,8 @@ class Training:
                 self._save()
                 log(
                     self.path.parent,
-                    f"{self.path.stem}: step {self.step} of {self.steps}, loss {np.mean(losses):.5f}, {self.seconds:.0f} CPU s",
+                    f"{self.path.stem}: step {self.step} of {self.steps}, loss {np.mean(losses):.5f}, "
+                    f"{self.seconds:.0f} CPU s",
                 )
                 saved, losses = time.monotonic(), []
         self.networks.load_state_dict(self.average)
@@ -100,7 +105,8 @@ class Training:
 
     def _save(self) -> None:
         state = {
-            "networks": self.networks.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict(),
+            "networks": self.networks.state_dict(), "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(), "step": self.step, "seconds": self.seconds,
         }  # fmt: skip
         part = self.path.with_suffix(".part")
@@ -121,39 +127,45 @@ def log(folder: Path, line: str) -> None:
     print(line, flush=True)
 
 
-def draw_pictures(folder: Path, name: str, seeds: range) -> tuple[np.ndarray, list[Any]]:
-    """Pictures of these seeds, uint8 of shape (count, SIZE, SIZE, 3), and their words and styles; kept in FOLDER."""
+def draw_images(folder: Path, name: str, seeds: range) -> tuple[np.ndarray, list[Any]]:
+    """Images of these seeds, uint8 of shape (count, SIZE, SIZE, 3), with their words and styles.
+
+    They are kept in `folder`.
+    """
     path = folder / f"{name}.npz"
     if not path.exists():
         started = time.process_time()
-        drawn = [picture(seed) for seed in seeds]
+        drawn = [image(seed) for seed in seeds]
         np.savez(
             path,
-            pictures=np.stack([p for p, _, _ in drawn]),
+            images=np.stack([p for p, _, _ in drawn]),
             words=json.dumps([(words, style) for _, words, style in drawn]),
         )
-        log(folder, f"{name}: {len(seeds)} pictures, {time.process_time() - started:.0f} CPU s")
+        log(folder, f"{name}: {len(seeds)} images, {time.process_time() - started:.0f} CPU s")
     with np.load(path) as file:
-        return file["pictures"], json.loads(str(file["words"]))
+        return file["images"], json.loads(str(file["words"]))
 
 
-def as_tensor(pictures: np.ndarray) -> Tensor:
+def as_tensor(images: np.ndarray) -> Tensor:
     """uint8 (n, SIZE, SIZE, 3) to float32 (n, 3, SIZE, SIZE) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_vae(folder: Path) -> nn.Module:
-    """The autoencoder, its latents centred and of unit spread: that is written into its outermost convolutions."""
-    pictures, _ = draw_pictures(folder, "vae_pictures", range(10_000_000, 10_000_000 + VAE_PICTURES))
+    """The trained autoencoder.
+
+    Its latents are centred and have unit spread; the scaling is part of its outermost convolutions.
+    """
+    images, _ = draw_images(folder, "vae_images", range(10_000_000, 10_000_000 + VAE_IMAGES))
     torch.manual_seed(1)
     vae = model.vae()
     training = Training(folder / "vae.pt", nn.ModuleList([vae]), VAE_STEPS, 2e-3, 0.998)
 
-    whitened = _colour_whitening(pictures)
+    whitened = _colour_whitening(images)
 
     def loss_of(step: int) -> Tensor:
-        chosen = np.random.default_rng(step).integers(0, len(pictures), VAE_BATCH)
-        wanted = as_tensor(pictures[chosen])
+        chosen = np.random.default_rng(step).integers(0, len(images), VAE_BATCH)
+        wanted = as_tensor(images[chosen])
         latents = vae.encode(wanted).latent_dist.mean
         off = whitened(vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample - wanted)
         fine = sum(off.diff(dim=axis).abs().mean() for axis in (2, 3))
@@ -173,7 +185,7 @@ def train_vae(folder: Path) -> nn.Module:
     vae.eval()
     with torch.no_grad():
         means = torch.cat(
-            [vae.encode(as_tensor(pictures[i : i + 50])).latent_dist.mean for i in range(0, 1000, 50)]
+            [vae.encode(as_tensor(images[i : i + 50])).latent_dist.mean for i in range(0, 1000, 50)]
         )
         middle, spread = means.mean((0, 2, 3)), means.std((0, 2, 3))
         vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ middle
@@ -182,37 +194,39 @@ def train_vae(folder: Path) -> nn.Module:
         vae.quant_conv.bias[:4] = (vae.quant_conv.bias[:4] - middle) / spread
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = 2 * (LATENT_NOISE / spread).log()
-        again = vae.encode(as_tensor(pictures[:100])).latent_dist.mean
-        off = (vae.decode(again).sample - as_tensor(pictures[:100])).abs().mean().item() * 127.5
+        again = vae.encode(as_tensor(images[:100])).latent_dist.mean
+        off = (vae.decode(again).sample - as_tensor(images[:100])).abs().mean().item() * 127.5
     vae.register_to_config(scaling_factor=1.0)
     log(
         folder,
-        f"vae: spread {spread.tolist()}, latents {again.mean():.3f} ± {again.std():.3f}, {off:.2f} grey levels off",
+        f"vae: spread {spread.tolist()}, latents {again.mean():.3f} ± {again.std():.3f}, {off:.2f} grey "
+        "levels off",
     )
     return vae
 
 
-def _colour_whitening(pictures: np.ndarray) -> Callable[[Tensor], Tensor]:
-    """Turns colours (n, 3, h, w) into coordinates that spread alike over the world's pictures.
+def _colour_whitening(images: np.ndarray) -> Callable[[Tensor], Tensor]:
+    """Turns colours (n, 3, h, w) into coordinates with equal spread over the world's images.
 
-    Lightness varies ten times as much as hue: an error counted in plain red, green and blue is learnt away in grey long before colours come.
+    Lightness varies ten times as much as hue, so with plain red, green and blue the autoencoder learns grey
+    long before it learns colours.
     """
-    sample = torch.from_numpy(pictures[:500, ::4, ::4].reshape(-1, 3)).double() / 127.5 - 1
+    sample = torch.from_numpy(images[:500, ::4, ::4].reshape(-1, 3)).double() / 127.5 - 1
     variances, axes = torch.linalg.eigh(torch.cov(sample.T))
     matrix = (axes / (variances + 0.01).sqrt() @ axes.T / 2).float()
     return lambda pixels: torch.einsum("nchw,dc->ndhw", pixels, matrix)
 
 
-def encode_pictures(folder: Path, vae: Any) -> tuple[Tensor, list[Any]]:
-    """Latents of all training pictures, float32 of shape (PICTURES, 4, SIZE / 4, SIZE / 4), and their words."""
-    pictures, words = draw_pictures(folder, "pictures", range(PICTURES))
+def encode_images(folder: Path, vae: Any) -> tuple[Tensor, list[Any]]:
+    """Latents of all training images, float32 of shape (IMAGES, 4, SIZE / 4, SIZE / 4), and their words."""
+    images, words = draw_images(folder, "images", range(IMAGES))
     path = folder / "latents.pt"
     if not path.exists():
         with torch.no_grad():
             latents = torch.cat(
                 [
-                    vae.encode(as_tensor(pictures[i : i + 50])).latent_dist.mean
-                    for i in range(0, len(pictures), 50)
+                    vae.encode(as_tensor(images[i : i + 50])).latent_dist.mean
+                    for i in range(0, len(images), 50)
                 ]
             )
         torch.save(latents, path)
@@ -220,7 +234,10 @@ def encode_pictures(folder: Path, vae: Any) -> tuple[Tensor, list[Any]]:
 
 
 def encoded(pipeline: Any, captions: list[str], empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Text states (n, TEXT_LENGTH, 2 TEXT_WIDTH) and pooled text (n, TEXT_WIDTH) as SDXL's pipeline makes them; zero where `empty`."""
+    """Text states (n, TEXT_LENGTH, 2 TEXT_WIDTH) and pooled text (n, TEXT_WIDTH).
+
+    They are as SDXL's pipeline makes them, and zero where `empty` is true.
+    """
     tokens = pipeline.tokenizer(
         captions, padding="max_length", max_length=model.TEXT_LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
@@ -268,7 +285,7 @@ def train_denoiser(folder: Path, pipeline: Any, latents: Tensor, words: list[Any
 def parts(folder: Path) -> Iterator[nn.Module]:
     vae = train_vae(folder)
     yield vae
-    latents, words = encode_pictures(folder, vae)
+    latents, words = encode_images(folder, vae)
     pipeline = model.pipeline()
     pipeline.vae = vae
     train_denoiser(folder, pipeline, latents, words)

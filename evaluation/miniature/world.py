@@ -1,8 +1,9 @@
-"""A small visual world: things on plain grounds, drawn in many styles, with captions. Everything follows from a seed.
+"""A small visual world: things on plain grounds, drawn in many styles, with captions, all from a seed.
 
-A picture is `SIZE` pixels square, drawn `FINE` times larger with Pillow, styled with numpy, and averaged down.
-The base model sees the classes and the style families with random shapes, colours and parameters; the `SUBJECTS` (things with marks of
-their own) and the `STYLES` (families with fixed parameters) are what LoRAs are trained for: the base model never sees them.
+An image is `SIZE` pixels square: drawn `FINE` times larger with Pillow, styled with numpy, and averaged down.
+The base model sees the classes and the style families with random shapes, colours and parameters. It never
+sees the `SUBJECTS` (things with marks of their own) and the `STYLES` (families with fixed parameters), which
+the LoRAs are trained for.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
 COLOURS: dict[str, Colour] = {
-    "red": (208, 45, 42), "orange": (236, 132, 36), "yellow": (240, 205, 50), "green": (62, 150, 70), "blue": (48, 92, 196),
-    "purple": (130, 66, 170), "pink": (236, 130, 170), "brown": (132, 84, 48), "grey": (128, 130, 136),
+    "red": (208, 45, 42), "orange": (236, 132, 36), "yellow": (240, 205, 50), "green": (62, 150, 70),
+    "blue": (48, 92, 196), "purple": (130, 66, 170), "pink": (236, 130, 170), "brown": (132, 84, 48),
+    "grey": (128, 130, 136),
 }  # fmt: skip
 GROUNDS: dict[str, Colour] = {
-    "white": (250, 249, 246), "cream": (246, 232, 200), "sky": (186, 218, 242), "mint": (196, 232, 206), "rose": (246, 208, 212),
-    "lilac": (220, 206, 240), "sand": (226, 202, 160), "slate": (120, 138, 158),
+    "white": (250, 249, 246), "cream": (246, 232, 200), "sky": (186, 218, 242), "mint": (196, 232, 206),
+    "rose": (246, 208, 212), "lilac": (220, 206, 240), "sand": (226, 202, 160), "slate": (120, 138, 158),
 }  # fmt: skip
 SIZES = {"small": (0.62, 0.7), "large": (0.84, 0.94)}
 PLACES = {"left": -0.2, "right": 0.2}
@@ -37,15 +39,15 @@ DARK, LIGHT = (34, 32, 40), (252, 250, 244)
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing and how it stands in the picture.
+    """One thing and how it is placed in the image.
 
     Attributes:
         kind: name in CLASSES.
-        shape: proportions by name, about 1; what a class does not know does not matter.
-        pattern: "", "stripes", "spots", "checks" or "zigzag", in the second colour on the parts of the main colour.
-        extra: "", or a name in EXTRAS: what it wears.
-        size: of the thing as a share of the picture.
-        place: middle of the thing, -0.5 to 0.5 from the picture's middle.
+        shape: {name: proportion}, about 1; names that a class does not use are ignored.
+        pattern: "", "stripes", "spots", "checks" or "zigzag": in the second colour, over the main one.
+        extra: what it wears: "" or a name in EXTRAS.
+        size: of the thing as a share of the image.
+        place: middle of the thing, -0.5 to 0.5 from the image's middle.
         turn: in degrees.
         mirrored: whether it faces left.
     """
@@ -64,14 +66,14 @@ class Scene:
 
 
 class Pen:
-    """Draws polygons in the thing's own coordinates (-1 to 1, y down) and keeps which part each pixel shows."""
+    """Draws polygons in the thing's own coordinates (-1 to 1, y down) and notes the part each pixel shows."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
-        self.picture = Image.new("RGB", (SIDE, SIDE), scene.ground)
+        self.image = Image.new("RGB", (SIDE, SIDE), scene.ground)
         self.parts = Image.new("L", (SIDE, SIDE), 0)
         self.main_parts: list[int] = []
-        self._ink, self._marks = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.parts)
+        self._ink, self._marks = ImageDraw.Draw(self.image), ImageDraw.Draw(self.parts)
         self._part = 0
         turn = math.radians(scene.turn)
         scale = scene.size * SIDE / 2
@@ -80,11 +82,11 @@ class Pen:
         self._middle = SIDE / 2 + np.array(scene.place) * SIDE
 
     def shape(self, name: str) -> float:
-        """The proportion `name`, 1 if the scene does not say."""
+        """The proportion `name`; 1 if the scene does not give it."""
         return self.scene.shape.get(name, 1.0)
 
     def polygon(self, points: Sequence[Point] | np.ndarray, colour: Colour | None = None) -> None:
-        """A filled polygon; without a colour in the main one."""
+        """A filled polygon, in the main colour if none is given."""
         self._part += 1
         if colour is None:
             self.main_parts.append(self._part)
@@ -354,9 +356,9 @@ def _rocket(pen: Pen) -> Point:
 
 
 CLASSES: dict[str, Callable[[Pen], Point]] = {
-    "cat": _cat, "dog": _dog, "fish": _fish, "bird": _bird, "house": _house, "car": _car, "tree": _tree, "mushroom": _mushroom,
-    "teapot": _teapot, "boat": _boat, "flower": _flower, "butterfly": _butterfly, "snail": _snail, "robot": _robot,
-    "cactus": _cactus, "rocket": _rocket,
+    "cat": _cat, "dog": _dog, "fish": _fish, "bird": _bird, "house": _house, "car": _car, "tree": _tree,
+    "mushroom": _mushroom, "teapot": _teapot, "boat": _boat, "flower": _flower, "butterfly": _butterfly,
+    "snail": _snail, "robot": _robot, "cactus": _cactus, "rocket": _rocket,
 }  # fmt: skip
 """Class -> what draws it; a drawing returns the top of its head, where an extra sits."""
 
@@ -440,8 +442,8 @@ class Drawing:
         border = np.zeros(parts.shape, bool)
         border[1:] |= parts[1:] != parts[:-1]
         border[:, 1:] |= parts[:, 1:] != parts[:, :-1]
-        picture = Image.fromarray((border * 255).astype(np.uint8))
-        return np.asarray(picture.filter(ImageFilter.MaxFilter(width | 1)), np.float32) / 255
+        image = Image.fromarray((border * 255).astype(np.uint8))
+        return np.asarray(image.filter(ImageFilter.MaxFilter(width | 1)), np.float32) / 255
 
 
 def draw(scene: Scene) -> Drawing:
@@ -450,7 +452,7 @@ def draw(scene: Scene) -> Drawing:
     x, y = CLASSES[scene.kind](pen)
     if scene.extra:
         EXTRAS[scene.extra](pen, x, y)
-    rgb, parts = np.asarray(pen.picture, np.float32) / 255, np.asarray(pen.parts)
+    rgb, parts = np.asarray(pen.image, np.float32) / 255, np.asarray(pen.parts)
     if scene.pattern:
         second = np.isin(parts, pen.main_parts) & _pattern(scene.pattern, *pen.own_coordinates())
         rgb = np.where(second[..., None], np.array(scene.second, np.float32) / 255, rgb)
@@ -466,7 +468,7 @@ class Style:
         family: name in FAMILIES.
         paper, ink: its two colours.
         local: whether the scene's own colours stay (else paper and ink only, or a palette between them).
-        period: of lines, dots or tiles, in pixels of the finished picture.
+        period: of lines, dots or tiles, in pixels of the finished image.
         angle: of lines and grids in degrees.
         weight: breadth of lines, edges or grout, about 1.
     """
@@ -503,8 +505,8 @@ def _grid(style: Style) -> tuple[np.ndarray, np.ndarray]:
 
 def _blur(values: np.ndarray, radius: float) -> np.ndarray:
     """Gaussian blur of values in [0, 1] of shape (SIDE, SIDE) or (SIDE, SIDE, 3)."""
-    picture = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
-    return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
+    image = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
 
 
 def _clouds(rng: np.random.Generator, cells: int) -> np.ndarray:
@@ -642,14 +644,19 @@ def _chalk(drawing: Drawing, style: Style, rng: np.random.Generator) -> np.ndarr
 
 
 FAMILIES: dict[str, Callable[[Drawing, Style, np.random.Generator], np.ndarray]] = {
-    "plain": _plain, "outline": _outline, "hatching": _hatching, "dots": _dots, "watercolour": _watercolour, "mosaic": _mosaic,
-    "neon": _neon, "woodcut": _woodcut, "papercut": _papercut, "pixel": _pixel, "chalk": _chalk,
+    "plain": _plain, "outline": _outline, "hatching": _hatching, "dots": _dots, "watercolour": _watercolour,
+    "mosaic": _mosaic, "neon": _neon, "woodcut": _woodcut, "papercut": _papercut, "pixel": _pixel,
+    "chalk": _chalk,
 }  # fmt: skip
 DARK_GROUND = ("neon", "chalk")
 
 
 def render(scene: Scene, style: Style | None = None, seed: int = 0) -> np.ndarray:
-    """The finished picture, uint8 of shape (SIZE, SIZE, 3); `seed` is for the chance in watercolour, chalk and the like."""
+    """The finished image, uint8 of shape (SIZE, SIZE, 3).
+
+    Args:
+        seed: for what is random in watercolour, chalk and the like.
+    """
     style = style or Style("plain")
     fine = FAMILIES[style.family](draw(scene), style, np.random.default_rng(seed))
     return (fine.reshape(SIZE, FINE, SIZE, FINE, 3).mean((1, 3)) * 255 + 0.5).astype(np.uint8)
@@ -657,7 +664,10 @@ def render(scene: Scene, style: Style | None = None, seed: int = 0) -> np.ndarra
 
 @dataclass(frozen=True)
 class Subject:
-    """A thing of its own: a class with fixed colours, proportions, pattern and extra; LoRAs learn it under a rare word."""
+    """A particular thing: a class with fixed colours, proportions, pattern and extra.
+
+    LoRAs learn it under a rare word.
+    """
 
     token: str
     scene: Scene
@@ -703,7 +713,10 @@ STYLES: dict[str, tuple[str, Style]] = {
 
 
 def random_scene(rng: np.random.Generator, kind: str = "", ground: str = "") -> tuple[Scene, dict[str, str]]:
-    """An ordinary thing of a class, and the words for it: kind, colour, ground, size ("" is middling), place ("" is the middle)."""
+    """An ordinary thing of a class, and the words for it.
+
+    The words are kind, colour, ground, size ("" is medium) and place ("" is the middle).
+    """
     kind = kind or str(rng.choice(list(CLASSES)))
     colour, second = rng.choice(list(COLOURS), 2, replace=False)
     ground = ground or str(rng.choice(list(GROUNDS)))
@@ -717,7 +730,7 @@ def random_scene(rng: np.random.Generator, kind: str = "", ground: str = "") -> 
 def subject_scene(
     rng: np.random.Generator, subject: Subject, ground: str = ""
 ) -> tuple[Scene, dict[str, str]]:
-    """The subject itself on some ground, somewhere in the picture."""
+    """The subject itself on some ground, somewhere in the image."""
     ground = ground or str(rng.choice(list(GROUNDS)))
     scene, words = _placed(rng, replace(subject.scene, ground=_near(rng, GROUNDS[ground])))
     return scene, {"kind": subject.words, "colour": "", "ground": ground, **words}
@@ -788,7 +801,7 @@ def _deep(rng: np.random.Generator) -> Colour:
 
 
 def caption(words: Mapping[str, str], style: str = "") -> str:
-    """What a picture shows, in the model's words; empty words are left out."""
+    """What an image shows, in the model's words, without those that are empty."""
     thing = " ".join(filter(None, ["a", words.get("size"), words.get("colour"), words["kind"]]))
     place = f"on the {words['place']}" if words.get("place") else ""
     ground = f"on a {words['ground']} ground" if words.get("ground") else ""
@@ -796,5 +809,6 @@ def caption(words: Mapping[str, str], style: str = "") -> str:
 
 
 VOCABULARY = sorted({
-    "a", "on", "the", "in", "ground", "style", *SIZES, *PLACES, *COLOURS, *GROUNDS, *CLASSES, *FAMILIES, *RARE,
+    "a", "on", "the", "in", "ground", "style", *SIZES, *PLACES, *COLOURS, *GROUNDS, *CLASSES, *FAMILIES,
+    *RARE,
 })  # fmt: skip

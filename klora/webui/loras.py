@@ -14,11 +14,11 @@ from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.score_cache import ScoreCache
 from klora.errors import PairError, SettingsError, printable
-from klora.file_notes import trained_on
 from klora.hosts.base import Checkpoint, HostLora, LoraLibrary
 from klora.hosts.detect import name_of_base
 from klora.hosts.sizes import check_fit
 from klora.hosts.webui import HOST
+from klora.lora_metadata import trained_on
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt")
 

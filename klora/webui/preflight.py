@@ -19,10 +19,10 @@ from klora.core.plan import make_plan
 from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
 from klora.core.scores import Turn, score_pair
 from klora.errors import KLoraError, printable
-from klora.file_notes import trained_on, trigger_words
 from klora.hosts.base import HostLora
 from klora.hosts.webui import HOST
 from klora.level_colours import PAIRS, colour_of, words_of
+from klora.lora_metadata import trained_on, trigger_words
 from klora.report import value_range
 from klora.settings import DEFAULTS, SPECS, Settings
 from klora.webui import infotext, loras, options

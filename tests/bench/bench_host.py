@@ -1,9 +1,11 @@
-"""Time of a whole K-LoRA picture against the host's own picture with both tags, as ratios of one run.
+"""Time of a whole K-LoRA image against the host's own image with both tags, as ratios within one run.
 
-    KLORA_HOST_URL=… KLORA_HOST_FOLDER=… python tests/bench/bench_host.py [--steps 20] [--size 512] [--rounds 5]
+    KLORA_HOST_URL=… KLORA_HOST_FOLDER=… python tests/bench/bench_host.py
+        [--steps 20] [--size 512] [--rounds 5]
 
-Rounds alternate between the two, three pictures each: the first of three pays for the change of networks, the others are what a person
-sees who presses Generate again. Scores are cached by a picture made before the clock starts.
+Rounds alternate between the two, with three images each: the first of the three pays for the change of
+networks, the others are what people see who press Generate again. An image made before the clock starts fills
+the score cache.
 """
 
 import argparse
@@ -56,7 +58,8 @@ def measure(host, options):
         print(f"two tags {times[tags]}  K-LoRA {times[fused]}", file=sys.stderr)
     for name, ratios in (("after a change", first), ("again", again)):
         print(
-            f"K-LoRA / two tags, {name}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs"
+            f"K-LoRA / two tags, {name}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to "
+            f"{max(ratios):.3f}, {len(ratios)} pairs"
         )
 
 

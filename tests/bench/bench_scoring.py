@@ -1,11 +1,13 @@
-"""How long one pass over a full-size pair takes, beside the plain way and beside the least that any exact way must do.
+"""How long scoring a full-size pair takes, next to the plain way and to the least any exact way must do.
 
-    python tests/bench/bench_scoring.py [--network sdxl|flux] [--rank 16] [--rank-style 16] [--plain-every N] [--repeat N]
+    python tests/bench/bench_scoring.py [--network sdxl|flux] [--rank 16] [--rank-style 16]
+                                        [--plain-every N] [--repeat N]
 
 plain: up @ down of the whole layer, abs, torch.topk at K = r·r, with torch's own threads.
 floor: up @ down in row blocks, abs and sum, in the threads that ours has.
 ours: `score_pair` without a cache.
-All three read and raise the same files and take both LoRAs; they run in turns, and a ratio is the median of the ratios of the turns.
+All three read the same files, raise them to float32 and take both LoRAs. They run in turns, and a ratio is
+the median of the ratios of the turns.
 """
 
 from __future__ import annotations
@@ -134,17 +136,19 @@ def compare(pair: Pair, k: int, every: int, repeat: int) -> None:
     for above, below in (("plain", "ours"), ("ours", "floor")):
         ratios = sorted(turn[above] / turn[below] for turn in turns)
         print(
-            f"{above} / {below} {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f} in {repeat} turns)"
+            f"{above} / {below} {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f} in "
+            f"{repeat} turns)"
         )
 
 
 def compare_cached(pair: Pair, folder: Path) -> None:
-    """Prints the first pairing, which fills the cache, and the second, by a cache object that knows only the folder."""
+    """Prints the time of a first pairing, which fills the cache, and of a second, which reads it."""
     first = seconds(lambda: score_pair(*pair, cache=ScoreCache(folder)))
     second = statistics.median(seconds(lambda: score_pair(*pair, cache=ScoreCache(folder))) for _ in range(9))
     entries = [path.stat().st_size for path in folder.glob("*.profile")]
     print(
-        f"first pairing with a cache {first * 1e3:.0f} ms, from the cache {second * 1e3:.1f} ms, at most {max(entries) / 1024:.0f} KiB a file"
+        f"first pairing with a cache {first * 1e3:.0f} ms, from the cache {second * 1e3:.1f} ms, at most "
+        f"{max(entries) / 1024:.0f} KiB a file"
     )
 
 
@@ -154,7 +158,7 @@ def status(field: str) -> float:
 
 
 def peak_memory(paths: list[Path]) -> None:
-    """Prints the MiB that `score_pair` needs in this process, as JSON: without and with the pages of the mapped files."""
+    """Prints the MiB that `score_pair` needs in this process, without and with the files' mapped pages."""
     tiny = write_lora(
         paths[0].with_name("tiny.safetensors"),
         {"middle_block.1.transformer_blocks.0.attn1.to_q": (1280, 1280)},
@@ -189,8 +193,8 @@ def compare_memory(pair: Pair) -> None:
     command = [sys.executable, __file__, "--peak-memory", *(str(lora.path) for lora in pair)]
     own, everything = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(
-        f"peak memory above the files {own:.0f} MiB (RssAnon read every ms, less what it was before the call), "
-        f"{everything:.0f} MiB with the mapped pages of the files (VmHWM, reset before the call)"
+        f"peak memory above the files {own:.0f} MiB (RssAnon read every ms, less what it was before the "
+        f"call), {everything:.0f} MiB with the mapped pages of the files (VmHWM, reset before the call)"
     )
 
 
@@ -218,8 +222,8 @@ def main() -> None:
         style = write_lora(Path(folder, "style.safetensors"), shapes, options.rank_style, seed=2)
         numel = sum(rows * columns for rows, columns in shapes.values())
         print(
-            f"{options.network} rank {options.rank}/{options.rank_style}: {len(shapes)} matrices, {len(subject.layers)} layers, "
-            f"{numel / 1e9:.3f} G elements a LoRA, fp16 files"
+            f"{options.network} rank {options.rank}/{options.rank_style}: {len(shapes)} matrices, "
+            f"{len(subject.layers)} layers, {numel / 1e9:.3f} G elements a LoRA, fp16 files"
         )
         every = options.plain_every or PLAIN_EVERY[options.network]
         compare((subject, style), options.rank * options.rank_style, every, options.repeat)

@@ -1,4 +1,6 @@
-"""Headless Chromium on the page of the WebUI that KLORA_HOST_URL names. Screenshots go to the folder that KLORA_SCREENSHOTS names.
+"""Headless Chromium on the page of the WebUI that KLORA_HOST_URL names.
+
+Screenshots go to the folder that KLORA_SCREENSHOTS names.
 
 KLORA_HOST_URL=http://127.0.0.1:7860 KLORA_SCREENSHOTS=/tmp pytest tests/browser
 """

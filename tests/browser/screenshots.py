@@ -1,4 +1,4 @@
-"""The README's screenshots, made from the page of a running WebUI.
+"""The screenshots in docs, made from the page of a running WebUI.
 
     KLORA_HOST_URL=http://127.0.0.1:7860 python tests/browser/screenshots.py [FOLDER]
 

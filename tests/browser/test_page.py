@@ -31,8 +31,11 @@ def test_swap_exchanges_the_pair(page):
 
 
 def test_pasting_parameters_restores_every_control(page):
-    text = (f"a dog\nSteps: 4, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, "
-            "K-LoRA subject weight: 0.7, K-LoRA method: Fixed, K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off")  # fmt: skip
+    text = (
+        "a dog\nSteps: 4, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, "
+        f"K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, K-LoRA subject weight: 0.7, "
+        "K-LoRA method: Fixed, K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off"
+    )
     paste(page, text)
     page.wait_for_function(
         f"document.querySelector({json.dumps(control('subject') + ' input')})?.value === {json.dumps(STYLE)}"
@@ -52,7 +55,7 @@ def test_pasting_parameters_restores_every_control(page):
         assert part in info, part
 
 
-def test_a_wrong_value_is_answered_with_the_sentence_and_no_picture(page):
+def test_a_wrong_value_is_answered_with_the_sentence_and_no_image(page):
     switch_on(page)
     choose(page, "subject", SUBJECT)
     choose(page, "style", SUBJECT)

@@ -23,12 +23,16 @@ from webui_page import (
 VIEW = control("view")
 ANALYZE = """async ([names, settings]) => {
     const headers = {"Content-Type": "application/json"};
-    const post = async (path, body) => (await fetch(path, {method: "POST", headers, body: JSON.stringify(body)})).json();
+    const post = async (path, body) => {
+        const answer = await fetch(path, {method: "POST", headers, body: JSON.stringify(body)});
+        return answer.json();
+    };
     const {alphaM, comparisons, levels} = JSON.parse(document.querySelector(".klora-view").dataset.constants);
     const pair = await post("./klora/internal/scores", names), differing = [];
     for (const one of settings) {
         const server = await post("./klora/v1/analyze", {...names, ...one}), rule = comparisons[one.method];
-        const rows = rule ? klora.compared(rule, pair, klora.scheduleValues(one, alphaM), klora.gammaOf(pair, one.gamma), levels) :
+        const s = klora.scheduleValues(one, alphaM), gamma = klora.gammaOf(pair, one.gamma);
+        const rows = rule ? klora.compared(rule, pair, s, gamma, levels) :
             klora.rowsOf(await post("./klora/internal/strengths", {...names, ...one}), levels);
         const strengths = rows.map(row => [...row].map(code => [levels[code].subject, levels[code].style]));
         if (JSON.stringify(server.strengths) !== JSON.stringify(strengths)) differing.push(one);
@@ -53,7 +57,7 @@ def open_advanced(page):
     page.wait_for_timeout(500)
 
 
-def picture(page):
+def drawing(page):
     return page.evaluate(f"document.querySelector('{VIEW} .klora-cells').toDataURL()")
 
 
@@ -99,7 +103,7 @@ def test_nothing_is_asked_until_a_lora_is_chosen_then_its_card_then_the_map(page
 
 def follow(page, acts):
     """Do each act and wait for the title that it makes; every map is another one than those before."""
-    seen = [picture(page)]
+    seen = [drawing(page)]
     for act, said in acts:
         act()
         page.wait_for_function(
@@ -107,8 +111,8 @@ def follow(page, acts):
             arg=[f"{VIEW} .klora-title", said],
         )
         page.wait_for_timeout(150)
-        assert picture(page) not in seen, said
-        seen.append(picture(page))
+        assert drawing(page) not in seen, said
+        seen.append(drawing(page))
 
 
 def test_every_setting_of_the_plan_redraws_the_map_and_asks_the_server_nothing(page):
@@ -149,7 +153,7 @@ def test_a_method_whose_rule_the_page_has_not_is_asked_of_the_server_once(page):
 def test_only_k_scale_has_the_pair_scored_anew(page):
     with_pair(page)
     open_advanced(page)
-    requests, before = asked(page), picture(page)
+    requests, before = asked(page), drawing(page)
     set_number(page, control("k_scale"), 5)
     page.wait_for_function(
         "([place, before]) => document.querySelector(place).toDataURL() !== before",
@@ -248,17 +252,17 @@ def recorded(page):
     return info["extra_generation_params"]["K-LoRA applied"]
 
 
-def test_after_a_picture_the_map_is_what_was_applied(page):
+def test_after_an_image_the_map_is_what_was_applied(page):
     with_pair(page, steps=6)
-    planned = picture(page)
+    planned = drawing(page)
     generate(page)
     assert len(recorded(page)) == 1
     page.wait_for_function(
-        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last picture')"
+        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last image')"
     )
     shot(page, "applied")
-    assert title(page) == "last picture: 6 of 6 steps ran, all as planned"
-    assert picture(page) == planned
+    assert title(page) == "last image: 6 of 6 steps ran, all as planned"
+    assert drawing(page) == planned
     page.click(f"{VIEW} .klora-choices button >> text=planned")
     assert title(page).startswith("K-LoRA, S = ")
     page.click(f"{VIEW} .klora-choices button >> text=applied")
@@ -278,19 +282,23 @@ def test_steps_that_an_interrupt_left_out_are_blank(page):
     ran = int(recorded(page)[0]["ran"].rpartition("-")[2]) + 1
     assert 0 < ran < 60
     page.wait_for_function(
-        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last picture')"
+        f"document.querySelector('{VIEW} .klora-title').innerText.startsWith('last image')"
     )
     shot(page, "interrupted")
-    assert title(page) == f"last picture: {ran} of 60 steps ran, all as planned"
+    assert title(page) == f"last image: {ran} of 60 steps ran, all as planned"
     assert "did not run" in page.inner_text(f"{VIEW} .klora-legend")
 
 
 def test_a_pasted_text_draws_its_map(page):
-    text = (f"a dog\nSteps: 7, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, "
-            "K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off")  # fmt: skip
+    text = (
+        "a dog\nSteps: 7, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 128x128, "
+        f"K-LoRA subject: {STYLE}, K-LoRA style: {SUBJECT}, "
+        "K-LoRA schedule: s*, K-LoRA alpha: 2, K-LoRA gamma: off"
+    )
     paste(page, text)
     page.wait_for_function(
-        f"document.querySelector('{VIEW} .klora-title')?.innerText === 'K-LoRA, S* = (2 t/T + 1.3) mod 1.5, γ 1, 7 steps'"
+        f"document.querySelector('{VIEW} .klora-title')?.innerText === "
+        "'K-LoRA, S* = (2 t/T + 1.3) mod 1.5, γ 1, 7 steps'"
     )
 
 

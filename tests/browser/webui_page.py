@@ -25,7 +25,7 @@ OF_THE_HOST = (
 
 
 def open_page(browser, query="", width=1400):
-    """A new page of the host, small pictures of few steps chosen, and the list that its errors go to."""
+    """A new page of the host, set to small images with few steps, and the list that collects its errors."""
     page, errors = browser.new_page(viewport={"width": width, "height": 1500}), []
     page.set_default_timeout(120_000)
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -66,7 +66,7 @@ def choose(page, name, value):
 
 
 def paste(page, parameters):
-    """Have the host take a picture's parameters over into its controls."""
+    """Have the host paste an image's parameters into its controls."""
     page.fill("#txt2img_prompt textarea", parameters)
     page.click("#paste")
 
@@ -79,12 +79,13 @@ def switch_on(page):
 
 
 def generate(page, while_it_runs=lambda: None):
-    """Press Generate, and what the page says below the picture."""
+    """Press Generate and return what the page says below the image."""
     before = page.inner_text("#html_info_txt2img") if page.query_selector("#html_info_txt2img") else ""
     page.click("#txt2img_generate")
     while_it_runs()
     page.wait_for_function(
-        "before => { const t = document.querySelector('#html_info_txt2img')?.innerText; return t && t !== before }",
+        "before => { const t = document.querySelector('#html_info_txt2img')?.innerText; "
+        "return t && t !== before }",
         arg=before,
     )
     page.wait_for_timeout(1000)

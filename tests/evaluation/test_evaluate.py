@@ -52,8 +52,8 @@ def test_a_stopped_evaluation_goes_on_and_one_of_other_conditions_is_refused(
     kept = whole.splitlines(keepends=True)[:-2]
     rows.write_text("".join(kept), encoding="utf-8")
     made = []
-    real = evaluate.fused_pictures
-    monkeypatch.setattr(evaluate, "fused_pictures", lambda *arguments: made.append(1) or real(*arguments))
+    real = evaluate.fused_images
+    monkeypatch.setattr(evaluate, "fused_images", lambda *arguments: made.append(1) or real(*arguments))
     assert main(["evaluate", "--out", str(tmp_path), *QUICK, "--tables", "order"]) == 0
     assert len(made) == 1
     assert rows.read_text(encoding="utf-8") == whole
@@ -97,7 +97,7 @@ def test_gram_statistics_tell_texture_and_colour_at_any_size():
     assert same > 0.95 > turned > other
 
 
-def test_a_picture_model_of_the_users_own_measures_real_pairs(tmp_path):
+def test_an_image_model_of_the_users_own_measures_real_pairs(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPVisionConfig(
         hidden_size=16,
@@ -113,8 +113,8 @@ def test_a_picture_model_of_the_users_own_measures_real_pairs(tmp_path):
     transformers.CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32}).save_pretrained(
         tmp_path
     )
-    pictures = [Image.new("RGB", (40, 50), colour) for colour in ("red", "blue")]
-    values = image_metrics.clip_similarity(tmp_path, pictures[:1])(pictures)
+    images = [Image.new("RGB", (40, 50), colour) for colour in ("red", "blue")]
+    values = image_metrics.clip_similarity(tmp_path, images[:1])(images)
     assert values[0] == pytest.approx(1, abs=1e-5)
     assert values[1] < values[0]
 
@@ -124,10 +124,10 @@ def test_what_an_evaluation_of_ones_own_pair_needs_is_named(tmp_path, capsys):
         main(["evaluate", "--model", str(tmp_path), "--subject", "a.safetensors", "--clip", str(tmp_path)])
         == 1
     )
-    assert "also needs --style, --prompt, --subject-pictures, --style-pictures." in capsys.readouterr().err
+    assert "also needs --style, --prompt, --subject-images, --style-images." in capsys.readouterr().err
 
 
-def test_a_demo_shows_pictures_maps_and_a_table(untrained, tmp_path, monkeypatch, capsys):
+def test_a_demo_shows_images_maps_and_a_table(untrained, tmp_path, monkeypatch, capsys):
     from evaluation import demo
 
     monkeypatch.setattr(demo, "PAIRS", 1)
@@ -137,7 +137,7 @@ def test_a_demo_shows_pictures_maps_and_a_table(untrained, tmp_path, monkeypatch
     text = (tmp_path / "table.txt").read_text(encoding="utf-8")
     assert all(method in text for method in demo.METHODS)
     for name in (
-        "cat_blueprint_pictures.png",
+        "cat_blueprint_images.png",
         "cat_blueprint_map_s.png",
         "cat_blueprint_map_sstar.png",
         "report.html",

@@ -7,10 +7,10 @@ from evaluation.miniature import loras, model, train, world
 from klora.core.families.sdxl import sdxl_modules
 
 
-def test_a_picture_follows_from_its_seed():
-    first, words, style = train.picture(7)
-    assert np.array_equal(first, train.picture(7)[0])
-    assert not np.array_equal(first, train.picture(8)[0])
+def test_an_image_follows_from_its_seed():
+    first, words, style = train.image(7)
+    assert np.array_equal(first, train.image(7)[0])
+    assert not np.array_equal(first, train.image(8)[0])
     assert world.caption(words, style)
 
 
@@ -26,7 +26,7 @@ def test_every_class_shows_in_every_style(family):
 
 def test_the_tokenizer_knows_every_word_of_every_caption():
     tokenizer = model.tokenizer()
-    captions = [train.spoken(np.random.default_rng(seed), *train.picture(seed)[1:]) for seed in range(60)]
+    captions = [train.spoken(np.random.default_rng(seed), *train.image(seed)[1:]) for seed in range(60)]
     for recipe in loras.RECIPES:
         captions.append(
             world.caption(

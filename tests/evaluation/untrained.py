@@ -13,7 +13,7 @@ from evaluation.miniature import loras, model, recognisers
 
 
 def make(folder: Path) -> None:
-    """Model, LoRAs, training pictures and measures, as the shipped miniature has them."""
+    """Model, LoRAs, training images and measures, as the shipped miniature has them."""
     pipeline = model.pipeline()
     linear = {
         name: module for name, module in pipeline.unet.named_modules() if isinstance(module, torch.nn.Linear)
@@ -33,8 +33,8 @@ def make(folder: Path) -> None:
                     torch.randn(module.out_features, recipe.rank, generator=generator) / 20
                 )
         loras.write(folder / "loras" / recipe.file, recipe, state)
-        pictures, words, style = loras.examples(recipe)
-        for number, shown in enumerate(pictures):
+        images, words, style = loras.examples(recipe)
+        for number, shown in enumerate(images):
             Image.fromarray(shown).save(folder / "loras" / f"{recipe.role}_{recipe.name}_{number}.png")
         index |= loras.entry(recipe, words, style)
     (folder / "loras" / "loras.json").write_text(json.dumps(index))

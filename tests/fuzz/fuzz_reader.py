@@ -1,8 +1,11 @@
-"""Coverage-guided fuzzing of the LoRA reader: headers and keys as libFuzzer changes them. Not part of the suite; needs `pip install atheris`.
+"""Coverage-guided fuzzing of the LoRA reader, with headers and keys that libFuzzer changes.
+
+It is not part of the suite and needs `pip install atheris`.
 
     python tests/fuzz/fuzz_reader.py [corpus folder] -max_total_time=600
 
-The corpus starts from one small file of every kind. A crash is anything but a KLoraError; libFuzzer leaves the header that caused it.
+The corpus starts from one small file of every kind. Anything but a KLoraError is a crash; libFuzzer leaves
+the header that caused it.
 """
 
 import json

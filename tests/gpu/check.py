@@ -1,9 +1,10 @@
-"""Scoring on the GPU of this machine: right numbers whatever the host has set, the CPU where memory is short, and how long it takes.
+"""Checks scoring on this machine's GPU: its numbers under any host's switches, short memory, and speed.
 
     python tests/gpu/check.py [--device cpu] [--no-times]
 
-Needs torch, numpy and safetensors, and a CUDA GPU of which nobody else is using the memory. --device cpu checks the numbers and the times
-of the CPU. Ends with 0 if all is right, 1 if something is not, 2 if there is no CUDA GPU.
+Needs torch, numpy and safetensors, and a CUDA GPU whose memory nobody else is using. --device cpu checks the
+numbers and the times of the CPU. Ends with 0 if all is right, 1 if something is not, 2 if there is no CUDA
+GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ NEAR = ("subject_score", "style_score", "subject_abs_sum", "style_abs_sum")
 TOLERANCE = 1e-5
 MIB = 1 << 20
 LEFT_MIB = (0, 4, 16, 64, 128, 192, 256, 384, 512)
-"""From nothing, over what cuBLAS cannot start in, to more than the largest layer needs: each is short of memory at another place."""
+"""From nothing, through too little for cuBLAS to start, to more than the largest layer needs.
+
+With each of them memory runs out in another place.
+"""
 MIDWAY = "midway"
 
 
@@ -71,7 +75,7 @@ def worst(found: list[float], expected: list[float]) -> float:
 
 
 def fault_of(scores: PairScores, known: dict) -> str:
-    """What of a golden pair is not as its expected.json says; empty if all is."""
+    """What differs from a golden pair's expected.json; empty if nothing does."""
     layers = known["layers"]
     if [[getattr(layer, name) for name in EXACT] for layer in scores.layers] != [
         [layer[name] for name in EXACT] for layer in layers
@@ -104,7 +108,10 @@ SWITCHES: dict[str, Callable[[], object]] = {
     'set_float32_matmul_precision("medium")': lambda: torch.set_float32_matmul_precision("medium"),
     'fp32_precision = "tf32"': lambda: new_switch("tf32"),
 }
-"""What a host may have set before; each is tried in a process of its own, since torch refuses to mix the old ways with the new."""
+"""What a host may have set before.
+
+Each runs in a process of its own, because torch refuses to mix its old and new switches.
+"""
 
 
 def switches_here() -> list[str]:
@@ -136,7 +143,7 @@ def has_tf32(device: torch.device) -> bool:
 
 
 def check_golden(device: torch.device, switch: str, report: Report) -> None:
-    """All golden pairs with this switch set; afterwards products are what they were before, bit for bit."""
+    """Score all golden pairs with this switch set; afterwards products are bit for bit the same as before."""
     SWITCHES[switch]()
     before = product(device)
     folders = sorted(path.parent for path in (TESTS / "data" / "golden").glob("*/expected.json"))
@@ -151,7 +158,8 @@ def check_golden(device: torch.device, switch: str, report: Report) -> None:
     error = error_of(before)
     report.line(
         bool(folders) and not faults,
-        f"{len(folders) - len(faults)} of {len(folders)} golden pairs, {switch} (float32 products outside of scoring are off by {error:.0e})"
+        f"{len(folders) - len(faults)} of {len(folders)} golden pairs, {switch} (float32 products outside of "
+        f"scoring are off by {error:.0e})"
         + "".join(f"\n      {name}: {fault}" for name, fault in faults.items()),
     )
     if not torch.equal(product(device), before):
@@ -201,7 +209,10 @@ def score_short(device: torch.device, pair: Pair, left: str) -> dict:
 
 
 def check_shortage(device: torch.device, report: Report) -> None:
-    """The layers of two blocks of FLUX with ever less memory, each in a process of its own: cuBLAS allocates when it starts."""
+    """Score two blocks of FLUX with less and less memory.
+
+    Each run has a process of its own, because cuBLAS allocates when it starts.
+    """
     shapes = {
         name: shape
         for name, shape in flux_shapes().items()
@@ -221,7 +232,8 @@ def check_shortage(device: torch.device, report: Report) -> None:
             enough_on_cpu = left not in ("0", MIDWAY) or answer["on_cpu"] > 0
             report.line(
                 difference <= TOLERANCE and enough_on_cpu,
-                f"{what}: {answer['on_cpu']} of {answer['layers']} layers on the CPU, numbers off by {difference:.0e} at most",
+                f"{what}: {answer['on_cpu']} of {answer['layers']} layers on the CPU, numbers off by "
+                f"{difference:.0e} at most",
             )
 
 
@@ -242,7 +254,8 @@ def check_times(device: torch.device) -> None:
                 else ""
             )
             print(
-                f"      {network} rank {rank:3}: {seconds:6.2f} s for a pair of {len(shapes)} layers each{peak}"
+                f"      {network} rank {rank:3}: {seconds:6.2f} s for a pair of {len(shapes)} layers "
+                f"each{peak}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The README's examples of the HTTP API, executed as they stand."""
+"""The examples of the HTTP API in docs/api.md, executed as they stand."""
 
 import json
 import re
@@ -13,12 +13,12 @@ import pytest
 from host import RunningHost
 from PIL import Image
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:7860"
 
 
 def example(language):
-    return re.search(rf"```{language}\n(.*?{ADDRESS}.*?)```", README, re.S)[1]
+    return re.search(rf"```{language}\n(.*?{ADDRESS}.*?)```", PAGE, re.S)[1]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from klora.core.methods import STYLE, SUBJECT
 from klora.core.score_cache import ScoreCache
 from klora.errors import PairError
 from klora.hosts.diffusers import DiffusersSwitch, Lora, denoiser_of, weight_change
-from klora.runner import Request, fused_picture
+from klora.runner import Request, fused_image
 from klora.session import Session
 from klora.settings import Settings
 
@@ -53,7 +53,7 @@ class Bench:
         settings = settings or Settings()
         request = Request("a cat", seed=3, steps=steps, size=(64, 64))
         return np.asarray(
-            fused_picture(self.pipeline, self.analysis(settings, steps), settings, request), np.int16
+            fused_image(self.pipeline, self.analysis(settings, steps), settings, request), np.int16
         )
 
     def weights(self):
@@ -90,7 +90,7 @@ def test_subject_only_equals_the_pipeline_with_that_lora_fused_by_diffusers(benc
     settings = Settings(method="Subject only", subject_weight=0.7)
     analysis = analyze(bench.style, bench.subject, settings, steps=STEPS)
     alone = np.asarray(
-        fused_picture(bench.pipeline, analysis, settings, Request("a cat", 3, STEPS, (64, 64))), np.int16
+        fused_image(bench.pipeline, analysis, settings, Request("a cat", 3, STEPS, (64, 64))), np.int16
     )
     bench.pipeline.load_lora_weights(bench.style)
     bench.pipeline.fuse_lora(lora_scale=0.7)
@@ -280,7 +280,7 @@ def test_weights_of_zero_give_the_plain_picture(bench):
 def test_loras_of_another_base_are_refused_in_one_sentence(sdxl, flux):
     settings = Settings()
     with pytest.raises(PairError, match=r"made for FLUX but the model is SDXL"):
-        fused_picture(sdxl.pipeline, flux.analysis(), settings, Request("a", 0, STEPS, (64, 64)))
+        fused_image(sdxl.pipeline, flux.analysis(), settings, Request("a", 0, STEPS, (64, 64)))
     with pytest.raises(
         PairError, match=r"subject.safetensors is made for FLUX but the style LoRA style.safetensors for SDXL"
     ):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from klora.analysis import analyze
-from klora.file_notes import LONGEST_WORD, MOST_WORDS, trained_on, trigger_words
+from klora.lora_metadata import LONGEST_WORD, MOST_WORDS, trained_on, trigger_words
 from klora.settings import Settings
 
 PAIR = Path(__file__).parent / "data" / "golden" / "sdxl_attention_same_rank"

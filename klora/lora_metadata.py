@@ -1,4 +1,4 @@
-"""What the trainer of a LoRA wrote into its file's header beside the tensors: trigger words, what it was trained on, its own name."""
+"""What a LoRA's header says besides its tensors: trigger words, what it was trained on, its own name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from klora.errors import printable
 Metadata = Mapping[str, str]
 
 PHRASES = ("modelspec.trigger_phrase", "trigger_phrase", "trigger_words", "trigger_word", "instance_prompt")
-"""Keys that hold trigger words as a person wrote them: the model specification's, OneTrainer's and ai-toolkit's, diffusers' DreamBooth."""
+"""Keys that hold trigger words as a person wrote them.
+
+They are from the model specification, OneTrainer, ai-toolkit and diffusers' DreamBooth.
+"""
 
 OWN_NAMES = ("ss_output_name", "modelspec.title", "name", "ss_network_args")
 """Keys that say what the file itself is, not what it was trained on."""
@@ -21,14 +24,17 @@ OWN_NAMES = ("ss_output_name", "modelspec.title", "name", "ss_network_args")
 MOST_WORDS = 12
 LONGEST_WORD = 120
 OFTEN = 0.6
-"""A tag of at least this share of a folder's pictures counts as a trigger word."""
+"""A tag that at least this share of a folder's images have counts as a trigger word."""
 
 NO_WORDS = {"", "img", "image", "images", "data", "dataset", "train", "training", "default", "folder"}
-"""Names of folders that say nothing."""
+"""Names of folders that are not trigger words."""
 
 
 def trigger_words(metadata: Metadata) -> list[str]:
-    """Words that a prompt needs for the LoRA to answer, the surest first: written phrases, kohya's folder names, tags of most pictures."""
+    """Words that the LoRA needs in a prompt, the most certain first.
+
+    They are phrases that someone wrote, the names of kohya's folders, and tags that most images have.
+    """
     found = [*_phrases(metadata), *_folder_words(metadata), *_frequent_tags(metadata)]
     unique: dict[str, str] = {}
     for word in found:
@@ -39,7 +45,7 @@ def trigger_words(metadata: Metadata) -> list[str]:
 
 
 def trained_on(metadata: Metadata) -> str:
-    """The base model that the file names, with the checkpoint of its training where it says one; "" where it says neither."""
+    """The base model and the checkpoint that the LoRA was trained on, as far as the file names them."""
     base = next(
         (metadata[key] for key in ("ss_base_model_version", "modelspec.architecture") if metadata.get(key)),
         "",
@@ -57,7 +63,7 @@ def trained_on(metadata: Metadata) -> str:
 
 
 def own_names(metadata: Metadata) -> list[str]:
-    """What the file calls itself."""
+    """The names that the file gives itself."""
     return [metadata[key] for key in OWN_NAMES if metadata.get(key)]
 
 
@@ -67,7 +73,7 @@ def _phrases(metadata: Metadata) -> Iterator[str]:
 
 
 def _folder_words(metadata: Metadata) -> Iterator[str]:
-    """kohya's folders are called "<repeats>_<words>"; its newer files list the words of each data set as class tokens."""
+    """Words from kohya's folders "<repeats>_<words>", and from the class tokens in its newer files."""
     for dataset in _dicts(_parsed(metadata, "ss_datasets", [])):
         for subset in _dicts(dataset.get("subsets", [])):
             yield from str(subset.get("class_tokens") or "").split(",")
@@ -78,15 +84,18 @@ def _folder_words(metadata: Metadata) -> Iterator[str]:
 
 
 def _frequent_tags(metadata: Metadata) -> list[str]:
-    """Tags of most pictures of a folder, the most frequent first; without the number of pictures the commonest tag stands for all."""
+    """Tags that most images of a folder have, the most frequent first.
+
+    If the number of images is unknown, the most common tag is taken to be on all of them.
+    """
     folders = _dict(_parsed(metadata, "ss_dataset_dirs", {}))
     shares: dict[str, float] = {}
     for folder, tags in _dict(_parsed(metadata, "ss_tag_frequency", {})).items():
         counts = {tag.strip(): count for tag, count in _dict(tags).items() if isinstance(count, (int, float))}
-        pictures = _dict(folders.get(folder)).get("img_count") or max(counts.values(), default=0)
-        if isinstance(pictures, (int, float)) and (pictures > 1 or len(counts) == 1):
+        images = _dict(folders.get(folder)).get("img_count") or max(counts.values(), default=0)
+        if isinstance(images, (int, float)) and (images > 1 or len(counts) == 1):
             for tag, count in counts.items():
-                shares[tag] = max(shares.get(tag, 0.0), count / pictures)
+                shares[tag] = max(shares.get(tag, 0.0), count / images)
     return sorted((tag for tag, share in shares.items() if share >= OFTEN), key=lambda tag: -shares[tag])
 
 
