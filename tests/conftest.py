@@ -1,4 +1,7 @@
-"""Small models gain nothing from torch's threads, and lose much on a busy machine, where no single example has a deadline either."""
+"""Torch runs on one thread: small models gain nothing from more, and lose much on a busy machine.
+
+For the same reason no single example of hypothesis has a deadline.
+"""
 
 import torch
 from hypothesis import settings
