@@ -22,7 +22,7 @@ HOSTS_ONLY = {"modules", "gradio", "networks", "network", "backend", "ldm_patche
 
 
 MADE_OF_GRADIO = {"webui/ui.py", "webui/xyz.py", "webui/options.py"}
-"""The controls, the axes of the host's plot, and the section of its settings page: classes of the host's are what they are made of."""
+"""Controls, the axes of the host's plot and its settings page, which are made of the host's own classes."""
 
 
 def imports(path):

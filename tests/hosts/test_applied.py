@@ -124,7 +124,7 @@ def test_no_map_is_saved_by_default(host, tmp_path):
 GO_ON = "go on without K-LoRA"
 FAULTS = {
     "no LoRA named": lambda host: {"subject": "no-such"},
-    "is a number from": lambda host: {"alpha": "high"},
+    "must be a number from": lambda host: {"alpha": "high"},
     "the same LoRA": lambda host: {"style": host.subject},
 }
 

@@ -161,7 +161,7 @@ REFUSED = [
     ({"subject": "no-such"}, "no LoRA named 'no-such' (subject)"),
     ({"style": ""}, "No style LoRA is chosen"),
     ({"alhpa": 1}, "did you mean 'alpha'?"),
-    ({"alpha": "high"}, "'alpha' (α) is a number from -100 to 100"),
+    ({"alpha": "high"}, "'alpha' (α) must be a number from -100 to 100"),
     ({"method": "klora"}, "did you mean 'K-LoRA'?"),
 ]
 
