@@ -127,8 +127,9 @@ def pair_warnings(
             )
         elif (other := other_base_by_metadata(family, lora.metadata)) is not None:
             warnings.append(
-                f"The header of the {role} LoRA {name} says that it was made for {other}, whose LoRAs have the "
-                f"same names and sizes as those of {family.name}: only fuse it with LoRAs for the same model."
+                f"The header of the {role} LoRA {name} says that it was made for {other}, whose LoRAs have "
+                f"the same names and sizes as those of {family.name}: fuse it only with LoRAs for the "
+                "same model."
             )
         elif lora.unknown_keys:
             few = ", ".join(printable(key, 80) for key in lora.unknown_keys[:3]) + (

@@ -217,7 +217,7 @@ def test_xyz_over_method_gives_the_pictures_of_the_methods(host):
 def test_xyz_refuses_all_bad_values_before_the_first_picture(host):
     status, answer = host.request(host.pair, **host.grid("[K-LoRA] γ", "auto,high"))
     assert status >= 400
-    assert "'gamma' (γ) is auto or off or a number" in complaint(answer)
+    assert "'gamma' (γ) must be auto or off or a number" in complaint(answer)
 
 
 def test_analyze_answers_the_plan_of_the_command_line(host, capsys):
