@@ -98,6 +98,7 @@ def test_a_second_analysis_comes_from_the_cache(monkeypatch, capsys):
 
 
 def test_generate_makes_an_image_from_a_saved_model_and_says_what_is_missing(tmp_path, capsys):
+    pytest.importorskip("diffusers")
     from small_pipelines import sdxl_pipeline, write_kohya, write_peft
 
     pipeline = sdxl_pipeline()
@@ -135,6 +136,7 @@ def test_generate_makes_an_image_from_a_saved_model_and_says_what_is_missing(tmp
 
 
 def test_generate_refuses_loras_of_other_sizes_before_it_scores(monkeypatch, capsys):
+    pytest.importorskip("diffusers")
     from small_pipelines import sdxl_pipeline
 
     from klora import runner
