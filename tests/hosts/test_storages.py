@@ -13,9 +13,17 @@ def plain(host):
     return host.picture()
 
 
+def image_of_the_host_alone(host):
+    """A host's own image in the storage that is in force; torch 2.1 makes none of fp8 weights on a CPU, whoever asks."""
+    status, answer = host.request()
+    if status == 500 and "attn_mask dtype" in str(answer):
+        pytest.skip("this host makes no image in this storage, without K-LoRA either")
+    return host.picture()
+
+
 def test_every_storage_keeps_the_promises(host, plain, fused, storage):
     with host.storing(storage):
-        plain_there = host.picture()
+        plain_there = image_of_the_host_alone(host)
         subject, style = tag(host.subject), tag(host.style)
         tags = {"Style only": style, "Subject only": subject, "Direct merge": subject + style}
         for method, text in tags.items():
@@ -40,4 +48,4 @@ def test_fewer_bits_make_another_picture(host, plain, storage):
     if "fp8" not in storage and "float8" not in storage:
         pytest.skip("it does not round")
     with host.storing(storage):
-        assert not same(host.picture(), plain)
+        assert not same(image_of_the_host_alone(host), plain)
