@@ -25,10 +25,18 @@ VENV = HERE / ".venv"
 TORCH = "torch==2.13.0"
 """Installed first and by itself: from a range pip would take the newest, a CUDA build of gigabytes."""
 
+PYTEST = ["-m", "pytest", "-n", "auto", "--dist", "loadfile"]
+"""One process for each core, each file's tests in one of them: files share what takes long to make."""
+
 HOST_PYTHON = "3.10"
 HOSTS = {
     "a1111": ["tests"],
-    "forge": ["tests/core", "tests/test_selection_map.py"],
+    "forge": [
+        "tests/core",
+        "tests/test_selection_map.py",
+        "tests/test_level_colours.py",
+        "tests/test_gpu_check.py",
+    ],
 }
 """{environment of a WebUI, as .ci/environments describes it: the tests that run in it}."""
 
@@ -145,7 +153,7 @@ def test(options: list) -> None:
     run([python, "-m", "ruff", "check", "."])
     run([python, "-m", "ruff", "format", "--check", "."])
     run([python, "-m", "mypy"])
-    run([python, "-m", "pytest", *options])
+    run([python, *PYTEST, *options])
     if not options:
         for name, tests in HOSTS.items():
             test_on_host(name, tests)
@@ -161,7 +169,7 @@ def test_on_host(name: str, tests: list) -> None:
             sys.exit(1)
         return
     print(f"On the library versions of {name} ({python}):", flush=True)
-    run([python, "-m", "pytest", *tests])
+    run([python, *PYTEST, *tests])
 
 
 def main(arguments: list) -> None:
