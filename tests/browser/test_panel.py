@@ -137,7 +137,7 @@ def test_a_method_whose_rule_the_page_has_not_is_asked_of_the_server_once(page):
     requests = asked(page)
     acts = (
         (lambda: choose(page, "method", "LoRA Switch"), "LoRA Switch"),
-        (lambda: choose(page, "method", "Random"), "the true one is drawn at Generate"),
+        (lambda: choose(page, "method", "Random"), "Generate draws the real one"),
         (lambda: choose(page, "method", "Direct merge"), "Direct merge"),
     )
     follow(page, acts)
