@@ -84,11 +84,11 @@ class Options:
         choices=(AUTO, CPU),
     )
     accelerators: str = _option(
-        ", ".join(ACCELERATORS),
-        "Words in the names of accelerator LoRAs",
-        "Separated by commas, whole words. A subject or style LoRA with one of them in its name is warned of: it makes a model need few "
-        "steps, and is neither a subject nor a style. Words that name other things too (lightning, turbo, flash, hyper, schnell) count beside "
-        "a number of steps, or a version and nothing else.",
+        "",
+        "Further words in the names of accelerator LoRAs",
+        "Separated by commas, whole words. K-LoRA warns of a subject or style LoRA that is named like an accelerator, which lets a model work "
+        "in few steps and has neither a subject nor a style. It knows LCM, Lightning, Hyper, Turbo, Flash, Schnell, DMD, TCD, TDD, PCM and "
+        "PeRFlow by itself.",
     )
     on_error: str = _option(
         STOP,
@@ -116,8 +116,12 @@ class Options:
         return {"cache": self.cache(), "device": self.device(), "accelerators": self.accelerator_words()}
 
     def accelerator_words(self) -> tuple[str, ...]:
-        """Lower-case words that tell an accelerator by its name."""
-        return tuple(filter(None, (word.strip().lower() for word in self.accelerators.split(","))))
+        """Words that tell an accelerator by its name: those that K-LoRA knows and then the user's own.
+
+        A WebUI saves defaults with a user's settings, so what K-LoRA knows must not be one: it would grow old there.
+        """
+        own = (word.strip().lower() for word in self.accelerators.split(","))
+        return (*ACCELERATORS, *filter(None, own))
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(Options)}

@@ -56,7 +56,7 @@ def test_a_value_that_cannot_be_counts_as_the_built_in_one(page, shared, name, v
 
 def test_words_are_separated_by_commas(page, shared):
     shared.opts.klora_accelerators = " Turbo,, my Words ,"
-    assert options.read().accelerator_words() == ("turbo", "my words")
+    assert options.read().accelerator_words() == (*ACCELERATORS, "turbo", "my words")
 
 
 @pytest.mark.parametrize(("hosts", "chosen", "device"), [
