@@ -81,6 +81,12 @@ class PatcherSwitch(ABC):
         return FAMILIES[self._pair.members[0].file.base].fused
 
     def tags(self) -> Sequence[tuple[str, float]]:
+        """Nothing: the pair is added to what the host has loaded.
+
+        The host loads nothing where the prompt's LoRAs are those of the image before, and then has none of them
+        on the patchers that the pair is added to. Another name of what is loaded makes it load them.
+        """
+        self._model.current_lora_hash = f"K-LoRA {uuid4()}"
         return ()
 
     def held(self) -> AbstractContextManager[None]:

@@ -32,6 +32,8 @@ OURS = {f"klora_{name}": value for name, value in vars(Options()).items()}
 """K-LoRA's options as they are declared."""
 DECLARED = {
     **OURS,
+    "sd_lora": "None",
+    "lora_add_hashes_to_infotext": True,
     "ad_script_names": "dynamic_prompting,dynamic_thresholding,lora_block_weight,negpip,wildcard_recursive,wildcards",
 }
 """What options of extensions are until they are changed: the APIs of Neo and, for ADetailer, of A1111 do not tell."""

@@ -214,6 +214,16 @@ def test_xyz_over_method_gives_the_pictures_of_the_methods(host):
     assert all(same(a, b) for a, b in zip(arrays[-6:], singles, strict=True))
 
 
+def test_a_lora_of_the_prompt_applies_beside_the_pair_after_an_image_with_it_alone(host, fused):
+    """The Forge family loads nothing where the prompt's LoRAs are those of the image before."""
+    prompt = "a cat" + tag(host.other, 0.5)
+    host.picture(host.pair)
+    expected = host.picture(host.pair, prompt=prompt)
+    host.picture(prompt=prompt)
+    assert same(host.picture(host.pair, prompt=prompt), expected)
+    assert not same(expected, fused)
+
+
 def test_xyz_refuses_all_bad_values_before_the_first_picture(host):
     status, answer = host.request(host.pair, **host.grid("[K-LoRA] γ", "auto,high"))
     assert status >= 400

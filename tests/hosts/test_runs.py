@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from host import LISTS, pixels, same, tag
+from host import LISTS, SAME_MODULES, pixels, same, tag
 from safetensors.torch import load_file, save_file
 
 GO_ON = "go on without K-LoRA"
@@ -150,7 +150,7 @@ def adding_to_every_prompt(host, name):
     with host.options(sd_lora=name):
         host.picture(prompt="a dog", negative_prompt="a bird")
         yield
-        assert host.call("/sdapi/v1/options")[1]["sd_lora"] == name
+        assert host.values_of(["sd_lora"]) == {"sd_lora": name}
     host.picture(prompt="a dog", negative_prompt="a bird")
 
 
@@ -236,7 +236,7 @@ def test_what_a_tag_of_the_pair_names_keeps_its_hash_under_that_name(host, fused
             assert same(arrays[0], fused)
 
 
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "None"}
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "None", **SAME_MODULES}
 
 
 def test_a_tag_of_the_hires_prompt_alone_keeps_its_hash_too(host):
