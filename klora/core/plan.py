@@ -54,7 +54,7 @@ class Plan:
         return [(np.flatnonzero(column) + 1).tolist() for column in changed.T]
 
     def to_json(self, warnings: list[str]) -> dict[str, Any]:
-        """The plan as `python -m klora analyze` and the HTTP API give it (README, "The plan as JSON")."""
+        """The plan as `python -m klora analyze` and the HTTP API give it (docs/api.md, "The plan as JSON")."""
         layers = [
             {**{name: row[name] for name in JSON_LAYER_FIELDS}, "switches": switches}
             for row, switches in zip(map(asdict, self.scores.layers), self.switches(), strict=True)

@@ -2,7 +2,7 @@
 
     KLORA_HOST_URL=… KLORA_HOST_FOLDER=… python tests/hosts/soak.py 200 [seed]
 
-runs that many on a running host (README, "Developing"), and on the stand-in without KLORA_HOST_URL.
+runs that many on a running host (docs/developing.md), and on the stand-in without KLORA_HOST_URL.
 """
 
 import random

@@ -1,6 +1,6 @@
 """Beside the extensions that people run with K-LoRA, each installed in the running host: off, and on.
 
-Skipped where the host has not the extension. README, "Developing", tells what the tests need of it.
+Skipped where the host has not the extension. docs/developing.md, tells what the tests need of it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The promises of K-LoRA in a WebUI, through its HTTP API. README, "Developing", tells how to run them against a running one.
+"""The promises of K-LoRA in a WebUI, through its HTTP API. docs/developing.md, tells how to run them against a running one.
 
 KLORA_HOST_URL=http://127.0.0.1:7860 KLORA_HOST_FOLDER=/path/to/webui pytest tests/hosts
 """
