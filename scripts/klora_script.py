@@ -1,4 +1,4 @@
-"""The K-LoRA script of the WebUIs: life cycle and error boundary; everything else is in the package klora."""
+"""The K-LoRA script: what each hook does, and what happens on errors. All else is in the package klora."""
 
 from contextlib import contextmanager, suppress
 
@@ -12,7 +12,10 @@ from klora.webui.run import WITHOUT_THE_PAIR, fail, release, run_of, start, warn
 
 
 class KLoraScript(scripts.Script):
-    """Always-on in txt2img and img2img. Hooks run under the host's catch-all, so each stops the run itself when something fails."""
+    """Always-on in txt2img and img2img.
+
+    The host catches whatever a hook raises, so each hook stops the run itself when something fails.
+    """
 
     def title(self):
         return "K-LoRA"
@@ -63,14 +66,14 @@ def on_cfg_denoiser(params):
 
 
 def on_app_started(_demo, app):
-    """One for all routes: the host inspects the whole stack for every callback, 50 ms of its start-up each."""
+    """Add all routes in one callback: for each one, the host inspects the whole stack, which takes 50 ms."""
     api.register(app)
     api_arguments.register(app)
     panel_routes.register(app)
 
 
 def within(p, action):
-    """Do `action` with the run of `p`, if it has one."""
+    """Call `action` with the run of `p`, if it has one."""
     run = run_of(p)
     if run is not None:
         with boundary(p):
@@ -79,8 +82,10 @@ def within(p, action):
 
 @contextmanager
 def boundary(p):
-    """What goes wrong within is printed, what nobody foresaw with its traceback, and ends the run of `p`: the host would go on without
-    K-LoRA and without a word."""
+    """Print any error, with its traceback if it is unexpected, and end the run of `p`.
+
+    Otherwise the host would go on without K-LoRA and without a word.
+    """
     try:
         yield
     except Cancelled:
@@ -88,7 +93,7 @@ def boundary(p):
     except KLoraError as error:
         print(f"K-LoRA: {error}")
         fail(p, error, HOST)
-    except Exception as error:  # noqa: BLE001 whatever it is, it must not get lost
+    except Exception as error:  # noqa: BLE001 no error may get lost
         HOST.report(f"K-LoRA: {error}")
         fail(p, error, HOST)
 

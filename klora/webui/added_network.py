@@ -1,4 +1,4 @@
-"""The host's option "Add network to prompt", where it names a LoRA of the pair: that is applied once, by K-LoRA."""
+"""The host's option "Add network to prompt" when it names a LoRA of the pair: K-LoRA applies it alone."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ OPTION = "sd_lora"
 """The name of a LoRA that the host adds to every prompt, or "None"."""
 
 NAMED_IN_OPTION = (
-    'K-LoRA: the WebUI\'s option "Add network to prompt" names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen '
-    "there."
+    'K-LoRA: the WebUI\'s option "Add network to prompt" also names a LoRA of the pair. That LoRA is applied '
+    "once, by K-LoRA, at the weight set in K-LoRA."
 )
 
 
 def take_over(p: Any, settings: Settings, host: Host) -> None:
-    """Keep the host from adding a LoRA of the pair to the prompts of `p`, before it sets the options of this run.
+    """Keep the host from adding a LoRA of the pair to the prompts of `p`.
 
-    It does so by an override of the run's own, which the host undoes itself however the run ends.
+    It overrides the option for this run only, so it must be called before the host sets the run's options.
+    The host undoes the override itself, however the run ends.
 
     Raises:
-        SettingsError: the LoRAs of the settings are not there.
+        SettingsError: a LoRA of the settings is not there.
     """
     p.__dict__.pop("klora_option", None)
     pair = [loras.find(getattr(settings, role), role, host) for role in ("subject", "style")]
@@ -36,18 +37,18 @@ def take_over(p: Any, settings: Settings, host: Host) -> None:
 
 
 def is_taken_over(p: Any) -> bool:
-    """Whether `take_over` has changed what the host does."""
+    """Whether `take_over` has overridden the option."""
     return hasattr(p, "klora_option")
 
 
 def give_back(p: Any, host: Host) -> None:
-    """Have the host add what the user wants it to add."""
+    """Restore the option, so that the host adds what the user wants."""
     if is_taken_over(p):
         host.set_option(OPTION, p.klora_option)
 
 
 def check(p: Any, pair: Iterable[HostLora], host: Host) -> None:
-    """Refuse a run to whose prompts the host will add a LoRA of the pair.
+    """Refuse a run if the host will add a LoRA of the pair to its prompts.
 
     Raises:
         KLoraError: with the sentence for the user.
@@ -55,8 +56,8 @@ def check(p: Any, pair: Iterable[HostLora], host: Host) -> None:
     added = _added(p, host)
     if _is_of(added, pair, host):
         raise KLoraError(
-            f'The WebUI\'s option "Add network to prompt" adds {added}, a LoRA of the pair, to every prompt: set it to None, or choose '
-            "another LoRA."
+            f'The WebUI\'s option "Add network to prompt" adds {added}, a LoRA of the pair, to every prompt: '
+            "set it to None, or choose another LoRA."
         )
 
 
@@ -65,6 +66,6 @@ def _added(p: Any, host: Host) -> str:
 
 
 def _is_of(name: str, pair: Iterable[HostLora], host: Host) -> bool:
-    """Whether a name of the host's list is that of a LoRA of the pair, or leads to the same file."""
+    """Whether a name from the host's list means a LoRA of the pair, or one in the same file."""
     named = loras.exactly(name, host) if name != "None" else None
     return named is not None and any(loras.same_file(named.path, lora.path) for lora in pair)

@@ -1,4 +1,7 @@
-"""Long work for a request: a few at a time, in turn with all else that uses the machine, given up when its client hangs up."""
+"""Long work for requests: a few at a time, taking turns with everything else that uses the machine.
+
+It stops when the client disconnects.
+"""
 
 from __future__ import annotations
 
@@ -17,38 +20,40 @@ from klora.hosts.base import Machine
 from klora.hosts.webui import HOST
 
 MOST_AT_ONCE = 4
-SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_CHECKS = 0.2
 
-places = BoundedSemaphore(MOST_AT_ONCE)
+slots = BoundedSemaphore(MOST_AT_ONCE)
 
 Answer = TypeVar("Answer")
 
 
 class Busy(KLoraError):
-    """As many analyses as may wait are waiting."""
+    """All slots for analyses are taken."""
 
 
 @contextmanager
-def place() -> Iterator[None]:
-    """One of the places for analyses, be they under way or waiting.
+def slot() -> Iterator[None]:
+    """Within it, one of the slots is taken that every analysis needs, whether it runs or waits.
 
     Raises:
         Busy: all are taken.
     """
-    if not places.acquire(blocking=False):
-        raise Busy(f"{MOST_AT_ONCE} analyses are under way or waiting already: try again when one is done.")
+    if not slots.acquire(blocking=False):
+        raise Busy(f"{MOST_AT_ONCE} analyses are running or waiting already: try again when one is done.")
     try:
         yield
     finally:
-        places.release()
+        slots.release()
 
 
 @contextmanager
 def turn(cancelled: Callable[[], bool], host: Machine = HOST) -> Iterator[None]:
-    """Within it the machine is this thread's: in the host's own queue, as a generation is, first come, first served.
+    """Within it, the machine is this thread's alone.
+
+    It waits in the host's own queue like a generation: first come, first served.
 
     Raises:
-        Cancelled: `cancelled` said so while it was waiting.
+        Cancelled: `cancelled` returned true while it was waiting.
     """
     lock = host.queue_lock()
     if not lock.acquire(blocking=False):
@@ -61,10 +66,12 @@ def turn(cancelled: Callable[[], bool], host: Machine = HOST) -> Iterator[None]:
 
 @contextmanager
 def spare_turn(host: Machine = HOST) -> Iterator[None]:
-    """The same for what is worth doing only while nobody else needs the machine; it should stop once the machine `is_awaited`.
+    """As `turn`, for work that is only worth doing while nobody else needs the machine.
+
+    Such work should stop once the machine `is_awaited`.
 
     Raises:
-        Cancelled: somebody has it.
+        Cancelled: somebody else is using the machine.
     """
     lock = host.queue_lock()
     if not lock.acquire(blocking=False):
@@ -76,10 +83,13 @@ def spare_turn(host: Machine = HOST) -> Iterator[None]:
 
 
 def _wait_for(lock: HostLock, cancelled: Callable[[], bool]) -> None:
-    """Acquire the host's lock. It has no time-out, so a thread stands in line, and lets the next one pass if it was in vain."""
+    """Acquire the host's lock.
+
+    It has no timeout, so a thread waits for it, and releases it at once if the work has been cancelled.
+    """
     handing_over, ours, given_up = Lock(), Event(), Event()
 
-    def stand_in_line() -> None:
+    def wait_in_queue() -> None:
         lock.acquire()
         with handing_over:
             if given_up.is_set():
@@ -87,8 +97,8 @@ def _wait_for(lock: HostLock, cancelled: Callable[[], bool]) -> None:
             else:
                 ours.set()
 
-    Thread(target=stand_in_line, daemon=True).start()
-    while not ours.wait(SECONDS_BETWEEN_LOOKS):
+    Thread(target=wait_in_queue, daemon=True).start()
+    while not ours.wait(SECONDS_BETWEEN_CHECKS):
         if cancelled():
             with handing_over:
                 if not ours.is_set():
@@ -97,9 +107,14 @@ def _wait_for(lock: HostLock, cancelled: Callable[[], bool]) -> None:
 
 
 async def while_connected(request: Request, work: Callable[[Callable[[], bool]], Answer]) -> Answer:
-    """Do `work` in a thread; it is given what tells whether the client of `request`, whose body is read, has hung up."""
+    """Do `work` in a thread.
+
+    Args:
+        request: its body must have been read.
+        work: called with a function that returns whether the client has disconnected.
+    """
     gone = Event()
-    watch = asyncio.ensure_future(_wait_for_hang_up(request, gone))
+    watch = asyncio.ensure_future(_wait_for_disconnect(request, gone))
     try:
         return await run_in_threadpool(work, gone.is_set)
     finally:
@@ -108,7 +123,7 @@ async def while_connected(request: Request, work: Callable[[Callable[[], bool]],
             await watch
 
 
-async def _wait_for_hang_up(request: Request, gone: Event) -> None:
+async def _wait_for_disconnect(request: Request, gone: Event) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     gone.set()

@@ -19,10 +19,10 @@ from klora.hosts.webui import HOST
 from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
 from klora.webui import loras, options
-from klora.webui.analysis_queue import Busy, place, turn, while_connected
+from klora.webui.analysis_queue import Busy, slot, turn, while_connected
 
 WHOLE_NUMBERS = {"steps": (20, 1, 1000), "seed": (0, 0, 2**63 - 1)}
-"""What an analysis takes beside the settings: default, minimum, maximum."""
+"""What an analysis takes besides the settings: {name: (default, minimum, maximum)}."""
 
 MOST_BYTES = 1 << 16
 FORMATS = ("json", "png")
@@ -30,7 +30,7 @@ EXAMPLE = {"subject": "my_dog", "style": "ink_drawing", "alpha": 1.5, "steps": 2
 
 
 def register(app: FastAPI) -> None:
-    """Add the routes to the host's app, behind the host's API authentication if it has one."""
+    """Add the routes to the host's app, behind its API authentication if it has one."""
     common: dict[str, Any] = {
         "tags": ["K-LoRA"],
         "dependencies": [Depends(_authenticate)] if HOST.api_credentials() else [],
@@ -46,10 +46,12 @@ def register(app: FastAPI) -> None:
         **common,
     )
     app.add_api_route(
-        "/klora/v1/analyze", analyze_pair, methods=["POST"], summary="Plan of a pair, without a picture", response_model=None,
-        openapi_extra=_documented_request(), responses={
+        "/klora/v1/analyze", analyze_pair, methods=["POST"], summary="Plan of a pair, without an image",
+        response_model=None, openapi_extra=_documented_request(), responses={
             200: {"description": "The plan, or its selection map", "content": {"image/png": {}}},
-            413: {"description": "The request is too long"}, 422: {"description": "What is wrong: {detail, fields}"}, 503: {"description": "Busy"},
+            413: {"description": "The request is too long"},
+            422: {"description": "What is wrong: {detail, fields}"},
+            503: {"description": "Busy"},
         },
         **common,
     )  # fmt: skip
@@ -61,7 +63,10 @@ def schema() -> dict[str, Any]:
 
 
 def list_loras() -> list[dict[str, str]]:
-    """Name, alias and the host's short hash ("" while not hashed) of every LoRA that can be named as subject or style."""
+    """Name, alias and the host's short hash of every LoRA that can be subject or style.
+
+    The hash is "" until the host has hashed the file.
+    """
     return [
         {"name": printable(lora.chosen_as), "alias": printable(lora.alias), "hash": lora.shorthash}
         for lora in HOST.loras()
@@ -69,15 +74,15 @@ def list_loras() -> list[dict[str, str]]:
 
 
 async def analyze_pair(request: Request) -> Response:
-    """Who is chosen on each layer at each step: the JSON of `python -m klora analyze`, or with `"format": "png"` its selection map.
+    """Which LoRA is applied in each layer at each step, as `python -m klora analyze` writes it as JSON.
 
-    Takes the settings, `steps`, `seed` and `format`.
+    Takes the settings, `steps`, `seed` and `format`. With `"format": "png"` the answer is the selection map.
     """
     content = await _content(request)
     if content is None:
         return JSONResponse(
             {
-                "detail": f"The request is longer than {MOST_BYTES} bytes, which no analysis needs.",
+                "detail": f"The request is longer than {MOST_BYTES} bytes, more than any analysis needs.",
                 "fields": {},
             },
             413,
@@ -86,7 +91,7 @@ async def analyze_pair(request: Request) -> Response:
 
 
 async def _content(request: Request) -> bytes | None:
-    """The body of a request, None if it is too long to be read."""
+    """The body of a request, or None if it is longer than MOST_BYTES."""
     content = b""
     async for chunk in request.stream():
         content += chunk
@@ -99,7 +104,7 @@ def _answer(content: bytes, cancelled: Callable[[], bool]) -> Response:
     try:
         settings, steps, seed, form = _parsed(content)
         subject, style = (loras.find(getattr(settings, role), role).path for role in ("subject", "style"))
-        with place():
+        with slot():
             return _written(
                 analyze(
                     subject,
@@ -115,7 +120,7 @@ def _answer(content: bytes, cancelled: Callable[[], bool]) -> Response:
             )
     except Cancelled:
         return JSONResponse(
-            {"detail": "The client hung up, so the analysis was given up.", "fields": {}}, 499
+            {"detail": "The client disconnected, so the analysis was stopped.", "fields": {}}, 499
         )
     except Busy as error:
         return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "5"})
@@ -126,14 +131,19 @@ def _answer(content: bytes, cancelled: Callable[[], bool]) -> Response:
 def _written(analysis: Analysis, form: str) -> Response:
     if form == "json":
         return JSONResponse(analysis.to_json())
-    picture = io.BytesIO()
+    png = io.BytesIO()
     names = analysis.subject.path.stem, analysis.style.path.stem
-    draw_map(analysis.plan, *names, fonts=host_font).save(picture, "PNG")
-    return Response(picture.getvalue(), media_type="image/png")
+    draw_map(analysis.plan, *names, fonts=host_font).save(png, "PNG")
+    return Response(png.getvalue(), media_type="image/png")
 
 
 def _parsed(content: bytes) -> tuple[Settings, int, int, str]:
-    """Settings, steps, seed and format of a request; a SettingsError says all that is wrong with it."""
+    """The settings, steps, seed and format of a request.
+
+    Raises:
+        SettingsError: lists everything that is wrong with it.
+        KLoraError: it is not a JSON object.
+    """
     try:
         request = json.loads(content)
     except (ValueError, RecursionError):
@@ -145,7 +155,7 @@ def _parsed(content: bytes) -> tuple[Settings, int, int, str]:
     numbers, problems = whole_numbers(request)
     form = request.get("format", FORMATS[0])
     if form not in FORMATS:
-        problems["format"] = f"'format' is {' or '.join(FORMATS)}, not {str(form)[:60]!r}."
+        problems["format"] = f"'format' must be {' or '.join(FORMATS)}, not {str(form)[:60]!r}."
     settings = Settings()
     try:
         settings = Settings.parse(
@@ -162,14 +172,14 @@ def _parsed(content: bytes) -> tuple[Settings, int, int, str]:
 
 
 def whole_numbers(request: dict[str, Any]) -> tuple[dict[str, int], dict[str, str]]:
-    """Steps and seed of a request, and {name: what is wrong with it}."""
+    """The steps and the seed of a request, and {name: what is wrong with it}."""
     numbers = {name: request.get(name, default) for name, (default, _, _) in WHOLE_NUMBERS.items()}
     problems = {
-        name: f"{name!r} is a whole number from {WHOLE_NUMBERS[name][1]} to {WHOLE_NUMBERS[name][2]}, not {str(value)[:60]!r}."
-        for name, value in numbers.items()
-        if isinstance(value, bool)
-        or not isinstance(value, int)
-        or not WHOLE_NUMBERS[name][1] <= value <= WHOLE_NUMBERS[name][2]
+        name: f"{name!r} must be a whole number from {low} to {high}, not {str(numbers[name])[:60]!r}."
+        for name, (_, low, high) in WHOLE_NUMBERS.items()
+        if isinstance(numbers[name], bool)
+        or not isinstance(numbers[name], int)
+        or not low <= numbers[name] <= high
     }
     return numbers, problems
 
@@ -186,7 +196,8 @@ def _documented_request() -> dict[str, Any]:
             "maximum": high,
         }
     body["properties"]["format"] = {
-        "title": "Format", "description": "json: the plan; png: its selection map.", "enum": list(FORMATS), "default": FORMATS[0],
+        "title": "Format", "description": "json: the plan. png: its selection map.", "enum": list(FORMATS),
+        "default": FORMATS[0],
     }  # fmt: skip
     return {
         "requestBody": {

@@ -1,4 +1,7 @@
-"""A check of the host's own routes: arguments of K-LoRA that are no list never reach a script, the host fails on them with `KeyError: 0`."""
+"""A check on the host's own routes: K-LoRA's `args` must be a list.
+
+Otherwise the host fails with `KeyError: 0` before any script is asked.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ SCRIPT = "k-lora"
 
 
 def register(app: FastAPI) -> None:
-    """Have the host's routes answer with a sentence; after their own dependencies, the log-in among them."""
+    """Add the check to the host's routes, after their own dependencies such as the log-in."""
     for route in app.routes:
         if isinstance(route, APIRoute) and route.path in ROUTES:
             check = get_parameterless_sub_dependant(depends=Depends(_check), path=route.path_format)
@@ -32,6 +35,6 @@ async def _check(request: Request) -> None:
         if name.lower() == SCRIPT and not isinstance(args, list):
             raise HTTPException(
                 422,
-                f"'args' of K-LoRA is a list, not {str(args)[:60]!r}: put the settings into it as one dict, "
-                '"args": [{"subject": "…", "style": "…"}].',
+                f"'args' of K-LoRA must be a list, not {str(args)[:60]!r}: put the settings into it as one "
+                'dict, "args": [{"subject": "…", "style": "…"}].',
             )

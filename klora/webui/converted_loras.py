@@ -1,4 +1,7 @@
-"""Copies of LoRA files in keys that the host's own loader understands, kept by the content of their originals beside the score cache."""
+"""Copies of LoRA files whose keys the host's own loader does not know, written with keys that it knows.
+
+They are kept beside the score cache, by the content of their originals.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,26 @@ from klora.errors import LoraFileError
 from klora.webui import loras, paths
 
 LIMIT = 4 * 2**30
-"""Bytes of all copies."""
+"""Bytes that all copies may take together."""
 
 IN_USE_SECONDS = 60.0
-"""A copy is opened by the host right after it was asked for; once open or mapped it stays readable, deleted or not."""
+"""How long a copy must not be deleted after it was asked for.
+
+The host opens it right away, and once it is open or mapped it stays readable even if it is deleted.
+"""
 
 _NAME = re.compile(rf"[0-9a-f]{{64}}\.{FORMAT}\.safetensors")
 
 
 def readable_copy(lora: LoraFile) -> Path:
-    """The copy of a LoRA file, as it now is, for the host's loader; made when there is none of this content.
+    """The copy of a LoRA file for the host's loader, made if there is none of its present content.
 
     Raises:
-        LoraFileError: the file holds what cannot be written in the host's keys, or is changed meanwhile, or the copy cannot be written.
+        LoraFileError: the file holds something that has no name among the host's keys, it is changed
+            meanwhile, or the copy cannot be written.
     """
     cache, path, store = ScoreCache(paths.cache_folder()), lora.path, _store()
-    changed = LoraFileError(f'The LoRA file "{path}" was changed or taken away while it was read: try again.')
+    changed = LoraFileError(f'The LoRA file "{path}" was changed or removed while it was read: try again.')
     content = cache.content(path)
     if content is None:
         raise changed
@@ -42,13 +49,18 @@ def readable_copy(lora: LoraFile) -> Path:
         return store.made(f"{content}.{FORMAT}.safetensors", fill)
     except OSError as error:
         raise LoraFileError(
-            f'"{path.name}" has keys that this WebUI does not load, and the copy that it loads in its place cannot be written to '
-            f"{store.folder} ({error.strerror or error}): free some space there, or make the folder writable."
+            f'"{path.name}" has keys that this WebUI cannot load, and the copy that it would load instead '
+            f"cannot be written to {store.folder} ({error.strerror or error}): free some space there, or "
+            "make the folder writable."
         ) from error
 
 
 def _store() -> DiskStore:
-    """The copies. Of earlier versions are those named by stem, size and time, and half-written ones (.part)."""
+    """The store of copies.
+
+    Files in it with other names are left over: half-written copies (.part), and those of earlier versions,
+    which were named by stem, size and time.
+    """
     return DiskStore(
         paths.cache_folder().parent / "rewritten",
         LIMIT,

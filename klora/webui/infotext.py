@@ -1,6 +1,6 @@
-"""Settings in a picture's parameters: writing them, and restoring the controls from them.
+"""Settings in an image's parameters: writing them, and restoring the controls from them.
 
-Names of LoRAs are percent-encoded where the host's own quoting would not bring them back.
+Characters in the names of LoRAs are percent-encoded where the host's own quoting would lose them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SIZE = re.compile(r"\d+x\d+")
 
 
 def parameters(settings: Settings, subject: HostLora, style: HostLora, hashes: bool = True) -> dict[str, str]:
-    """What the host is to write of a run with these settings: both LoRAs, their hashes, and what differs from the default.
+    """What the host is to write about a run: both LoRAs, their hashes, and every setting that was changed.
 
     Args:
-        hashes: whether the user wants hashes of LoRAs in there.
+        hashes: whether the user wants hashes of LoRAs in an image's parameters.
     """
     found: dict[str, str] = {}
     for role, lora in (("subject", subject), ("style", style)):
@@ -40,10 +40,12 @@ def parameters(settings: Settings, subject: HostLora, style: HostLora, hashes: b
 
 @dataclass(frozen=True)
 class Restore:
-    """Called by the host with the parameters of a pasted infotext: the value for the control of `field`, or None to leave it alone.
+    """Returns the value for the control of `field`, or None to leave it alone.
 
-    Of a picture made without K-LoRA only the off switch is restored: the chosen pair stays in its controls.
-    Equal for equal fields, so that the host pairs the controls of txt2img with those of img2img when it sends a picture there.
+    The host calls it with the parameters of a pasted infotext. If that is of an image made without K-LoRA,
+    K-LoRA is switched off and the other controls, with the chosen pair, stay as they are. Instances for the
+    same field are equal, because the host pairs the controls of txt2img with those of img2img by them when
+    it sends an image there.
     """
 
     field: str
@@ -83,14 +85,18 @@ def _restored_name(text: str, shorthash: str) -> str:
     renamed = loras.find_by_hash(shorthash, like=name)
     if renamed is None and listed:
         print(
-            f"K-LoRA: the pasted text was made with another LoRA named {name!r} (hash {shorthash}) than the one that the WebUI lists (hash "
-            f"{listed.shorthash}): if yours is in another folder, rename one of the two files, press the refresh button, and choose the new name."
+            f"K-LoRA: the LoRA {name!r} of the pasted text (hash {shorthash}) is not the one that the WebUI "
+            f"lists under this name (hash {listed.shorthash}): if you have it in another folder, rename one "
+            "of the two files, press the refresh button, and choose the new name."
         )
     return renamed.chosen_as if renamed else name
 
 
 def _encoded(name: str) -> str:
-    """A name with the few characters escaped that the host would not bring back: outer quotes and blanks, controls, the x of a size."""
+    """A name, escaped where the host would lose a character.
+
+    These are quotes and blanks at either end, control characters, and the x of what looks like a size.
+    """
     unsafe = {i for i, c in enumerate(name) if c == "%" or c < " "}
     unsafe |= {i for i in (0, len(name) - 1) if name[i].isspace() or name[i] == '"'}
     if SIZE.fullmatch(name):

@@ -24,11 +24,13 @@ EXTENSIONS = (".safetensors", ".ckpt", ".pt")
 
 
 def find(name: str, field: str, host: LoraLibrary = HOST) -> HostLora:
-    """The LoRA that `name` means: its name, else its alias, else either as `/klora/v1/loras` writes what cannot be printed, else either
-    without regard to case, extension and subfolder.
+    """The LoRA that `name` means.
+
+    It is compared with, in turn: the LoRAs' names; their aliases; both as `/klora/v1/loras` writes them, with
+    what cannot be printed escaped; and both without regard to case, extension and subfolder.
 
     Args:
-        field: the setting that `name` is the value of.
+        field: the setting whose value `name` is.
 
     Raises:
         SettingsError: there is none, or several.
@@ -46,24 +48,26 @@ def find(name: str, field: str, host: LoraLibrary = HOST) -> HostLora:
             names = ", ".join(repr(lora.name) for lora in matches)
             raise SettingsError(
                 {
-                    field: f"{name!r} ({field}) could be any of the LoRAs {names}: give the one you mean by its file name."
+                    field: f"{name!r} ({field}) could mean any of the LoRAs {names}: "
+                    "give the file name of the one you mean."
                 }
             )
     raise SettingsError({field: _hidden(name, field, known, host) or _missing(name, field, known)})
 
 
 def exactly(name: str, host: LoraLibrary = HOST) -> HostLora | None:
-    """The LoRA of this very name, if the host lists it."""
+    """The LoRA with exactly this name, if the host lists it."""
     return next(iter(_named(name, host.loras())), None)
 
 
 def find_by_hash(shorthash: str, like: str = "", host: LoraLibrary = HOST) -> HostLora | None:
-    """The LoRA with this hash of the host's.
+    """The LoRA with this hash, as the host computes it.
 
-    Hashes files that the host has not hashed yet (about half a second for each 200 MB, once) until the one is found.
+    Files that the host has not hashed yet are hashed until the LoRA is found. That takes about half a second
+    for each 200 MB, once.
 
     Args:
-        like: the name it once had; files with names like that are hashed first.
+        like: the name it once had; files with similar names are hashed first.
     """
     if not shorthash:
         return None
@@ -80,7 +84,7 @@ def find_by_hash(shorthash: str, like: str = "", host: LoraLibrary = HOST) -> Ho
 
 
 def read(path: Path) -> LoraFile:
-    """As `read_lora`, without reading a file again that has not changed since. Kept are names and shapes, no tensors.
+    """As `read_lora`, but a file that has not changed is not read again. Only names and shapes are kept.
 
     Raises:
         LoraFileError: as `read_lora`.
@@ -94,10 +98,10 @@ def _read(path: Path, _version: str) -> LoraFile:
 
 
 def check_pair(subject: LoraFile, style: LoraFile, cache: ScoreCache | None = None) -> None:
-    """Refuse one file in both roles, by whatever names, and two files of different base models.
+    """Refuse the same LoRA in both roles, under whatever names, and two files for different base models.
 
     Args:
-        cache: tells a file from its copy, by content; without one only the names of one and the same file are seen through.
+        cache: knows the files' contents, so that a copy is recognised; without it only links are.
 
     Raises:
         PairError: with the sentence for the user.
@@ -105,12 +109,12 @@ def check_pair(subject: LoraFile, style: LoraFile, cache: ScoreCache | None = No
     one, other = subject.path, style.path
     if same_file(one, other) or (cache is not None and _same_content(one, other, cache)):
         names = one.name if one == other else f"{one} and {other} with the same content"
-        raise PairError(f"Subject and style are the same LoRA, {names}: choose another one for one of them.")
+        raise PairError(f"Subject and style are the same LoRA, {names}: choose another for one of the two.")
     analysis.check_pair(subject, style)
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, as a link does."""
+    """Whether two paths lead to the same file, such as through a link."""
     try:
         return one.samefile(other)
     except OSError:
@@ -128,14 +132,14 @@ def _same_content(one: Path, other: Path, cache: ScoreCache) -> bool:
 
 
 def check_checkpoint(files: Sequence[LoraFile], checkpoint: Checkpoint) -> None:
-    """Refuse files that were made for another base model than the loaded checkpoint's, or for other sizes of its layers.
+    """Refuse files made for another base model than the loaded checkpoint's, or for layers of other sizes.
 
     Args:
         files: one, or two of the same base model.
 
     Raises:
         PairError: with the sentence for the user.
-        HostError: LoRAs cannot be put on single layers of this checkpoint.
+        HostError: LoRAs cannot be applied to single layers of this checkpoint.
     """
     base, loaded = files[0].base, checkpoint.base
     if base == loaded:
@@ -145,21 +149,26 @@ def check_checkpoint(files: Sequence[LoraFile], checkpoint: Checkpoint) -> None:
     else:
         wanted = analysis.BASE_NAMES[base]
         raise PairError(
-            f"{_named_together(files)} {'is' if len(files) == 1 else 'are'} for {wanted} and the loaded checkpoint is "
-            f"{analysis.BASE_NAMES[loaded]}: load a checkpoint of {wanted}, or choose LoRAs made for this one."
+            f"{_named_together(files)} {'is' if len(files) == 1 else 'are'} for {wanted} and the loaded "
+            f"checkpoint is {analysis.BASE_NAMES[loaded]}: load a checkpoint of {wanted}, or choose LoRAs "
+            "made for this one."
         )
 
 
 def _of_another_base(files: Sequence[LoraFile], checkpoint: str | None) -> str:
-    """What to tell where K-LoRA knows no such checkpoint: LoRAs of Chroma and some of FLUX.2 have FLUX.1's keys and may well be for it."""
+    """The sentence for a checkpoint of a base model that K-LoRA does not support.
+
+    The files may well be made for it: LoRAs for Chroma, and some for FLUX.2, have FLUX.1's keys.
+    """
     wanted = FAMILIES[files[0].base].name
     notes = ", ".join(dict.fromkeys(filter(None, (trained_on(file.metadata) for file in files))))
-    one = len(files) == 1
+    header = f" (and in the header: {notes})" if notes else ""
+    has, it, it_was = ("has", "it", "it was") if len(files) == 1 else ("have", "them", "they were")
     return (
-        f"K-LoRA fuses on checkpoints of {listed('and')}, and the loaded one is {checkpoint or 'of another kind'}. "
-        f"{_named_together(files)} {'has' if one else 'have'} the keys of {wanted}{f' (and in the header: {notes})' if notes else ''}: load a "
-        f"checkpoint of {wanted} if that is what {'it was' if one else 'they were'} made for; otherwise use "
-        f"{'it' if one else 'them'} in the prompt, with K-LoRA off."
+        f"K-LoRA works on checkpoints of {listed('and')}, and the loaded one is "
+        f"{checkpoint or 'of another kind'}. {_named_together(files)} {has} the keys of {wanted}{header}: "
+        f"load a checkpoint of {wanted} if that is what {it_was} made for; otherwise use {it} in the prompt, "
+        "with K-LoRA off."
     )
 
 
@@ -172,10 +181,10 @@ def _named(name: str, known: list[HostLora]) -> list[HostLora]:
 
 
 def _alike(name: str, known: list[HostLora]) -> list[HostLora]:
-    wanted = _wanted(name)
+    wanted = _name_parts(name)
 
     def fits(lora: HostLora) -> bool:
-        return _place(lora.path)[-len(wanted) :] == wanted or wanted in (
+        return _path_parts(lora.path)[-len(wanted) :] == wanted or wanted in (
             (_bare(lora.name),),
             (_bare(lora.alias),),
         )
@@ -189,31 +198,35 @@ def _bare(name: str) -> str:
 
 
 def _hidden(name: str, field: str, known: list[HostLora], host: LoraLibrary) -> str | None:
-    """What to tell of a file of this name that is there but not listed: of several files of one name the hosts list the last one only."""
-    wanted = _wanted(name)
+    """The sentence for a file that exists but is not listed; None if there is no such file.
+
+    Of several files with the same name the hosts only list the last.
+    """
+    wanted = _name_parts(name)
     listed = next((lora for lora in known if lora.path.stem.casefold() in wanted[-1:]), None)
     if listed is None or len(wanted) == 1:
         return None
-    if not any(_place(path)[-len(wanted) :] == wanted for path in _files(host)):
+    if not any(_path_parts(path)[-len(wanted) :] == wanted for path in _files(host)):
         return None
     return (
-        f"The WebUI lists only one LoRA named {listed.name!r}, the one in the folder {listed.path.parent.name!r}, and it hides {name!r} "
-        f"({field}): rename one of the two files, press the refresh button, and choose the new name."
+        f"The WebUI lists only one LoRA named {listed.name!r}, the one in the folder "
+        f"{listed.path.parent.name!r}, which hides {name!r} ({field}): rename one of the two files, press "
+        "the refresh button, and choose the new name."
     )
 
 
 def _files(host: LoraLibrary) -> Iterator[Path]:
-    """All LoRA files in the folders where the host looks for them."""
+    """All LoRA files in the folders where the host looks for LoRAs."""
     for top in host.lora_folders():
         for folder, _, names in os.walk(top, followlinks=True):
             yield from (Path(folder, name) for name in names if name.casefold().endswith(EXTENSIONS))
 
 
-def _place(path: Path) -> tuple[str, ...]:
+def _path_parts(path: Path) -> tuple[str, ...]:
     return tuple(part.casefold() for part in (*path.parent.parts, path.stem))
 
 
-def _wanted(name: str) -> tuple[str, ...]:
+def _name_parts(name: str) -> tuple[str, ...]:
     return PurePosixPath(_bare(name.replace("\\", "/"))).parts
 
 
@@ -221,11 +234,14 @@ def _missing(name: str, field: str, known: list[HostLora]) -> str:
     if not name:
         return f"No {field} LoRA is chosen: choose one in {field!r}."
     if not known:
-        return f"The WebUI lists no LoRA at all, so {name!r} ({field}) cannot be used: put it into the LoRA folder and press the refresh button."
+        return (
+            f"The WebUI lists no LoRA at all, so {name!r} ({field}) cannot be used: put it into the LoRA "
+            "folder and press the refresh button."
+        )
     names = {lora.name.casefold(): lora.name for lora in known}
     near = difflib.get_close_matches(_bare(name)[:200], names, 3, 0.5)
     hint = "; nearest: " + ", ".join(repr(names[low]) for low in near) if near else ""
     return (
-        f"The WebUI lists no LoRA named {name!r} ({field}){hint}. If you have just added the file, press the refresh button of the "
-        "K-LoRA panel (API: POST /sdapi/v1/refresh-loras)."
+        f"The WebUI lists no LoRA named {name!r} ({field}){hint}. If you have just added the file, press the "
+        "refresh button of the K-LoRA panel (API: POST /sdapi/v1/refresh-loras)."
     )

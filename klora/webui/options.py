@@ -1,4 +1,7 @@
-"""The section "K-LoRA" of the host's settings page: one declaration, from which the page is made and the options are read."""
+"""The section "K-LoRA" of the host's settings page.
+
+Each option is declared once. The page is made from the declaration, and the options are read by it.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,19 @@ SECTION = ("klora", "K-LoRA")
 STOP, GO_ON = "stop", "go on without K-LoRA"
 AUTO, CPU = "auto", "CPU"
 RUN_DEFAULTS = ("text_encoder", "hires")
-"""Settings of a run whose start value is an option."""
+"""Settings of a run whose initial values are options."""
 
 MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True)
 class Option:
-    """What the page needs to know of one option.
+    """What the page needs to know about one option.
 
     Attributes:
         choices: all values; empty for a switch, a number or a text.
-        bounds: least and most of a number, and the slider's step.
+        bounds: the lowest and the highest number, and the slider's step.
+        changed: called when the user has changed the option.
     """
 
     label: str
@@ -47,10 +51,10 @@ def _option(default: Any, label: str, help: str, **more: Any) -> Any:
 
 
 def _run_default(name: str) -> Any:
-    help = f"{SPECS[name].help} Taken for an API request that does not say, and shown in the panel after Reload UI."
-    return _option(
-        DEFAULTS[name], f"{SPECS[name].label}, unless chosen otherwise", help, choices=SPECS[name].choices
+    help = (
+        f"{SPECS[name].help} Used for API requests that leave it out, and shown in the panel after Reload UI."
     )
+    return _option(DEFAULTS[name], f"{SPECS[name].label}, by default", help, choices=SPECS[name].choices)
 
 
 @dataclass(frozen=True)
@@ -62,63 +66,66 @@ class Options:
     map_in_gallery: bool = _option(
         False,
         "Show the selection map in the gallery",
-        "As a picture behind the others, in the answers of the API too: which LoRA "
-        "was applied on each layer at each step. The panel shows it in any case. Left out while a script such as X/Y/Z plot or SD upscale runs.",
+        "It comes after the images, in the API's answers too, and shows which LoRA was applied in each "
+        "layer at each step. It is left out while a script such as X/Y/Z plot or SD upscale runs. The panel "
+        "shows it in any case.",
     )
     map_saved: bool = _option(
         False,
-        "Save the selection map beside each saved picture",
-        "As <picture>-klora-map.png.",
+        "Save the selection map beside each saved image",
+        "As <image>-klora-map.png.",
     )
     cache_size: int = _option(
         256,
-        "Score cache, MB at most",
-        "Scores of LoRA files seen before, about 1 MB a file; the least recently used go first.",
+        "Score cache, size limit in MB",
+        "It keeps the scores of LoRA files, about 1 MB for each. The least recently used are deleted first.",
         bounds=(1, 2048, 1),
         changed=lambda: read().cache().trim(),
     )
     scoring_device: str = _option(
         AUTO,
         "Scoring device",
-        "auto: the WebUI's GPU where it is CUDA or ROCm, else the CPU. CPU: leaves the GPU's memory alone, and is slower.",
+        "auto: the WebUI's GPU if it is CUDA or ROCm, otherwise the CPU. CPU: slower, but leaves the GPU's "
+        "memory alone.",
         choices=(AUTO, CPU),
     )
     accelerators: str = _option(
         "",
-        "Further words in the names of accelerator LoRAs",
-        "Separated by commas, whole words. K-LoRA warns of a subject or style LoRA that is named like an accelerator, which lets a model work "
-        "in few steps and has neither a subject nor a style. It knows LCM, Lightning, Hyper, Turbo, Flash, Schnell, DMD, TCD, TDD, PCM and "
-        "PeRFlow by itself.",
+        "More words by which to know accelerator LoRAs",
+        "Whole words, separated by commas. An accelerator lets a model work in few steps and has neither a "
+        "subject nor a style, so K-LoRA warns if the subject or style LoRA is named like one. It already "
+        "knows LCM, Lightning, Hyper, Turbo, Flash, Schnell, DMD, TCD, TDD, PCM and PeRFlow.",
     )
     on_error: str = _option(
         STOP,
         "When K-LoRA cannot be applied",
-        "stop: no picture, and a sentence that says why. go on without K-LoRA: the picture is made as if "
-        "K-LoRA was off, and its parameters say why. What goes wrong once sampling runs stops it in any case.",
+        "stop: no image, and a sentence that says why. go on without K-LoRA: the image is made as if K-LoRA "
+        "were off, and its parameters say why. An error during sampling stops the generation in any case.",
         choices=(STOP, GO_ON),
     )
 
     def run_defaults(self) -> dict[str, Any]:
-        """{setting of a run: its start value}."""
+        """{setting of a run: its initial value}."""
         return {name: getattr(self, name) for name in RUN_DEFAULTS}
 
     def cache(self) -> ScoreCache:
-        """The score cache, of the size chosen."""
+        """The score cache, with the chosen size limit."""
         return ScoreCache(paths.cache_folder(), self.cache_size * MEBIBYTE)
 
     def device(self, host: Machine = HOST) -> torch.device:
-        """Where to score."""
+        """The device to score on."""
         hosts = host.device()
         return hosts if self.scoring_device == AUTO and hosts.type == "cuda" else torch.device("cpu")
 
     def for_analysis(self) -> dict[str, Any]:
-        """What `klora.analysis.analyze` is to be told."""
+        """The arguments of `klora.analysis.analyze` that depend on options."""
         return {"cache": self.cache(), "device": self.device(), "accelerators": self.accelerator_words()}
 
     def accelerator_words(self) -> tuple[str, ...]:
-        """Words that tell an accelerator by its name: those that K-LoRA knows and then the user's own.
+        """Words that mark an accelerator when its name has them: K-LoRA's, then the user's own.
 
-        A WebUI saves defaults with a user's settings, so what K-LoRA knows must not be one: it would grow old there.
+        K-LoRA's are not the option's default, because a WebUI saves defaults with the user's settings: an old
+        list would stay in force there.
         """
         own = (word.strip().lower() for word in self.accelerators.split(","))
         return (*ACCELERATORS, *filter(None, own))
@@ -129,13 +136,19 @@ BUILT_IN = Options()
 
 
 def read(host: Preferences = HOST) -> Options:
-    """The options as the host holds them now. A value that cannot be, of a config file edited by hand, counts as the built-in default."""
+    """The options as the host has them now.
+
+    An impossible value, such as from a config file that was edited by hand, counts as the built-in default.
+    """
     values: dict[str, Any] = {name: host.option(_key(name), None) for name in OPTIONS}
     return Options(**{name: value for name, value in values.items() if _fits(name, value)})
 
 
 def register() -> None:
-    """Add the section to the host's settings page, and to its API, which knows those options only that are there before the page is built."""
+    """Add the section to the host's settings page and API.
+
+    It must be called before the page is built: the API only knows the options that exist then.
+    """
     from modules import options, shared
 
     infos = {_key(name): _info(name) for name in OPTIONS}
@@ -176,7 +189,10 @@ def _info(name: str) -> Any:
 
 
 def _clear_button(label: str, value: str, elem_id: str) -> Any:
-    """A button with the cache's present size in its text. Returns an empty control to stand for the option, for the host sets its value."""
+    """A button that shows the cache's present size.
+
+    Returns an empty control instead of the button, because the host sets the value of what it gets.
+    """
     import gradio as gr
 
     def text() -> str:

@@ -1,4 +1,4 @@
-"""What the K-LoRA panel of the page asks for before and after a generation, beside the host's own routes for its page."""
+"""What the K-LoRA panel asks for before and after a generation, on routes beside those of the host's page."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from klora.errors import Cancelled, KLoraError, SettingsError
 from klora.hosts.webui import HOST
 from klora.settings import PLAN_FIELDS, Settings
 from klora.webui import preflight
-from klora.webui.analysis_queue import Busy, place, spare_turn, while_connected
+from klora.webui.analysis_queue import Busy, slot, spare_turn, while_connected
 from klora.webui.api import whole_numbers
 
 
 def register(app: FastAPI) -> None:
-    """Add the routes to the host's app, behind the log-in of its page if it has one."""
+    """Add the routes to the host's app, behind its page's log-in if it has one."""
     common: dict[str, Any] = {
         "methods": ["POST"],
         "include_in_schema": False,
@@ -30,20 +30,22 @@ def register(app: FastAPI) -> None:
 
 
 def files(request: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
-    """The files of the chosen LoRAs and the checkpoint, `preflight.card`."""
+    """The files of the chosen LoRAs and the checkpoint: the answer of `preflight.card`."""
     return JSONResponse(preflight.card(_names(request)))
 
 
 async def scores(request: Request, asked: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
-    """The scores of the pair, `preflight.scores`. Given up when the page hangs up, and put off while anybody else needs the machine.
+    """The scores of the pair: the answer of `preflight.scores`.
 
-    What is wrong is part of an answer with status 200, as browsers log others: {"problem": sentence, "again": whether to ask again soon}.
+    The work stops when the page disconnects, and waits while anybody else needs the machine. If something is
+    wrong, the answer is {"problem": sentence, "again": whether to ask again soon}. Its status is 200 too,
+    because browsers log any other as an error.
     """
     return await while_connected(request, lambda gone: _answer(_scores, asked, gone))
 
 
 async def strengths(request: Request, asked: dict[str, Any] = Body(...)) -> JSONResponse:  # noqa: B008
-    """The plan of the pair, `preflight.strengths`, on the terms of `scores`."""
+    """The plan of the pair: the answer of `preflight.strengths`. Otherwise as `scores`."""
     return await while_connected(request, lambda gone: _answer(_strengths, asked, gone))
 
 
@@ -73,10 +75,10 @@ def _answer(
         return gone() or HOST.is_generating() or HOST.is_awaited()
 
     try:
-        with place():
+        with slot():
             return JSONResponse(work(asked, cancelled))
     except Cancelled:
-        return _later("The pair is scored once the WebUI has nothing else to do.")
+        return _later("The pair will be scored once the WebUI has nothing else to do.")
     except Busy as error:
         return _later(str(error))
     except KLoraError as error:
@@ -92,7 +94,7 @@ def _names(request: dict[str, Any]) -> dict[str, str]:
 
 
 def _logged_in(request: Request) -> None:
-    """Gradio's own rule: where the page has a log-in, one of its cookies is a token that it gave out."""
+    """Gradio's own rule: if the page has a log-in, one of the cookies must be a token that it gave out."""
     app = request.app
     if getattr(app, "auth", None) is None and getattr(app, "auth_dependency", None) is None:
         return

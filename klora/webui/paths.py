@@ -1,4 +1,4 @@
-"""Where the extension keeps what it may delete at any time."""
+"""Where the extension keeps files that it may delete at any time."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ EXTENSION = Path(__file__).resolve().parents[2]
 
 
 def cache_folder() -> Path:
-    """Folder of the score cache. Made by whoever writes there first."""
+    """The folder of the score cache. Whoever writes there first creates it."""
     return EXTENSION / "cache" / "scores"

@@ -1,4 +1,4 @@
-"""The pre-flight card of the page as JSON: what the two files are, whether they fit the loaded checkpoint, and the scores of the pair."""
+"""The page's card as JSON: what the files are, whether they fit the checkpoint, and the pair's scores."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ ROLES = ("subject", "style")
 def constants() -> dict[str, Any]:
     """What the page's scripts need before they ask for anything.
 
-    How strengths look and are called, by their code (`PAIRS`); the rules of the methods that compare; the schedules; what the
-    settings start with, may be, and are called in an image's parameters.
+    These are the colour and the words for every pair of strengths, by its code (`PAIRS`); the rules of the
+    methods that compare; the schedules; and the settings' initial values, bounds and names in an image's
+    parameters.
     """
     return {
         "levels": [
@@ -73,19 +74,20 @@ def constants() -> dict[str, Any]:
 
 
 def placeholder() -> str:
-    """HTML of the place in the panel that the page's scripts fill."""
+    """HTML of the element in the panel that the page's scripts fill."""
     return f'<div class="klora-view" data-constants="{html.escape(json.dumps(constants()))}"></div>'
 
 
 def card(names: Mapping[str, str]) -> dict[str, Any]:
-    """The files and the checkpoint, from the files' headers alone.
+    """Facts about the files and the checkpoint; of the files only the headers are read.
 
     Args:
-        names: {"subject" | "style": the host's name of the LoRA, "" where none is chosen yet}.
+        names: {"subject" | "style": the host's name for the LoRA, "" if none is chosen yet}.
 
     Returns:
-        {"subject", "style"}: facts of each file, {"problem": sentence} or None; "checkpoint": {"name", "base"} or None while none is
-        loaded; "layers": numbers of layers shared and of one file only, or None; "problems": why Generate would refuse.
+        "subject" and "style": facts about each file, {"problem": sentence}, or None. "checkpoint":
+        {"name", "base"}, or None while none is loaded. "layers": the numbers of layers that both files change
+        and that only one does, or None. "problems": why Generate would refuse.
     """
     files: dict[str, LoraFile] = {}
     answer: dict[str, Any] = {
@@ -118,16 +120,18 @@ def card(names: Mapping[str, str]) -> dict[str, Any]:
 def scores(
     names: Mapping[str, str], k_scale: float, cancelled: Callable[[], bool], turn: Turn
 ) -> dict[str, Any]:
-    """γ and the scores of a pair by layer, in the order of the plan, one list a column; `place` is the layer's in the network.
+    """γ and the scores of a pair.
 
-    Under "magnitudes" what methods compare: {field: {"subject", "style", "ratio"}}, as `Magnitude` gives them.
+    "layers" has a list for each column, in the plan's order of layers; `place` is a layer's place in the
+    order of the network. "magnitudes" has what the methods compare: {field: {"subject", "style", "ratio"}},
+    as `Magnitude` gives them.
 
     Args:
         cancelled, turn: as for `score_pair`.
 
     Raises:
         KLoraError: with the sentence for the user.
-        Cancelled: when `cancelled` said so.
+        Cancelled: `cancelled` returned true.
     """
     subject, style, found = _scored(names, k_scale, cancelled, turn)
     layers = found.layers
@@ -168,14 +172,14 @@ def strengths(
     cancelled: Callable[[], bool],
     turn: Turn,
 ) -> dict[str, Any]:
-    """The plan of a pair as `as_changes` has it, for a method whose rule the page does not know.
+    """The plan of a pair as `as_changes` writes it, for a method whose rule the page does not know.
 
     Args:
         cancelled, turn: as for `score_pair`.
 
     Raises:
         KLoraError: with the sentence for the user.
-        Cancelled: when `cancelled` said so.
+        Cancelled: `cancelled` returned true.
     """
     _, _, found = _scored(names, settings.k_scale, cancelled, turn)
     plan = make_plan(
@@ -236,7 +240,7 @@ def _file(lora: HostLora, file: LoraFile) -> dict[str, Any]:
 
 
 def _words(path: Path, file: LoraFile) -> list[str]:
-    """Trigger words: those that the user gave the LoRA on the host's card of it, before those of its file."""
+    """Trigger words: those that the user entered on the host's card for the LoRA, then those in its file."""
     try:
         notes = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         own = notes.get("activation text", "") if isinstance(notes, dict) else ""
@@ -248,10 +252,12 @@ def _words(path: Path, file: LoraFile) -> list[str]:
 
 
 def _add_checkpoint(answer: dict[str, Any], files: Sequence[LoraFile]) -> None:
-    """Name and base of the loaded checkpoint, without having the host load one; none while none is, or another is to take its place.
+    """Add the loaded checkpoint's name and base, and never make the host load one.
+
+    Nothing is added while none is loaded, or while another is about to take its place.
 
     Raises:
-        HostError: this WebUI is unknown.
+        HostError: K-LoRA does not know this WebUI.
         PairError: the files do not fit the checkpoint.
     """
     checkpoint = HOST.checkpoint_at_rest()

@@ -1,4 +1,4 @@
-"""What a generation needs to know before it begins: its two LoRAs, whether they fit, and their scores."""
+"""What a generation needs before it begins: its two LoRAs, whether they fit, and their scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROLES = ("subject", "style")
 
 @dataclass(frozen=True)
 class Preparation:
-    """Everything of a run that does not change while it is under way. It keeps no checkpoint alive.
+    """Everything about a run that stays the same throughout. It does not keep a checkpoint alive.
 
     Attributes:
         loras: {role: the host's LoRA}.
@@ -43,11 +43,11 @@ class Preparation:
 
     @property
     def files(self) -> list[LoraFile]:
-        """Subject's and style's."""
+        """The subject's file and the style's."""
         return [member.file for member in self.pair.members]
 
     def plan(self, steps: int, seed: int) -> Plan:
-        """For a whole schedule of `steps` steps."""
+        """The plan for a whole schedule of `steps` steps."""
         return _plan(self.scores, self.settings, steps, seed)
 
 
@@ -64,7 +64,7 @@ def prepare(p: Any, settings: Settings, host: Host) -> tuple[Preparation, Checkp
     checkpoint = host.checkpoint()
     if p.disable_extra_networks:
         raise KLoraError(
-            "This run has extra networks switched off, which K-LoRA needs: switch them on, or K-LoRA off."
+            "Extra networks are off for this run, and K-LoRA needs them: switch them on, or K-LoRA off."
         )
     added_network.check(p, found.values(), host)
     loras.check_pair(files["subject"], files["style"], chosen.cache())
@@ -85,7 +85,7 @@ def prepare(p: Any, settings: Settings, host: Host) -> tuple[Preparation, Checkp
 
 
 def scored(files: Mapping[str, LoraFile], settings: Settings, chosen: Options, host: Host) -> PairScores:
-    """The scores of the pair, from the cache if it was seen before."""
+    """The scores of the pair, from the cache if they are known."""
     with host.scoring_progress() as progress:
         return score_pair(
             files["subject"],

@@ -1,4 +1,4 @@
-"""What the prompts of one generation say of the pair: its tags, and in the infotext the hashes under their names."""
+"""What a generation's prompts say about the pair: its tags, and the infotext's hashes under their names."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from klora.hosts.base import Host, HostLora
 from klora.webui import loras
 
 NAMED_IN_PROMPT = (
-    "K-LoRA: the prompt names a LoRA of the pair too; it is applied once, by K-LoRA, at the weight chosen there, and nothing else of its tag "
-    "counts."
+    "K-LoRA: the prompt also names a LoRA of the pair. That LoRA is applied once, by K-LoRA, at the weight "
+    "set in K-LoRA, and the rest of its tag is ignored."
 )
 
 
 class PromptTags:
-    """The tags that the host has parsed from the prompts of `p`, with the pair's own in the place of those that name it.
+    """The tags that the host has parsed from the prompts of `p`.
+
+    Tags that name the pair are replaced with the pair's own.
 
     Args:
         pair: {role: the host's LoRA}.
@@ -29,16 +31,16 @@ class PromptTags:
         self._named: dict[str, HostLora] = {}
 
     def parsed(self) -> None:
-        """The host has parsed the prompts of a batch: those of the batch before do not count any more."""
+        """The host has parsed a batch's prompts: forget those of the batch before."""
         self._own.clear()
         self._named.clear()
 
     def put_pair(self, tags: Any, pair: Sequence[tuple[str, float]]) -> bool:
-        """Have the host load the pair once, after the prompt's own networks.
+        """Make the host load the pair once, after the prompt's own networks.
 
         Args:
-            tags: the host's, {word before the colon: tags}.
-            pair: name and weight of what is to be loaded.
+            tags: the host's tags, {word before the colon: tags}.
+            pair: name and weight of each LoRA to load.
 
         Returns:
             Whether the prompt names a LoRA of the pair.
@@ -52,7 +54,10 @@ class PromptTags:
         return bool(named)
 
     def note_names(self, tags: Any) -> dict[str, HostLora]:
-        """{name in a <lora:…> of the prompt: the LoRA of the pair that it means}, whose hashes the infotext is to have."""
+        """{name in a <lora:…> of the prompt: the LoRA of the pair that it means}.
+
+        The infotext will have their hashes under these names.
+        """
         words = [tag for word in self._host.tag_words() for tag in tags[word]]
         names = [tag.positional[0] for tag in words if tag.positional]
         found = {name: lora for name in names if (lora := self._of_pair(name)) is not None}
@@ -65,7 +70,10 @@ class PromptTags:
             tags[word] = own
 
     def clean_hashes(self) -> None:
-        """Have in "Lora hashes" those that tags of the prompt name, by the names in the tags; the pair's own are under names of our own."""
+        """Leave the pair's hashes in "Lora hashes" only for tags of the prompt, under the names in the tags.
+
+        The pair chosen in K-LoRA has entries of its own in the infotext.
+        """
         if not hashes_are_written(self._host):
             return
         hashes = getattr(self._p, "lora_hashes", {})

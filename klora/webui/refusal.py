@@ -1,4 +1,4 @@
-"""What a user is told of an error that ends a generation, and how the host is made to end it."""
+"""What a user is told about an error that ends a generation, and how the host is made to end it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from klora.webui.processing_patches import ProcessingPatches
 
 
 class GenerationRefused(HTTPException):
-    """Ends a generation with one sentence: the host's API answers with it, its UI and console show it. Its cause is the error."""
+    """Ends a generation with a sentence, shown by the host's API, UI and console. The error is its cause."""
 
     def __init__(self, error: BaseException) -> None:
         status = 422 if isinstance(error, KLoraError) else 500
@@ -23,21 +23,24 @@ class GenerationRefused(HTTPException):
 
 
 GenerationRefused.__name__ = "K-LoRA"
-"""The hosts' page shows an error as its type's name, a colon and its text."""
+"""The hosts' page shows an error as the name of its type, a colon and its text."""
 
 
 def sentence_of(error: BaseException) -> str:
-    """What a user is told of an error."""
+    """What a user is told about an error."""
     if isinstance(error, KLoraError):
         return str(error)
     return (
-        f"K-LoRA met an error that it did not expect, {type(error).__name__}: {printable(str(error))} (the WebUI's console has the whole "
-        "report)."
+        f"K-LoRA met an unexpected error, {type(error).__name__}: {printable(str(error))} (the full report "
+        "is in the WebUI's console)."
     )
 
 
 def refuse(patches: ProcessingPatches, refused: GenerationRefused) -> None:
-    """Make a processing object raise at the next of its own methods that the host calls outside its catch-all around script hooks."""
+    """Make a processing object raise as soon as the host calls one of its methods.
+
+    A script's hook cannot end a generation itself, because the host catches whatever it raises.
+    """
 
     def stop(*_args: Any, **_kwargs: Any) -> None:
         raise refused

@@ -1,8 +1,9 @@
 """One generation with K-LoRA in a WebUI: one object, in one of a few states, from `start` until `close`.
 
-The host calls its hooks in this order, a hires pass and each further batch adding their own: `networks_loaded`, [encoding], sampling:
-`begin_pass`, `at_call` …, and in the end `tell`. Any of them may be the last, for the user interrupts, and what goes wrong in a hook or in
-the host itself skips the others.
+In every pass of every batch the host activates the networks (`networks_loaded`), encodes the prompts if it
+has not yet, and samples (`begin_pass`, then `at_call` for each evaluation of the denoiser). At the end comes
+`tell`. Any of these calls may be the last, because the user may interrupt, and an error in a hook or in the
+host skips the rest.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from klora.webui.sampling_passes import PassName, SamplingPass, is_hires, pass_o
 from klora.webui.selection_record import AppliedMaps, AppliedPass
 
 WITHOUT_THE_PAIR = (
-    "K-LoRA: another extension drew a part of this picture anew, with neither LoRA of the pair. To have K-LoRA there too, add klora_script to the "
-    "scripts that this extension runs (ADetailer: Settings, ADetailer, Script names to apply to ADetailer)."
+    "K-LoRA: another extension redrew a part of this image with neither LoRA of the pair. To have K-LoRA "
+    "there too, add klora_script to the scripts that this extension runs (ADetailer: Settings, ADetailer, "
+    "Script names to apply to ADetailer)."
 )
 
 
@@ -37,7 +39,7 @@ class Run:
     """K-LoRA in one processing object `p` of the host.
 
     Attributes:
-        state: changed by `TRANSITIONS` alone.
+        state: only changed according to `TRANSITIONS`.
     """
 
     def __init__(self, p: Any, host: Host, prepared: Preparation, checkpoint: Checkpoint) -> None:
@@ -62,7 +64,7 @@ class Run:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether the passes of a batch are under way: from there only an error of their own gets out."""
+        """Whether the passes of a batch are running, from which the host only lets their own errors out."""
         return self.state in SAMPLING
 
     @property
@@ -71,7 +73,7 @@ class Run:
         return self._told or self.state in OVER
 
     def begin(self) -> None:
-        """Have the host load the pair, encode text with it, and sample within its passes."""
+        """Make the host load the pair, encode text with it, and sample within the run's passes."""
         self._patches.put("parse_extra_network_prompts", self._parse)
         self._patches.put("cached_params", self._cached_params)
         self._patches.put("setup_conds", self._setup_conds)
@@ -81,10 +83,12 @@ class Run:
             self.warn(warning)
 
     def networks_loaded(self, activated: Any) -> None:
-        """The host has activated the networks of a pass, or within a pass those of another checkpoint: tell the pair from the prompt's own.
+        """The host has activated the networks of a pass, or during a pass those of another checkpoint.
+
+        The switch then finds out which of them are the pair, and which the prompt's own.
 
         Args:
-            activated: the host's tags that name them.
+            activated: the host's tags that name the networks.
         """
         if self.state in OVER:
             return
@@ -106,7 +110,7 @@ class Run:
             self.warn(problem)
 
     def begin_pass(self) -> None:
-        """A sampling pass is about to start: plan its whole schedule, of which img2img and the hires pass run the end."""
+        """A pass is about to start: plan its whole schedule. img2img and the hires pass only run its end."""
         if self.state in OVER:
             return
         self._end_pass()
@@ -128,9 +132,10 @@ class Run:
             self._pass.at_call(params)
 
     def tell(self, processed: Any) -> None:
-        """All passes are done: put into the host's answer what there is to say, and the map where the user wants it.
+        """All passes are done: add warnings and what was applied to the host's answer, and maps if wanted.
 
-        Warnings go into the info of the answer, not of the images: the host shows comments in its page, but its API has none.
+        Warnings go into the answer's info, not the images': the host shows comments in its page, but its API
+        does not return them.
         """
         self._told = True
         told: dict[str, Any] = {}
@@ -150,13 +155,13 @@ class Run:
             maps.show(processed)
 
     def warn(self, sentence: str) -> None:
-        """Tell the user with the images what is worth knowing of them."""
+        """Show the user, with the images, something worth knowing about them."""
         self.p.comment(sentence)
         if sentence not in self._warnings:
             self._warnings.append(sentence)
 
     def fail(self, error: BaseException) -> None:
-        """End the generation with `error`: at the next evaluation, or at the next place from which the host lets it out."""
+        """End the generation with `error`, at the next evaluation or wherever else the host lets it out."""
         sampling = self.is_sampling
         if not self._happens(Event.FAIL):
             return
@@ -167,7 +172,10 @@ class Run:
             refuse(self._patches, self._failure)
 
     def give_up(self) -> None:
-        """Leave the rest of the generation to the host, as if K-LoRA was off: with the prompt's own networks, if it has loaded any yet."""
+        """Leave the rest of the generation to the host, as if K-LoRA were off.
+
+        If the host has loaded networks already, it loads the prompt's own instead.
+        """
         if not self._happens(Event.GIVE_UP):
             return
         self._end_pass()
@@ -180,10 +188,10 @@ class Run:
             self._host.activate(self.p, self._activated)
 
     def close(self) -> None:
-        """Give everything back; harmless when it was done before."""
+        """Give everything back; harmless if that has been done before."""
         if not self._happens(Event.CLOSE):
             return
-        _under_way.discard(self)
+        _open_runs.discard(self)
         self._end_pass()
         self._patches.undo()
 
@@ -192,7 +200,7 @@ class Run:
         return self._prepared.settings
 
     def _happens(self, event: Event) -> bool:
-        """Change to the state that follows. Returns whether the present one knows the event."""
+        """Change to the state that follows, and return whether the event has one in the present state."""
         following = TRANSITIONS[self.state].get(event)
         if following is not None:
             self.state = following
@@ -216,7 +224,7 @@ class Run:
             self.warn(NAMED_IN_PROMPT)
 
     def _cached_params(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """What the host tells conditionings apart by that it keeps, and what makes this run's differ from another's."""
+        """The host's key for the conditionings that it keeps, and what sets this run's apart."""
         pair = tuple(
             (version_of(lora.path), self._settings.weight(role))
             for role, lora in self._prepared.loras.items()
@@ -234,7 +242,7 @@ class Run:
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
-        """Around the host's encoding of the prompts, which happens before a pass, and within one when a refiner takes over."""
+        """Around the host's encoding of the prompts: before a pass, or during it if a refiner takes over."""
         self._lose_to_other_model()
         if self._pass is not None or self.state in WITHOUT or self.state in OVER:
             yield
@@ -251,7 +259,7 @@ class Run:
         """Around the passes of one batch.
 
         Raises:
-            GenerationRefused: the error that the run was made to fail with meanwhile, if the host has swallowed it.
+            GenerationRefused: the error with which the run has failed, if the host has swallowed it.
         """
         with self._held:
             self._hold()
@@ -278,16 +286,16 @@ class Run:
         self._switch.detach()
 
     def _lose_to_other_model(self) -> None:
-        """A refiner takes over within a pass: the host loads it, encodes the text anew, and goes on sampling."""
+        """Lose the pair if a refiner has taken over: the host loads it during a pass and goes on sampling."""
         if self._pass is not None and self._host.checkpoint().file != self._file:
-            step = self._pass.step_under_way() + 1
+            step = self._pass.next_step() + 1
             self._lose(f"in the {self._pass.name} pass before step {step} (another model took over)")
 
     def _follow_model(self) -> str | None:
-        """A pass begins on the model that is loaded: that of the pass before, or of another checkpoint, or of the same one loaded anew.
+        """Begin a pass on the loaded model: that of the last pass, another one, or the same one loaded again.
 
         Returns:
-            What is to be said with the image, if the pass has to do without the pair.
+            A warning for the user, if the pass has to run without the pair.
         """
         checkpoint = self._host.checkpoint()
         if checkpoint.file != self._file:
@@ -296,7 +304,8 @@ class Run:
             except KLoraError as error:
                 name = pass_of(self.p).name
                 self._lose(f"in the {name} pass (the LoRAs do not fit its checkpoint)")
-                return f"K-LoRA: the {name} pass, on {Path(str(checkpoint.file)).name}, has neither LoRA of the pair. {error}"
+                on = Path(str(checkpoint.file)).name
+                return f"K-LoRA: the {name} pass, on {on}, has neither LoRA of the pair. {error}"
         self._happens(Event.FIT)
         self._file = checkpoint.file
         if checkpoint.model is not self._model():
@@ -316,16 +325,19 @@ class Run:
         self.p.extra_generation_params["K-LoRA stopped"] = "; ".join(self._stops)
 
     def _is_part(self) -> bool:
-        """Whether a script of the host's or its upscale button works on with all images of this run."""
+        """Whether all images of this run go into a script of the host or its upscale button."""
         return bool((self.p.script_args or [0])[0]) or getattr(self.p, "txt2img_upscale", False)
 
 
-_under_way: WeakSet[Run] = WeakSet()
-"""Several only where an extension makes an image of its own within another's, as ADetailer does for what it has found."""
+_open_runs: WeakSet[Run] = WeakSet()
+"""Runs that are not closed.
+
+There are several only while an extension makes an image during another one, as ADetailer does.
+"""
 
 
 def start(p: Any, settings: Settings, host: Host) -> Run:
-    """A run in `p`, which `run_of` finds from then on.
+    """Start a run in `p`, which `run_of` finds from then on.
 
     Raises:
         KLoraError: with the sentence for the user.
@@ -333,30 +345,32 @@ def start(p: Any, settings: Settings, host: Host) -> Run:
     """
     run = Run(p, host, *prepare(p, settings, host))
     p.klora_run = run
-    _under_way.add(run)
+    _open_runs.add(run)
     run.begin()
     return run
 
 
 def run_of(p: Any) -> Run | None:
-    """The run of this very object, not of one that it was copied from."""
+    """The run of this very object, not of the one that it was copied from."""
     run: Run | None = getattr(p, "klora_run", None)
     return run if run is not None and run.p is p else None
 
 
 def warn_outer_runs(p: Any, sentence: str) -> None:
-    """Tell it with the images within which an extension makes another one, with `p`."""
-    for run in tuple(_under_way):
+    """Give a warning with the images during which an extension is making another one, with `p`."""
+    for run in tuple(_open_runs):
         if run.p is not p:
             run.warn(sentence)
 
 
 def fail(p: Any, error: BaseException, host: Host) -> None:
-    """Make `p` stop with `error` at the next place from which the host lets it out, or go on without K-LoRA if the user wants that, or there
-    is none for this host."""
+    """Make `p` stop with `error` as soon as the host lets it out.
+
+    It goes on without K-LoRA instead if that is what the user wants, or if K-LoRA does not know this host.
+    """
     run = run_of(p)
     warn_outer_runs(
-        p, f"K-LoRA: another extension could not draw a part of this picture anew: {sentence_of(error)}"
+        p, f"K-LoRA: another extension could not redraw a part of this image: {sentence_of(error)}"
     )
     if run is not None and run.is_over:
         return
@@ -371,7 +385,7 @@ def fail(p: Any, error: BaseException, host: Host) -> None:
 
 
 def _go_on_without(p: Any, error: BaseException, host: Host) -> None:
-    """Have the host make the image as if K-LoRA was off, and say so in its comments and in its parameters."""
+    """Let the host make the image as if K-LoRA were off, and say so in its comments and its parameters."""
     sentence = sentence_of(error)
     p.comment(f"K-LoRA: {sentence}")
     p.extra_generation_params["K-LoRA stopped"] = sentence
@@ -384,7 +398,7 @@ def _go_on_without(p: Any, error: BaseException, host: Host) -> None:
 
 
 def release(p: Any) -> None:
-    """Free `p` of what an earlier run on it, or on the object it was copied from, may have left."""
+    """Free `p` from anything that an earlier run left on it or on the object it was copied from."""
     run = run_of(p)
     if run is not None:
         run.close()

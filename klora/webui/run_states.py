@@ -1,4 +1,4 @@
-"""The states of a run, and the one table of what follows what."""
+"""The states of a run, and the one table of transitions between them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from enum import Enum
 class State(Enum):
     """What a run is doing.
 
-    It is `WITHOUT` the pair once the host has loaded a checkpoint that the LoRAs do not fit, or within a pass any other one, until a pass
-    begins on one that they fit. `FAILED` is for an error that ends the generation, `GIVEN_UP` for one after which the host makes the rest
-    of it alone.
+    It is `WITHOUT` the pair once the host has loaded a checkpoint that the LoRAs do not fit, or any other
+    checkpoint in the middle of a pass, until a pass begins on one that they fit. `FAILED` follows an error
+    that ends the generation, `GIVEN_UP` one after which the host makes the rest of it without K-LoRA.
     """
 
     PREPARED = "prepared"
@@ -42,7 +42,8 @@ _ENDS = {Event.GIVE_UP: State.GIVEN_UP, Event.FAIL: State.FAILED, Event.CLOSE: S
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
     State.PREPARED: {
-        Event.ENCODE: State.ENCODING, Event.SAMPLE: State.SAMPLING, Event.LOSE: State.WITHOUT, Event.FIT: State.PREPARED, **_ENDS,
+        Event.ENCODE: State.ENCODING, Event.SAMPLE: State.SAMPLING, Event.LOSE: State.WITHOUT,
+        Event.FIT: State.PREPARED, **_ENDS,
     },
     State.ENCODING: {
         Event.ENCODED: State.PREPARED, Event.LOSE: State.WITHOUT, Event.FIT: State.ENCODING, **_ENDS,
@@ -62,7 +63,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
     State.GIVEN_UP: {Event.CLOSE: State.CLOSED},
     State.CLOSED: {},
 }  # fmt: skip
-"""An event that a state does not list does not change it, and nothing is done about it: the host's hooks may come late, or twice."""
+"""An event that a state does not list has no effect, because the host's hooks may come late, or twice."""
 
 WITHOUT = (State.WITHOUT, State.SAMPLING_WITHOUT)
 SAMPLING = (State.SAMPLING, State.SAMPLING_WITHOUT)

@@ -1,7 +1,8 @@
-"""Which step of a sampling pass an evaluation of the denoiser belongs to, for every sampler that the hosts list.
+"""Which step of a sampling pass an evaluation of the denoiser belongs to, for every sampler of the hosts.
 
-The hosts' own `sampling_step` lags; the number of evaluations so far does not. A second-order sampler evaluates twice a step, which
-the host's list of samplers says; some evaluate more or less often from step to step, which it does not (k_diffusion/sampling.py of the hosts).
+The hosts' own `sampling_step` lags behind, so the evaluations are counted. A second-order sampler evaluates
+twice in each step, as the host's list of samplers says. Some evaluate more often in some steps than in
+others, which is not in that list but in the hosts' k_diffusion/sampling.py.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ EVALUATIONS: Mapping[str, Callable[[int, int], int]] = {
     "DPM++ 2s a RF": lambda step, steps: 2 if step < steps - 1 else 1,
     "Flux Realistic": lambda step, steps: 2 if step < steps - 1 else 1,
 }
-"""Sampler -> evaluations of a step, from its 0-based index and the number of steps."""
+"""{sampler: the number of evaluations in a step, from its 0-based index and the number of steps}."""
 
 UNBOUNDED = ("DPM adaptive",)
-"""Samplers whose number of evaluations depends on the picture."""
+"""Samplers whose number of evaluations depends on the image."""
 
 
 def step_of(evaluation: int, sampler: str, *, steps: int, order: int) -> int:
     """The 0-based step of a pass of `steps` steps that the 0-based `evaluation` belongs to.
 
     Args:
-        order: evaluations of a step as the host's list of samplers tells.
+        order: the evaluations in each step according to the host's list of samplers.
     """
     if sampler not in EVALUATIONS:
         return evaluation // order

@@ -1,4 +1,4 @@
-"""One sampling pass of a generation: its session, and which of its steps an evaluation of the denoiser belongs to."""
+"""One sampling pass of a generation: its session, and the step that each evaluation belongs to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from klora.webui.selection_record import FIRST, HIRES, AppliedPass
 
 
 class PassName(NamedTuple):
-    """A pass of a generation: a first one, and with hires a second one, for every batch."""
+    """A pass of a generation: every batch has a first one, and with hires. fix a second one."""
 
     name: str
     batch: int
@@ -29,16 +29,16 @@ def pass_of(p: Any) -> PassName:
 
 
 def seed_of(p: Any) -> int:
-    """The seed of the first image of the batch that `p` makes."""
+    """The seed of the first image in the batch that `p` is making."""
     return int((getattr(p, "seeds", None) or [0])[0])
 
 
 class SamplingPass:
-    """The pass that `p` is about to run, with the pair on `switch` from now on until `close`.
+    """The pass that `p` is about to run. `switch` applies the pair from now on until `close`.
 
     Args:
-        plan: of the whole schedule.
-        schedule: its steps that run.
+        plan: the plan for the whole schedule.
+        schedule: which of its steps run.
     """
 
     def __init__(self, p: Any, plan: Plan, schedule: PassSchedule, switch: PairSwitch) -> None:
@@ -57,17 +57,17 @@ class SamplingPass:
         """The denoiser is about to be evaluated: switch to the step that this evaluation belongs to."""
         self._session.step(self._index(params))
 
-    def step_under_way(self) -> int:
-        """The step of the evaluation that comes next."""
+    def next_step(self) -> int:
+        """The 0-based step that the next evaluation belongs to."""
         return self._step_of(self._p.sampler.model_wrap_cfg.step)
 
     def close(self) -> AppliedPass:
-        """End it, and tell what was applied."""
+        """End the pass, and return what was applied."""
         self._session.close()
         return AppliedPass(*self._name, self._session.plan, self._session.recorded())
 
     def _index(self, params: Any) -> int:
-        """By counting calls, or, for a sampler without a fixed number of them, by the place of the noise level."""
+        """The step, from the number of evaluations or, if that is not fixed, from the noise level."""
         sampler = self._p.sampler
         if sampler.config.name not in sampler_steps.UNBOUNDED:
             return self._step_of(params.denoiser.step)

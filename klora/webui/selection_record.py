@@ -1,4 +1,4 @@
-"""What was really applied in a generation: told in the host's answer, shown in its gallery, saved beside its pictures."""
+"""What was really applied in a generation, for the host's answer, its gallery and files beside its images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AppliedPass:
     Attributes:
         name: FIRST or HIRES.
         batch: 0-based.
-        plan: of the whole schedule.
+        plan: the plan for the whole schedule.
         strengths: levels of subject and style, int8 of shape (steps, layers, 2); -1 where a step did not run.
     """
 
@@ -36,12 +36,15 @@ class AppliedPass:
     strengths: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
-        """{"pass", "batch", "steps", "layers", "ran", "changes"}, the last four as `as_changes` has them, layers in the plan's order."""
+        """{"pass", "batch", "steps", "layers", "ran", "changes"}, with layers in the plan's order.
+
+        `as_changes` describes the last four.
+        """
         return {"pass": self.name, "batch": self.batch, **as_changes(self.strengths)}
 
 
 class AppliedMaps:
-    """The maps of all passes of one generation, one picture a batch.
+    """The maps of all passes of one generation, one image for each batch.
 
     Args:
         subject, style: names for the legend.
@@ -54,32 +57,33 @@ class AppliedMaps:
         self._names = subject, style
 
     def show(self, processed: Any) -> None:
-        """Add them to the host's gallery, behind its pictures; batches that were alike share one."""
-        pictures = []
+        """Add them to the host's gallery, after its images; batches with the same strengths share one."""
+        maps = []
         for i, batch in enumerate(self._batches):
             if not any(_alike(batch, earlier) for earlier in self._batches[:i]):
-                pictures.append(self._drawn(batch))
+                maps.append(self._drawn(batch))
         if hasattr(processed, "extra_images"):
-            processed.extra_images = [*processed.extra_images, *pictures]
+            processed.extra_images = [*processed.extra_images, *maps]
             return
-        lacking = len(processed.images) + len(pictures) - len(processed.infotexts)
-        processed.images.extend(pictures)
+        lacking = len(processed.images) + len(maps) - len(processed.infotexts)
+        processed.images.extend(maps)
         processed.infotexts.extend([processed.infotexts[0]] * lacking)
 
     def save(self, processed: Any) -> None:
-        """Write them beside the pictures that the host has saved, under their names."""
-        pictures = processed.images[processed.index_of_first_image :]
-        of_a_batch = max(1, len(pictures) // max(1, len(self._batches)))
-        for batch, first in zip(self._batches, range(0, len(pictures), of_a_batch)):  # noqa: B905 masks that the host shows may be left over
+        """Write them beside the images that the host has saved, under the images' names."""
+        images = processed.images[processed.index_of_first_image :]
+        of_a_batch = max(1, len(images) // max(1, len(self._batches)))
+        # No strict: masks that the host shows may come after the images of the batches.
+        for batch, first in zip(self._batches, range(0, len(images), of_a_batch)):  # noqa: B905
             saved = [
-                Path(place)
-                for picture in pictures[first : first + of_a_batch]
-                if (place := getattr(picture, "already_saved_as", None))
+                Path(path)
+                for image in images[first : first + of_a_batch]
+                if (path := getattr(image, "already_saved_as", None))
             ]
             if saved:
                 drawn = self._drawn(batch)
-                for place in saved:
-                    drawn.save(place.with_name(place.stem + SUFFIX))
+                for path in saved:
+                    drawn.save(path.with_name(path.stem + SUFFIX))
 
     def _drawn(self, batch: Sequence[AppliedPass]) -> Image.Image:
         notes = {FIRST: "as applied", HIRES: "as applied in the hires pass"}

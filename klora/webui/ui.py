@@ -1,4 +1,4 @@
-"""The accordion, built from the declaration of the settings."""
+"""The K-LoRA accordion, built from the declaration of the settings."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from klora.webui import infotext, options, preflight
 
 SWAPPED = ("subject", "style", "subject_weight", "style_weight")
 FLUX_PRESET = {"schedule": "s*", "beta": "auto"}
-"""What the paper's authors recommend for FLUX. The card offers it, and its button presses one that nobody sees."""
+"""What the paper's authors recommend for FLUX. The card's button presses a hidden one, which sets it."""
 OFFERED_NUMBERS = 11
 NONE = "None"
-"""No LoRA, as the hosts' own lists say it. With an empty value gradio 4.40 counts the first of a list as chosen, so that nobody can choose it."""
+"""What the hosts' own lists show for no LoRA.
+
+With an empty value instead, gradio 4.40 takes the first of a list as chosen, so that nobody can choose it.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ class Controls:
     """What the script gives to the host.
 
     Attributes:
-        components: one per setting, in the order of the declaration.
-        infotext_fields: each component with what reads its value from pasted parameters.
-        paste_field_names: what the host carries over when it sends a picture to another tab.
+        components: one for each setting, in the order of the declaration.
+        infotext_fields: each component, with what reads its value from pasted parameters.
+        paste_field_names: the fields that the host takes along when it sends an image to another tab.
     """
 
     components: list[Any]
@@ -38,10 +41,10 @@ class Controls:
 
 
 def build(is_img2img: bool, tab: str) -> Controls:
-    """The K-LoRA accordion of one tab. The host asks for it several times, for the page and for the defaults of API calls.
+    """The K-LoRA accordion of one tab. Hosts call this repeatedly: for the page, and for the API's defaults.
 
     Args:
-        tab: "txt2img" or "img2img", for the elements' ids.
+        tab: "txt2img" or "img2img", for the ids of the elements.
     """
     made: dict[str, Any] = {}
     with InputAccordion(False, label="K-LoRA", elem_id=_id(tab, "enabled")) as made["enabled"]:
@@ -84,7 +87,7 @@ def build(is_img2img: bool, tab: str) -> Controls:
 
 
 def _tell_page(tab: str) -> str:
-    """Javascript that hands the values of all controls to the page's scripts; nothing goes to the server."""
+    """JavaScript that gives the values of all controls to the page's scripts; nothing goes to the server."""
     return f"(...values) => klora.changed({json.dumps(tab)}, {json.dumps(list(SPECS))}, values)"
 
 
@@ -95,7 +98,8 @@ def _id(tab: str, name: str) -> str:
 def _control(name: str, tab: str) -> Any:
     spec, starts = SPECS[name], {**DEFAULTS, **options.read().run_defaults()}
     common: dict[str, Any] = {
-        "label": spec.label, "value": infotext.control_value(name, starts[name]), "elem_id": _id(tab, name), "tooltip": spec.help,
+        "label": spec.label, "value": infotext.control_value(name, starts[name]),
+        "elem_id": _id(tab, name), "tooltip": spec.help,
     }  # fmt: skip
     if spec.kind == "lora":
         control = gr.Dropdown(choices=_lora_names(), allow_custom_value=True, **{**common, "value": NONE})
@@ -112,7 +116,7 @@ def _control(name: str, tab: str) -> Any:
 
 
 def _offered(slider: tuple[float, float, float] | None) -> list[str]:
-    """Numbers to choose from beside the words, evenly over what a slider would offer."""
+    """Numbers to choose from besides the words, evenly spaced over a slider's range."""
     if slider is None:
         return []
     low, high, _ = slider

@@ -1,4 +1,4 @@
-"""Axes of the host's X/Y/Z plot, one per setting that offers one."""
+"""Axes for the host's X/Y/Z plot, one for each setting that can be an axis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from klora.webui import loras
 PLOT = "xyz_grid.py"
 SCRIPT = "K-LoRA"
 NEW_PAIR_COST = 0.5
-"""Of 1, the host's cost of another checkpoint: the plot changes dear axes in its outer loops."""
+"""On the host's scale, where another checkpoint costs 1: the plot puts costly axes into its outer loops."""
 
 NUMBER = r"[+-]?\d+(?:\.\d*)?"
 BY_STEP = re.compile(rf"({NUMBER})\s*-\s*({NUMBER})(?:\s*\(({NUMBER})\))?")
@@ -33,7 +33,7 @@ class AxisError(RuntimeError):
 
 
 def register() -> None:
-    """Add the axes to the host's plot; harmless when they are there already."""
+    """Add the axes to the host's plot; harmless if they are there already."""
     from modules import scripts
 
     for data in scripts.scripts_data:
@@ -73,9 +73,9 @@ def _plain_label(_p: Any, _option: Any, value: str) -> str:
 
 
 def words_and_numbers(text: str) -> list[str]:
-    """Values of a number axis: words, numbers, and the ranges that the host's own number axes know, 0-1 (+0.5) and 0-1 [3].
+    """The values of a number axis: words, numbers, and the host's own ranges, such as 0-1 (+0.5) and 0-1 [3].
 
-    Left as text, so that what is no number is refused with a sentence; the host's number type fails with Python's.
+    They stay text, so that K-LoRA refuses what is not a number with a sentence; the host would show Python's.
     """
     values = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -102,7 +102,7 @@ def _apply(name: str) -> Callable[[Any, Any, Any], None]:
 
 def _confirm(name: str) -> Callable[[Any, Sequence[Any]], None]:
     def confirm(p: Any, values: Sequence[Any]) -> None:
-        """Check all values before the first picture.
+        """Check all values before the first image.
 
         Raises:
             AxisError: with one sentence for every bad value.
@@ -124,7 +124,7 @@ def _confirm(name: str) -> Callable[[Any, Sequence[Any]], None]:
 
 
 def _is_on(p: Any) -> bool:
-    """Whether the arguments of the always-on script say so."""
+    """Whether the arguments of the always-on script switch K-LoRA on."""
     script = next((script for script in p.scripts.alwayson_scripts if script.title() == SCRIPT), None)
     first = p.script_args[script.args_from] if script else False
     return str(first.get("enabled", True) if isinstance(first, Mapping) else first).lower() == "true"

@@ -155,6 +155,6 @@ def test_a_part_that_cannot_be_drawn_anew_is_said_with_the_picture_that_is_left(
     host.counts()
     with host.fault("process", 2, "RuntimeError"):
         answer = host.answer(host.pair)
-    assert "could not draw a part of this picture anew: " in warnings(answer)
+    assert "could not redraw a part of this image: " in warnings(answer)
     assert "a fault of the test" in warnings(answer)
     assert same(pixels(answer["images"][0]), fused)

@@ -18,7 +18,7 @@ CONTINUED = [1, 2, 3]
 
 DETECTOR = os.environ.get("KLORA_DETECTOR", "one_box.pt")
 CONTROL = os.environ.get("KLORA_CONTROLNET", "tiny_t2i_sdxl")
-WITHOUT_THE_PAIR = "another extension drew a part of this picture anew, with neither LoRA of the pair"
+WITHOUT_THE_PAIR = "another extension redrew a part of this image with neither LoRA of the pair"
 
 
 def script(host, name):
@@ -245,7 +245,7 @@ def test_what_goes_wrong_in_adetailers_pass_is_said_with_the_picture_it_leaves_a
     host.counts()
     with host.fault(hook, 2, "RuntimeError"):
         answer = host.answer(host.pair, **listed)
-    assert "could not draw a part of this picture anew: " in warnings(answer)
+    assert "could not redraw a part of this image: " in warnings(answer)
     assert "a fault of the test" in warnings(answer)
     assert same(pixels(answer["images"][0]), fused)
 

@@ -249,7 +249,7 @@ def test_analyze_answers_the_plan_of_the_command_line(host, capsys):
     assert answer == json.loads(capsys.readouterr().out)
     status, answer = host.call("/klora/v1/analyze", {**host.pair, "steps": 0})
     assert status == 422
-    assert "'steps' is a whole number" in answer["detail"]
+    assert "'steps' must be a whole number" in answer["detail"]
     assert host.call("/klora/v1/analyze", {"subject": "../../config", "style": host.style})[0] == 422
 
 

@@ -112,7 +112,7 @@ def test_a_run_that_died_keeps_no_checkpoint_alive(host, where):
 def test_not_even_one_that_somebody_keeps(host):
     """An extension that keeps the processing object, say, to which the run belongs."""
     model = checkpoint_after(host, "forward")
-    kept = list(run._under_way)
+    kept = list(run._open_runs)
     assert kept
     with host.another_checkpoint() as name, host.options(sd_model_checkpoint=name):
         gc.collect()

@@ -31,7 +31,7 @@ def shared(monkeypatch):
 
 @pytest.fixture
 def queue_lock(shared):
-    """The host's own: who has it has the machine."""
+    """The host's own; whoever holds it has the machine."""
     return sys.modules["modules.call_queue"].queue_lock
 
 

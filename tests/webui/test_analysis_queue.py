@@ -1,4 +1,4 @@
-"""The host's own queue: had in the order of asking, not held up by who has gone away."""
+"""The host's own queue: turns come in the order of asking, and clients that have gone do not block it."""
 
 import threading
 import time
@@ -34,7 +34,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_turns_are_had_in_the_order_of_asking(queue_lock, in_thread):
+def test_turns_come_in_the_order_of_asking(queue_lock, in_thread):
     order = []
 
     def ask(name):
@@ -53,7 +53,7 @@ def test_turns_are_had_in_the_order_of_asking(queue_lock, in_thread):
     assert order == ["first", "generation", "last"]
 
 
-def test_who_goes_away_while_waiting_holds_nobody_up(queue_lock):
+def test_a_client_that_goes_away_while_waiting_delays_nobody(queue_lock):
     with queue_lock:
         start = time.monotonic()
         with pytest.raises(Cancelled), turn(lambda: True):

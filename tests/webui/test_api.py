@@ -1,4 +1,4 @@
-"""The extension's HTTP API answers as documented, and a wrong request with a sentence per fault."""
+"""The extension's HTTP API answers as documented, and a wrong request with one sentence for each fault."""
 
 import asyncio
 import io
@@ -40,18 +40,18 @@ def client():
     return TestClient(app)
 
 
-def test_schema_is_the_declarations():
+def test_the_schema_is_that_of_the_declaration():
     assert client().get("/klora/v1/schema").json() == json_schema()
 
 
-def test_loras():
+def test_the_loras_are_listed_with_alias_and_hash():
     assert client().get("/klora/v1/loras").json() == [
         {"name": "style", "alias": "style", "hash": ""},
         {"name": "subject", "alias": "sks", "hash": "aa"},
     ]
 
 
-def test_analysis_is_that_of_the_command_line():
+def test_an_analysis_is_that_of_the_command_line():
     answer = client().post(
         "/klora/v1/analyze",
         json={"subject": "sks", "style": "style", "method": "Random", "steps": 6, "seed": 3},
@@ -61,7 +61,7 @@ def test_analysis_is_that_of_the_command_line():
     assert answer.json() == analyze(*files, Settings(method="Random"), steps=6, seed=3).to_json()
 
 
-def test_analysis_as_a_picture_is_the_map_of_its_plan():
+def test_an_analysis_as_an_image_is_the_map_of_its_plan():
     answer = client().post("/klora/v1/analyze", json={**NAMES, "steps": 6, "format": "png"})
     assert answer.headers["content-type"] == "image/png"
     plan = analyze(PAIR / "subject.safetensors", PAIR / "style.safetensors", Settings(), steps=6).plan
@@ -87,20 +87,20 @@ def test_steps_are_twenty_by_default():
         (
             {**NAMES, "alpha": "x", "steps": 0, "seed": "1"},
             ["alpha", "steps", "seed"],
-            "'steps' is a whole number from 1 to 1000",
+            "'steps' must be a whole number from 1 to 1000",
         ),
         ({**NAMES, "steps": True}, ["steps"], "whole number"),
-        ({**NAMES, "format": "jpg"}, ["format"], "'format' is json or png"),
+        ({**NAMES, "format": "jpg"}, ["format"], "'format' must be json or png"),
     ],
 )
-def test_a_wrong_request_is_said(body, fields, said):
+def test_a_wrong_request_gets_a_sentence_for_each_fault(body, fields, said):
     answer = client().post("/klora/v1/analyze", json=body)
     assert answer.status_code == 422
     assert sorted(answer.json()["fields"]) == sorted(fields)
     assert said in answer.json()["detail"]
 
 
-def test_a_file_that_is_no_lora_is_said(networks, tmp_path):
+def test_a_file_that_is_not_a_lora_gets_a_sentence(networks, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"not a LoRA")
     networks.put(*networks.on_disk, NetworkOnDisk("broken", folder=tmp_path))
     answer = client().post("/klora/v1/analyze", json={**NAMES, "style": "broken"})
@@ -109,7 +109,7 @@ def test_a_file_that_is_no_lora_is_said(networks, tmp_path):
     assert str(tmp_path) not in answer.json()["detail"]
 
 
-def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
+def test_one_analysis_runs_at_a_time_and_a_sentence_says_when_too_many_wait(monkeypatch):
     running, most, goes_on = [], [], threading.Event()
 
     def slow(*args, turn, **kwargs):
@@ -129,7 +129,7 @@ def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
     waiting = [threading.Thread(target=ask) for _ in range(analysis_queue.MOST_AT_ONCE)]
     for thread in waiting:
         thread.start()
-    while analysis_queue.places._value:
+    while analysis_queue.slots._value:
         threading.Event().wait(0.01)
     refused = host.post("/klora/v1/analyze", json=NAMES)
     goes_on.set()
@@ -143,12 +143,13 @@ def test_one_analysis_at_a_time_and_a_sentence_when_many_wait(monkeypatch):
 
 
 def post(messages):
-    """The statuses that a server sees when a client's messages are these; the last one stays the last."""
+    """The statuses that a server sends when a client's messages are these; the last message is repeated."""
     app, sent = FastAPI(), []
     api.register(app)
     scope = {
-        "type": "http", "method": "POST", "path": "/klora/v1/analyze", "raw_path": b"/klora/v1/analyze", "root_path": "", "scheme": "http",
-        "http_version": "1.1", "asgi": {"version": "3.0"}, "query_string": b"", "headers": [(b"content-type", b"application/json")],
+        "type": "http", "method": "POST", "path": "/klora/v1/analyze", "raw_path": b"/klora/v1/analyze",
+        "root_path": "", "scheme": "http", "http_version": "1.1", "asgi": {"version": "3.0"},
+        "query_string": b"", "headers": [(b"content-type", b"application/json")],
         "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
     }  # fmt: skip
     coming = list(messages)
@@ -164,7 +165,7 @@ def post(messages):
     return [message["status"] for message in sent if "status" in message]
 
 
-def test_an_analysis_whose_client_hangs_up_is_given_up(monkeypatch):
+def test_an_analysis_stops_when_its_client_disconnects(monkeypatch):
     def endless(*_args, cancelled, **_kwargs):
         while not cancelled():
             time.sleep(0.01)
@@ -176,11 +177,11 @@ def test_an_analysis_whose_client_hangs_up_is_given_up(monkeypatch):
     monkeypatch.undo()
 
 
-def test_one_that_waits_for_a_generation_gives_up_too(queue_lock):
+def test_one_that_waits_for_a_generation_stops_too(queue_lock):
     request = {"type": "http.request", "body": json.dumps(NAMES).encode(), "more_body": False}
     with queue_lock:
         assert post([request, {"type": "http.disconnect"}]) == [499]
-    assert analysis_queue.places._value == analysis_queue.MOST_AT_ONCE
+    assert analysis_queue.slots._value == analysis_queue.MOST_AT_ONCE
     assert client().post("/klora/v1/analyze", json=NAMES).status_code == 200
 
 
@@ -217,11 +218,13 @@ def test_while_a_pair_is_scored_no_generation_can_start(queue_lock, monkeypatch)
 
 
 BODIES = {
-    "nothing": b"", "no JSON": b"{", "a number that is none": b"NaN", "a list": b"[]", "a string": b'"subject"',
+    "nothing": b"", "no JSON": b"{", "not a number": b"NaN", "a list": b"[]", "a string": b'"subject"',
     "brackets without end": b"[" * 60_000,
-    "bytes that are no text": b"\xff\xfe\x00", "a number of 5000 digits": b'{"steps": ' + b"9" * 5000 + b"}",
-    "many names": json.dumps({**NAMES, **{f"name{i}": i for i in range(2000)}}).encode(), "half a pair": b'{"subject": "\\ud800", "style": "style"}',
-    **{f"{name} {value}": json.dumps({**NAMES, name: value}).encode() for name in ("alpha", "gamma", "seed", "steps", "method", "subject_weight")
+    "bytes that are not text": b"\xff\xfe\x00", "a number of 5000 digits": b'{"steps": ' + b"9" * 5000 + b"}",
+    "many names": json.dumps({**NAMES, **{f"name{i}": i for i in range(2000)}}).encode(),
+    "half a surrogate pair": b'{"subject": "\\ud800", "style": "style"}',
+    **{f"{name} {value}": json.dumps({**NAMES, name: value}).encode()
+       for name in ("alpha", "gamma", "seed", "steps", "method", "subject_weight")
        for value in (float("nan"), float("inf"), 1e300, -(10**400), [], {"a": [1]}, "x" * 60_000, True)},
 }  # fmt: skip
 
@@ -257,7 +260,7 @@ OUTSIDE = (
 
 @pytest.mark.parametrize("form", OUTSIDE)
 def test_no_name_makes_it_open_a_file_that_the_host_does_not_list(networks, tmp_path, form):
-    """Files it opens are seen by Python's audit events; reading one that is not listed would be seen."""
+    """Python's audit events show every file that it opens."""
     secret = tmp_path / "secret.safetensors"
     secret.write_bytes((PAIR / "style.safetensors").read_bytes())
     lora_folder = tmp_path / "Lora"
@@ -272,7 +275,7 @@ def test_no_name_makes_it_open_a_file_that_the_host_does_not_list(networks, tmp_
 
 @contextmanager
 def opened():
-    """The paths that are opened within."""
+    """The paths that are opened within it."""
     found = []
     listeners.append(found)
     try:

@@ -1,4 +1,4 @@
-"""The copy that a host loads in the place of a file is of this very content, whatever the file is called."""
+"""The copy that a host loads instead of a file has the same content, whatever the file is called."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def value_in(copy):
 
 
 def test_two_files_of_one_name_size_and_time_get_their_own_tensors(tmp_path):
-    """As they come out of one archive."""
+    """Files from the same archive can be like that."""
     name = "pytorch_lora_weights.safetensors"
     loras = [write(tmp_path / person / name, value) for person, value in (("ann", 1.0), ("bob", 2.0))]
     copies = [readable_copy(lora) for lora in loras]
@@ -71,14 +71,14 @@ def test_one_content_has_one_copy(tmp_path, folder):
     assert len(copies) == len(list(folder.iterdir())) == 1
 
 
-def test_a_copy_of_another_format_is_not_given_out(tmp_path, folder, monkeypatch):
+def test_a_copy_of_another_format_is_not_used(tmp_path, folder, monkeypatch):
     lora = write(tmp_path / "dog.safetensors", 1.0)
     first = readable_copy(lora)
     monkeypatch.setattr(converted_loras, "FORMAT", "klora-keys-of-tomorrow")
     assert readable_copy(lora) != first
 
 
-def test_copies_of_earlier_versions_go(tmp_path, folder):
+def test_copies_of_earlier_versions_are_deleted(tmp_path, folder):
     folder.mkdir(parents=True)
     for name in ("pytorch_lora_weights-18f3a0-17979cfe362a0000.safetensors", "dog-1-2.safetensors.0123.part"):
         (folder / name).write_bytes(b"earlier")
@@ -102,7 +102,7 @@ def test_a_file_that_changes_while_it_is_converted_leaves_no_copy(tmp_path, fold
 
 
 def test_what_was_read_of_a_file_before_it_was_replaced_is_not_what_is_converted(tmp_path):
-    """Its scale, which the copy holds as alpha, may stand in the header only."""
+    """Its scale, which the copy holds as alpha, may only be in the header."""
     path, tensors = (
         tmp_path / "dog.safetensors",
         {f"{STEM}.lora_B.weight": torch.ones(4, 2), f"{STEM}.lora_A.weight": torch.ones(2, 4)},
@@ -114,7 +114,7 @@ def test_what_was_read_of_a_file_before_it_was_replaced_is_not_what_is_converted
     assert load_file(readable_copy(before))["lora_unet_middle_block_1_proj_in.alpha"].item() == 8
 
 
-def test_a_file_that_is_gone_is_said(tmp_path):
+def test_a_file_that_is_gone_gets_a_sentence(tmp_path):
     lora = write(tmp_path / "dog.safetensors", 1.0)
     lora.path.unlink()
     with pytest.raises(LoraFileError, match=r"dog\.safetensors"):
@@ -135,7 +135,8 @@ def test_a_folder_that_takes_no_copy_is_named_with_the_way_out(tmp_path, folder,
         with pytest.raises(LoraFileError) as caught:
             readable_copy(lora)
     assert str(caught.value) == (
-        '"dog.safetensors" has keys that this WebUI does not load, and the copy that it loads in its place cannot be written to '
+        '"dog.safetensors" has keys that this WebUI cannot load, and the copy that it would load instead '
+        "cannot be written to "
         f"{folder} ({fault.strerror}): free some space there, or make the folder writable."
     )
     assert list(folder.iterdir()) == []

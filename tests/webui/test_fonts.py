@@ -1,4 +1,4 @@
-"""Maps that a WebUI shows are written in the font it writes its own grids in: the user's, if Japanese names are to be read."""
+"""A WebUI's maps are written in the font of its grids, which the user may have chosen for Japanese names."""
 
 import sys
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What a picture says of its K-LoRA run restores the controls, through the host's quoting, for any settings and any file names."""
+"""An image's parameters restore the controls, through the host's quoting, for any settings and file names."""
 
 import dataclasses
 
@@ -112,7 +112,7 @@ def test_no_hash_is_written_where_the_user_wants_none(pair):
     assert list(infotext.parameters(Settings(), *pair, hashes=False)) == ["K-LoRA subject", "K-LoRA style"]
 
 
-def test_values_are_of_the_controls_types(pair):
+def test_values_have_the_types_of_their_controls(pair):
     controls = restored(
         infotext.parameters(Settings(enabled=True, subject="dog", style="ink", alpha=2), *pair)
     )
@@ -120,11 +120,11 @@ def test_values_are_of_the_controls_types(pair):
         assert type(value) is type(infotext.control_value(name, DEFAULTS[name])), name
 
 
-def test_a_picture_without_klora_only_switches_it_off(pair):
+def test_an_image_without_klora_only_switches_it_off(pair):
     assert restored({}) == {name: False if name == "enabled" else None for name in SPECS}
 
 
-def test_absent_parameters_restore_the_defaults(pair):
+def test_missing_parameters_restore_the_defaults(pair):
     controls = restored({"K-LoRA subject": "dog", "K-LoRA style": "ink"})
     assert controls == {name: infotext.control_value(name, value) for name, value in DEFAULTS.items()} | {
         "enabled": True,
@@ -142,7 +142,7 @@ def test_a_renamed_lora_is_found_by_its_hash(networks, hashed):
     )
 
 
-def test_names_swapped_since_are_told_apart_by_hash(networks):
+def test_names_that_were_swapped_since_are_told_apart_by_hash(networks):
     networks.put(NetworkOnDisk("dog", digest="1e"), NetworkOnDisk("ink", digest="d0"))
     controls = restored(
         {
@@ -162,16 +162,16 @@ def test_a_lora_that_is_gone_keeps_its_name_in_the_control(pair):
     )
 
 
-def test_a_lora_that_its_namesake_hides_is_said(pair, capsys):
+def test_a_lora_hidden_by_one_of_the_same_name_gets_a_sentence(pair, capsys):
     pasted = {"K-LoRA subject": "dog", "K-LoRA subject hash": "0ther", "K-LoRA style": "ink"}
     assert restored(pasted)["subject"] == "dog"
     assert (
-        "another LoRA named 'dog' (hash 0ther) than the one that the WebUI lists (hash d0)"
+        "'dog' of the pasted text (hash 0ther) is not the one that the WebUI lists under this name (hash d0)"
         in capsys.readouterr().out
     )
 
 
-def test_a_value_of_another_version_leaves_the_control_alone_and_is_said(pair, capsys):
+def test_a_value_of_another_version_leaves_the_control_alone_and_gets_a_sentence(pair, capsys):
     controls = restored(
         {"K-LoRA subject": "dog", "K-LoRA style": "ink", "K-LoRA method": "Oracle", "K-LoRA alpha": "2"}
     )

@@ -75,13 +75,13 @@ def test_an_ambiguous_alias_is_refused_with_the_names(networks):
         ("other/Ink", "lists no LoRA named 'other/Ink'"),
     ],
 )
-def test_a_missing_one_is_said_with_the_way_out(name, said):
+def test_a_missing_lora_gets_a_sentence_with_the_way_out(name, said):
     with pytest.raises(SettingsError, match=said) as error:
         loras.find(name, "subject")
     assert list(error.value.problems) == ["subject"]
 
 
-def test_an_empty_list_is_said(networks):
+def test_an_empty_list_gets_a_sentence(networks):
     with pytest.raises(SettingsError, match="no LoRA at all"):
         networks.put() and loras.find("x", "subject")
 
@@ -106,7 +106,7 @@ def test_found_as_the_list_of_the_api_writes_what_cannot_be_printed(networks):
     assert loras.find("my\tdog", "subject").name == "my\tdog"
 
 
-def test_a_file_hidden_by_its_namesake_in_another_folder_is_said(networks, shared, tmp_path):
+def test_a_file_hidden_by_one_of_the_same_name_in_another_folder_gets_a_sentence(networks, shared, tmp_path):
     for folder in ("old", "new"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "Ink.safetensors").touch()
@@ -134,8 +134,8 @@ def test_refresh_reads_the_folders_again(networks):
     assert loras.exactly("new").name == "new"
 
 
-def test_a_list_that_the_host_is_making_anew_is_waited_for(networks, monkeypatch):
-    """Meanwhile it lacks files, and what is there may be hidden by a namesake that is yet to come."""
+def test_a_list_that_the_host_is_making_again_is_waited_for(networks, monkeypatch):
+    """Meanwhile it lacks files, and a file may be hidden by one of the same name that is still to come."""
     half, go_on = threading.Event(), threading.Event()
 
     def list_slowly():
@@ -157,7 +157,7 @@ def test_a_list_that_the_host_is_making_anew_is_waited_for(networks, monkeypatch
     client.join()
 
 
-def test_a_reading_that_never_ends_is_not_waited_for_for_ever(networks, monkeypatch):
+def test_a_reading_that_never_ends_is_not_waited_for_forever(networks, monkeypatch):
     half, go_on = threading.Event(), threading.Event()
 
     def hang():

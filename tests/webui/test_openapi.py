@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes from the OpenAPI page, right ones and wrong ones: the answers are as documented, none is a 500.
+"""Right and wrong requests, made by schemathesis from the OpenAPI page, get documented answers, never a 500.
 
 `KLORA_HOST_URL` names a running WebUI to ask as well.
 """

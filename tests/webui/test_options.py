@@ -1,4 +1,4 @@
-"""The options: one declaration for the page and for reading, and values of a config file edited by hand that do no harm."""
+"""The options: declared once for the page and for reading; wrong values in a config file do no harm."""
 
 import dataclasses
 import sys
@@ -17,7 +17,7 @@ from klora.webui import options, paths
 
 @pytest.fixture
 def page(shared, monkeypatch, tmp_path):
-    """The host's options with the section on them; {name: what the page shows of it}."""
+    """The host's options with the section on them, {name: what the page shows of it}."""
     names = ("Radio", "Slider", "Button", "HTML")
     monkeypatch.setitem(
         sys.modules, "gradio", module("gradio", **{name: getattr(components, name) for name in names})
@@ -46,10 +46,11 @@ def test_untouched_the_options_are_the_built_in_ones(page, shared):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("text_encoder", "neither"), ("hires", None), ("map_saved", "yes"), ("cache_size", "big"), ("cache_size", -1), ("accelerators", 3),
+    ("text_encoder", "neither"), ("hires", None), ("map_saved", "yes"), ("cache_size", "big"),
+    ("cache_size", -1), ("accelerators", 3),
     ("on_error", ["stop"]), ("scoring_device", "cuda:7"),
 ])  # fmt: skip
-def test_a_value_that_cannot_be_counts_as_the_built_in_one(page, shared, name, value):
+def test_an_impossible_value_counts_as_the_built_in_one(page, shared, name, value):
     shared.opts.data[f"klora_{name}"] = value
     assert options.read() == options.BUILT_IN
 
@@ -62,7 +63,7 @@ def test_words_are_separated_by_commas(page, shared):
 @pytest.mark.parametrize(("hosts", "chosen", "device"), [
     ("cuda:1", "auto", "cuda:1"), ("cuda:1", "CPU", "cpu"), ("mps", "auto", "cpu"), ("cpu", "auto", "cpu"),
 ])  # fmt: skip
-def test_scores_are_computed_on_the_hosts_own_gpu_where_it_can(
+def test_scores_are_computed_on_the_hosts_own_gpu_where_possible(
     page, shared, monkeypatch, hosts, chosen, device
 ):
     devices = SimpleNamespace(device=torch.device(hosts))
@@ -85,7 +86,7 @@ def test_a_smaller_cache_is_made_smaller_at_once(page, shared, tmp_path):
     assert {path.name for path in (tmp_path / "scores").iterdir()} == {"2.profile", "3.profile"}
 
 
-def test_the_clear_button_tells_the_present_size_and_clears(page, tmp_path, monkeypatch):
+def test_the_clear_button_shows_the_present_size_and_clears(page, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
         sys.modules["gradio"],

@@ -1,4 +1,4 @@
-"""What the page's panel asks for: the card of the chosen files and the scores of the pair, from the names the host lists."""
+"""What the panel asks for: the card of the chosen files and the pair's scores, by the names in the host."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ NAMES = {"subject": "subject", "style": "style"}
 
 
 def model(base="sdxl", name="tiny", filename="/models/tiny.safetensors", higher=()):
-    """A checkpoint of the sizes of the pair; layers in `higher` are twice as high."""
+    """A checkpoint whose layers have the pair's sizes; those in `higher` are twice as high."""
     shapes = {
         layer: (rows * (2 if layer in higher else 1), columns)
         for role in NAMES
@@ -52,7 +52,7 @@ def layers_of(role):
 
 @pytest.fixture(autouse=True)
 def host(networks, shared, monkeypatch, tmp_path):
-    """A host with the pair, a FLUX LoRA, a file that is none, and an SDXL checkpoint."""
+    """A host with the pair, a FLUX LoRA, a file that is not a LoRA, and an SDXL checkpoint."""
     monkeypatch.setattr(paths, "cache_folder", lambda: tmp_path / "scores")
     (tmp_path / "broken.safetensors").write_bytes(b"not a LoRA")
     flux = NetworkOnDisk("flux")
@@ -66,7 +66,8 @@ def host(networks, shared, monkeypatch, tmp_path):
     networks.network_apply_weights = networks.network_restore_weights_from_backup = None
     page = SimpleNamespace(name="lora", find_preview=lambda path: f"./thumb?filename={path}.png")
     made = SimpleNamespace(
-        networks=networks, shared=shared, models=module("modules.sd_models", model_data=SimpleNamespace(sd_model=model())),
+        networks=networks, shared=shared,
+        models=module("modules.sd_models", model_data=SimpleNamespace(sd_model=model())),
         extra=module("modules.ui_extra_networks", extra_pages=[SimpleNamespace(name="checkpoints"), page]),
     )  # fmt: skip
     shared.state = SimpleNamespace(job="")
@@ -113,7 +114,7 @@ def test_the_card_counts_the_layers_as_the_plan_does():
     }
 
 
-def test_nothing_is_read_until_one_is_chosen(monkeypatch):
+def test_nothing_is_read_until_a_lora_is_chosen(monkeypatch):
     monkeypatch.setattr(preflight.loras, "read", lambda path: pytest.fail(f"read {path}"))
     found = the_card(subject="", style="")
     assert (found["subject"], found["style"], found["layers"]) == (None, None, None)
@@ -136,7 +137,7 @@ def test_one_file_has_its_card_before_the_other_is_chosen():
         ),
     ],
 )
-def test_what_generate_would_refuse_is_said_before(names, said):
+def test_the_card_says_what_generate_would_refuse(names, said):
     assert said in " ".join(the_card(**names)["problems"])
 
 
@@ -150,13 +151,13 @@ def test_a_file_that_cannot_be_used_has_its_sentence_and_the_other_its_card(name
     assert found["style"]["base"] == "SDXL"
 
 
-def test_a_checkpoint_that_is_neither_is_said(host):
+def test_a_checkpoint_of_an_unsupported_base_model_gets_a_sentence(host):
     host.models.model_data.sd_model = model(base="sd1")
     assert "SDXL and FLUX.1, and the loaded one is Stable Diffusion 1.x. " in the_card(**NAMES)["problems"][0]
 
 
 class Chroma:
-    """As Forge and Forge Neo call a loaded checkpoint of it: FLUX.1's blocks without modulation."""
+    """The class that Forge and Forge Neo have for it: FLUX.1's blocks without modulation."""
 
     sd_checkpoint_info = SimpleNamespace(name_for_extra="chroma", filename="/models/chroma.safetensors")
     _denoiser = SimpleNamespace(double_blocks=[None] * 19, single_blocks=[None] * 38)
@@ -167,14 +168,15 @@ class Chroma:
     )
 
 
-def test_loras_with_the_keys_of_flux_are_not_sent_away_from_their_own_checkpoint(host, tmp_path):
-    """A LoRA for Chroma without the guidance layer looks like one for FLUX.1: only its header may tell."""
+def test_loras_with_the_keys_of_flux_may_be_for_the_loaded_checkpoint(host, tmp_path):
+    """A LoRA for Chroma without the guidance layer looks like one for FLUX.1; at most its header tells."""
     host.models.model_data.sd_model = Chroma()
     found = the_card(subject="flux")
     assert found["checkpoint"] == {"name": "chroma", "base": None}
     assert found["problems"] == [
-        "K-LoRA fuses on checkpoints of SDXL and FLUX.1, and the loaded one is Chroma. The LoRA style.safetensors has the keys of FLUX.1: "
-        "load a checkpoint of FLUX.1 if that is what it was made for; otherwise use it in the prompt, with K-LoRA off."
+        "K-LoRA works on checkpoints of SDXL and FLUX.1, and the loaded one is Chroma. The LoRA "
+        "style.safetensors has the keys of FLUX.1: load a checkpoint of FLUX.1 if that is what it was made "
+        "for; otherwise use it in the prompt, with K-LoRA off."
     ]
     tensors = load_file(GOLDEN / "flux_fused_split" / "style.safetensors")
     save_file(tensors, tmp_path / "ink.safetensors", metadata={"modelspec.architecture": "chroma/lora"})
@@ -185,7 +187,7 @@ def test_loras_with_the_keys_of_flux_are_not_sent_away_from_their_own_checkpoint
     )
 
 
-def test_a_pair_that_does_not_fit_the_checkpoint_is_said(host):
+def test_a_pair_that_does_not_fit_the_checkpoint_gets_a_sentence(host):
     layer, (rows, columns) = layers_of("style")[-1]
     host.models.model_data.sd_model = model(higher=[layer])
     found = the_card(style="style")
@@ -206,18 +208,18 @@ def test_a_pair_that_does_not_fit_the_checkpoint_is_said(host):
         ),
     ],
 )
-def test_before_the_checkpoint_is_loaded_the_card_does_not_judge_by_another(host, data):
+def test_before_the_checkpoint_is_loaded_no_other_is_compared_with(host, data):
     host.models.model_data = data
     found = the_card(**NAMES)
     assert (found["checkpoint"], found["problems"]) == (None, [])
 
 
-def test_an_unknown_webui_is_said(host):
+def test_an_unknown_webui_gets_a_sentence(host):
     del host.networks.network_apply_weights
     assert "does not know this WebUI" in the_card(**NAMES)["problems"][0]
 
 
-def test_trigger_words_are_the_users_own_before_the_files(host, tmp_path):
+def test_the_users_own_trigger_words_come_before_the_files(host, tmp_path):
     save_file(
         load_file(PAIR / "style.safetensors"),
         tmp_path / "ink.safetensors",
@@ -257,7 +259,8 @@ def test_scores_are_the_plans_in_its_order_with_places_in_the_network(k_scale):
 
 
 WRONG = [
-    ({"style": "flux"}, "for FLUX"), ({"k_scale": "x"}, "'k_scale' (K scale)"), ({"style": ""}, "No style LoRA"),
+    ({"style": "flux"}, "for FLUX"), ({"k_scale": "x"}, "'k_scale' (K scale)"),
+    ({"style": ""}, "No style LoRA"),
 ]  # fmt: skip
 
 
@@ -282,16 +285,16 @@ def test_strengths_are_the_plans(method):
 
 
 @pytest.mark.parametrize(("more", "said"), [
-    *WRONG, ({"method": "none"}, "'method' (Method) cannot be"), ({"steps": 0}, "'steps' is a whole number from 1"),
-    ({"seed": "x"}, "'seed' is a whole number"),
+    *WRONG, ({"method": "none"}, "'method' (Method) cannot be"),
+    ({"steps": 0}, "'steps' must be a whole number from 1"), ({"seed": "x"}, "'seed' must be a whole number"),
 ])  # fmt: skip
-def test_strengths_that_cannot_be_told_get_their_sentence(more, said):
+def test_strengths_that_cannot_be_computed_get_their_sentence(more, said):
     answer = strengths(**more).json()
     assert said in answer["problem"]
     assert not answer["again"]
 
 
-def test_while_a_picture_is_made_only_what_is_known_already_is_answered(host):
+def test_while_an_image_is_made_only_known_scores_are_answered(host):
     host.shared.state.job = "txt2img"
     put_off = scores().json()
     assert ("nothing else to do" in put_off["problem"], put_off["again"]) == (True, True)
@@ -301,13 +304,13 @@ def test_while_a_picture_is_made_only_what_is_known_already_is_answered(host):
     assert scores().json() == known
 
 
-def test_while_anybody_has_the_machine_it_is_put_off(queue_lock):
+def test_while_anybody_uses_the_machine_scoring_is_put_off(queue_lock):
     with queue_lock:
         assert scores().json()["again"]
     assert "gamma" in scores().json()
 
 
-def test_it_gives_way_to_whoever_waits_for_the_machine(queue_lock, monkeypatch):
+def test_scoring_stops_when_anybody_waits_for_the_machine(queue_lock, monkeypatch):
     generating, real = threading.Thread(target=queue_lock.acquire), scored.over_layers
 
     def slow(*args, **kwargs):
@@ -323,7 +326,7 @@ def test_it_gives_way_to_whoever_waits_for_the_machine(queue_lock, monkeypatch):
     assert not queue_lock.acquire(blocking=False)
 
 
-def test_the_pages_log_in_guards_the_routes():
+def test_the_log_in_of_the_page_guards_the_routes():
     app = FastAPI()
     app.auth, app.tokens = {"ann": "secret"}, {"token of ann": "ann"}
     panel_routes.register(app)
@@ -335,7 +338,7 @@ def test_the_pages_log_in_guards_the_routes():
     assert asked.post("/klora/internal/card", json=NAMES).status_code == 200
 
 
-def test_the_placeholder_hands_the_page_the_declarations():
+def test_the_placeholder_gives_the_page_the_declarations():
     assert "&quot;" in preflight.placeholder()
     found = preflight.constants()
     assert found["defaults"].keys() == Settings.__dataclass_fields__.keys()

@@ -1,4 +1,4 @@
-"""What K-LoRA puts in the place of methods of the host's processing object is gone when its owner undoes it, whoever else patches them."""
+"""K-LoRA's patches on the host's processing object are gone once undone, whoever else patches it."""
 
 from copy import copy
 
@@ -18,17 +18,17 @@ def p():
 
 
 def saying(text):
-    """A method of K-LoRA's; it is given the one in whose place it is."""
+    """A method of K-LoRA's, which gets the one whose place it takes."""
     return lambda _original: text
 
 
-def neighbour(p):
-    """Another extension's method around the one that is there."""
+def other_extension(p):
+    """Have another extension wrap the method that is there."""
     own = p.sample
-    p.sample = lambda: f"neighbour of {own()}"
+    p.sample = lambda: f"other_extension of {own()}"
 
 
-def test_the_object_is_as_it_was(p):
+def test_afterwards_the_object_is_as_it_was(p):
     patches = ProcessingPatches(p)
     patches.put("sample", saying("ours"))
     patches.put("sample", lambda original: f"ours again, then {original()}")
@@ -40,23 +40,23 @@ def test_the_object_is_as_it_was(p):
 
 
 def test_what_another_extension_had_put_there_before_is_there_again(p):
-    neighbour(p)
+    other_extension(p)
     found = p.sample
     patches = ProcessingPatches(p)
     patches.put("sample", saying("ours"))
     patches.undo()
     assert p.sample is found
-    assert p.sample() == "neighbour of the host's"
+    assert p.sample() == "other_extension of the host's"
 
 
 def test_what_another_extension_has_put_there_since_stays_and_calls_the_hosts(p):
     patches = ProcessingPatches(p)
     patches.put("sample", saying("ours"))
     patches.put("sample", saying("ours again"))
-    neighbour(p)
-    assert p.sample() == "neighbour of ours again"
+    other_extension(p)
+    assert p.sample() == "other_extension of ours again"
     patches.undo()
-    assert p.sample() == "neighbour of the host's"
+    assert p.sample() == "other_extension of the host's"
     assert list(vars(p)) == ["sample"]
 
 
@@ -72,12 +72,12 @@ def test_each_owner_undoes_its_own_in_whatever_order(p, order):
     assert vars(p) == {}
 
 
-def test_all_that_died_owners_left_can_be_undone(p):
+def test_whatever_owners_that_died_have_left_can_be_undone(p):
     ProcessingPatches(p).put("sample", saying("of a run that died"))
     ProcessingPatches(p).put("sample", saying("of another"))
-    neighbour(p)
+    other_extension(p)
     undo_all(p)
-    assert p.sample() == "neighbour of the host's"
+    assert p.sample() == "other_extension of the host's"
     assert list(vars(p)) == ["sample"]
 
 

@@ -9,9 +9,10 @@ from klora.hosts.progress import scoring_progress
 
 
 def state(job_count=-1, job_no=0):
-    """A host's state when scripts are asked to prepare: of an earlier image of the same job there may be a latent."""
+    """A host's state when scripts prepare; an earlier image of the same job may have left its latent."""
     return SimpleNamespace(
-        textinfo=None, job="txt2img", job_no=job_no, job_count=job_count, sampling_step=0, sampling_steps=20, current_latent="the last image's",
+        textinfo=None, job="txt2img", job_no=job_no, job_count=job_count,
+        sampling_step=0, sampling_steps=20, current_latent="the last image's",
         current_image_sampling_step=0,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""One generation as one run: its states, its passes, and what it leaves, in a WebUI that is in memory only."""
+"""One generation as one run: its states, its passes, and what it leaves behind, in a WebUI in memory."""
 
 import gc
 import sys
@@ -44,7 +44,7 @@ def settings(**more):
 
 
 def states(host):
-    """(method of the host's, the run's state there), evaluations in a row of one state told once."""
+    """[(the host's method, the run's state there)]; evaluations in a row in one state are listed once."""
     found = [(place.split()[0], state) for place, state in host.state]
     return [one for i, one in enumerate(found) if i == 0 or one != found[i - 1]]
 
@@ -69,13 +69,13 @@ def test_a_run_that_is_over_can_only_be_closed():
         assert set(TRANSITIONS[state]) <= {Event.CLOSE}
 
 
-def test_only_sampling_cannot_be_left_to_the_host_half_way():
+def test_only_sampling_cannot_be_left_to_the_host_halfway():
     assert {state for state in set(State) - set(OVER) if Event.GIVE_UP not in TRANSITIONS[state]} == set(
         SAMPLING
     )
 
 
-def test_the_pair_is_lost_and_had_again_without_leaving_the_sampling():
+def test_the_pair_can_be_lost_and_regained_without_leaving_the_sampling():
     for state, event in product(SAMPLING, (Event.LOSE, Event.FIT)):
         assert TRANSITIONS[state][event] in SAMPLING
     assert TRANSITIONS[State.SAMPLING_WITHOUT][Event.SAMPLED] is State.WITHOUT
@@ -101,7 +101,7 @@ SEQUENCES = [
 
 
 @pytest.mark.parametrize(("events", "end"), SEQUENCES)
-def test_what_follows_what_and_an_event_that_a_state_does_not_know_changes_nothing(events, end):
+def test_events_lead_to_their_states_and_one_that_a_state_does_not_list_changes_nothing(events, end):
     state = State.PREPARED
     for event in events:
         state = TRANSITIONS[state].get(event, state)
@@ -147,7 +147,7 @@ def test_what_is_on_the_layers_at_each_step_is_the_plan(host):
     ("rule", "passes"),
     [("continue", [(4, "0-3"), (4, "2-3")]), ("restart", [(4, "0-3"), (2, "0-1")]), ("off", [(4, "0-3")])],
 )
-def test_a_hires_pass_runs_the_end_of_its_schedule_or_starts_anew_or_is_left_alone(host, rule, passes):
+def test_a_hires_pass_runs_the_end_of_its_schedule_or_starts_again_or_is_left_alone(host, rule, passes):
     p = Processing(host, enable_hr=True)
     answer = host.generate(p, settings(hires=rule))
     told = answer.extra_generation_params["K-LoRA applied"]
@@ -187,7 +187,7 @@ def test_when_a_refiner_takes_over_the_pass_goes_on_without_the_pair_and_the_nex
     ]  # fmt: skip
 
 
-def test_a_pass_on_a_checkpoint_that_the_pair_does_not_fit_is_without_it_and_that_is_said(host):
+def test_a_pass_on_a_checkpoint_that_the_pair_does_not_fit_runs_without_it_and_a_warning_says_so(host):
     p = Processing(host, n_iter=2, during={"evaluation 3": load(host, "another.safetensors", base=None)})
     host.generate(p, settings())
     assert ("setup_conds", "without the pair") in states(host)
@@ -221,7 +221,7 @@ def test_a_pass_on_another_checkpoint_that_the_pair_fits_has_a_switch_of_its_own
 
 
 def failing(place, error=None):
-    """{place: the run's own work there goes wrong}."""
+    """{place: makes the run's own work there fail}."""
 
     def fail(p):
         run.fail(p, error or HostError("It does not work."), p.host)
@@ -304,7 +304,8 @@ def test_a_run_can_be_closed_anywhere_more_than_once_and_the_host_goes_on_alone(
     assert switch.on_layers is None
     assert len(p.evaluations) == 6
     for late in (
-        lambda: found.networks_loaded({}), found.begin_pass, lambda: found.at_call(None), lambda: found.fail(ValueError()), found.give_up,
+        lambda: found.networks_loaded({}), found.begin_pass, lambda: found.at_call(None),
+        lambda: found.fail(ValueError()), found.give_up,
     ):  # fmt: skip
         before = list(switch.log)
         late()
@@ -330,7 +331,7 @@ def test_a_run_that_died_anywhere_and_is_kept_keeps_no_checkpoint_alive(host, pl
     assert "sample" not in vars(p)
 
 
-def test_a_run_that_is_closed_is_kept_by_nobody_but_who_asked_for_it(host):
+def test_a_closed_run_is_only_kept_alive_by_whoever_asked_for_it(host):
     p = Processing(host)
     found = weakref.ref(run.start(p, settings(), host))
     run.release(p)

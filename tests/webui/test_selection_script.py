@@ -1,6 +1,6 @@
-"""The page's rule for the methods that compare gives the plan of klora.core bit for bit, ties included, and it reads what the server tells of others.
+"""The page's rule for the methods that compare gives the plans of klora.core bit for bit, ties included.
 
-Needs Node, as a browser would.
+It also reads the plans that the server sends for all other methods. The tests need Node to run the script.
 """
 
 import itertools
@@ -30,7 +30,8 @@ pytestmark = pytest.mark.skipif(not NODE, reason="there is no node to run the pa
 
 
 def in_node(program, given):
-    source = f"{SCRIPT.read_text(encoding='utf-8')}\nconst given = JSON.parse(require('fs').readFileSync(0, 'utf8'));\n{program}"
+    reading = "const given = JSON.parse(require('fs').readFileSync(0, 'utf8'));"
+    source = f"{SCRIPT.read_text(encoding='utf-8')}\n{reading}\n{program}"
     done = subprocess.run(
         [NODE, "-e", source],
         input=json.dumps(given),
@@ -44,7 +45,7 @@ def in_node(program, given):
 
 
 def pair(layers=40):
-    """Layers of random magnitudes, two of one file only, and one that is a tie at every S of the schedule S at γ 1."""
+    """Layers of random magnitudes, two from only one file, and one that ties with every S(t) at γ 1."""
     draw = np.random.default_rng(0)
     numbers = draw.lognormal(0, 0.7, (layers, 4))
     ties = {i: (s, 1.0, s, 1.0) for i, s in enumerate(np.round(1.5 * np.arange(20) / 20 + 0.5, 12).tolist())}
@@ -58,13 +59,14 @@ def pair(layers=40):
 
 
 @pytest.mark.usefixtures("shared")
-def test_every_comparing_method_schedule_and_number_of_steps():
+def test_the_plans_agree_for_every_comparing_method_schedule_and_number_of_steps():
     scores = pair()
     grid = [
-        {"method": method, "schedule": schedule, "alpha": alpha, "beta": SCHEDULES[schedule] if beta is None else beta, "gamma": gamma,
-         "steps": steps, "seed": seed}
+        {"method": method, "schedule": schedule, "alpha": alpha,
+         "beta": SCHEDULES[schedule] if beta is None else beta, "gamma": gamma, "steps": steps, "seed": seed}
         for method, schedule, (alpha, beta), gamma, (steps, seed) in itertools.product(
-            COMPARING, SCHEDULES, [(1.5, None), (0, 1), (-2, 2.6), (3.3333333333333335, -0.1), (99.99, -100)], ["auto", "off", 1.0, 0.123456789],
+            COMPARING, SCHEDULES, [(1.5, None), (0, 1), (-2, 2.6), (3.3333333333333335, -0.1), (99.99, -100)],
+            ["auto", "off", 1.0, 0.123456789],
             [(20, 0), (1, 7), (15, 4294967295), (30, 2**32 + 5), (7, 1234567890)])
     ]  # fmt: skip
     sent = {
@@ -111,7 +113,7 @@ READ = """const rows = klora.rowsOf(given.changes, given.levels);
 
 
 @pytest.mark.usefixtures("shared")
-def test_what_the_server_tells_of_a_plan_or_a_pass_is_read_as_it_was_meant():
+def test_changes_that_the_server_sends_are_read_as_it_wrote_them():
     draw = np.random.default_rng(1)
     levels = draw.integers(0, FULL + 1, (12, 30, 2)).astype(np.int8)
     levels[5:8] = levels[4]
@@ -127,8 +129,8 @@ def test_shares_of_a_row_are_the_plans_and_a_step_that_did_not_run_has_none():
     )
     found = in_node(
         """const rows = klora.rowsOf(given.changes, given.levels);
-        console.log(JSON.stringify([rows.map(row => klora.sharesOf(row, given.levels)), klora.subjectShare(rows[0], given.levels, [0, 3]),
-            klora.switchesOf(rows.slice(0, 2), 2)]));""",
+        console.log(JSON.stringify([rows.map(row => klora.sharesOf(row, given.levels)),
+            klora.subjectShare(rows[0], given.levels, [0, 3]), klora.switchesOf(rows.slice(0, 2), 2)]));""",
         {"changes": as_changes(levels), **preflight.constants()},
     )  # fmt: skip
     by_plan = [
@@ -163,7 +165,8 @@ def test_numbers_are_read_as_the_settings_read_them():
     ]
     numbers = preflight.constants()["numbers"]
     read = in_node(
-        "console.log(JSON.stringify(given.names.map(name => given.texts.map(text => klora.readNumber(text, given.numbers[name]) ?? null))));",
+        """const read = (name, text) => klora.readNumber(text, given.numbers[name]) ?? null;
+        console.log(JSON.stringify(given.names.map(name => given.texts.map(text => read(name, text)))));""",
         {"names": list(numbers), "texts": texts, "numbers": numbers},
     )
     for name, answers in zip(numbers, read, strict=True):

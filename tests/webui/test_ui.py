@@ -1,4 +1,4 @@
-"""The accordion holds one control per setting, in the frozen order, with a tooltip and an id."""
+"""The accordion has one control for each setting, in the fixed order, with a tooltip and an id."""
 
 import pytest
 from webui_host import Infotext, NetworkOnDisk
@@ -27,20 +27,20 @@ def test_every_control_has_its_tooltip(controls):
     assert [component.tooltip for component in others] == [SPECS[name].help for name in list(SPECS)[1:]]
 
 
-def test_asked_for_again_it_makes_the_same_controls(ui, controls):
+def test_asked_for_again_ui_makes_the_same_controls(ui, controls):
     again = ui.build(True, "img2img")
     assert [type(c) for c in again.components] == [type(c) for c in controls.components]
     assert not set(map(id, again.components)) & set(map(id, controls.components))
 
 
-def test_pair_is_offered_by_name(controls):
+def test_loras_are_offered_by_name(controls):
     subject, style = controls.components[1:3]
     assert subject.choices == style.choices == ["None", "dog", "ink"]
     assert subject.do_not_save_to_config
 
 
 def watched(ui, monkeypatch, name):
-    """What `ui` makes with its function `name` while it builds the accordion, and the accordion's components."""
+    """What `ui` makes with its function `name` while building the accordion, and the components."""
     made, original = [], getattr(ui, name)
     monkeypatch.setattr(ui, name, lambda *args, **kwargs: made.append(original(*args, **kwargs)) or made[-1])
     components = ui.build(False, "txt2img").components
@@ -81,8 +81,8 @@ def test_pasting_fills_every_control(controls):
     assert set(filled) == set(DEFAULTS)
 
 
-def test_sending_a_picture_to_another_tab_carries_the_settings(ui, controls):
-    """As the host does it: the fields of either tab whose target is among the paste field names of the first."""
+def test_sending_an_image_to_another_tab_carries_the_settings(ui, controls):
+    """As in the host: the fields of either tab whose target is among the first tab's paste field names."""
     other = ui.build(True, "img2img")
     carried = [
         [component for component, target in fields if target in controls.paste_field_names]

@@ -1,4 +1,4 @@
-"""The axes of the X/Y/Z plot: added once, checked before the first picture, collected on the picture's own object."""
+"""The axes of the X/Y/Z plot: added once, checked before the first image, collected on the image's object."""
 
 import sys
 from collections import namedtuple
@@ -76,7 +76,7 @@ def test_the_axes_of_the_issue_are_there_once(plot):
     ]
 
 
-def test_a_plot_loaded_anew_gets_them_again(plot, monkeypatch):
+def test_a_plot_that_is_loaded_again_gets_them_again(plot, monkeypatch):
     anew = new_plot()
     monkeypatch.setattr(
         sys.modules["modules.scripts"], "scripts_data", [ScriptData(None, "scripts/xyz_grid.py", "", anew)]
@@ -92,7 +92,7 @@ def test_choices(axis):
     assert axis["α"].choices is None
 
 
-def test_values_collect_on_the_copy_of_each_picture(axis):
+def test_values_collect_on_the_copy_of_each_image(axis):
     p = processing(True)
     first, second = copy(p), copy(p)
     axis["Method"].apply(first, "Random", ["Random"])
@@ -127,7 +127,7 @@ def test_good_values_pass(axis):
         ("Hires", [], "no values"),
     ],
 )
-def test_bad_values_are_all_said_before_the_first_picture(axis, name, values, said):
+def test_all_bad_values_are_named_before_the_first_image(axis, name, values, said):
     with pytest.raises(RuntimeError, match=rf"^\[K-LoRA\] {name}: .*{said}") as error:
         axis[name].confirm(ON, values)
     assert error.value.status_code == 422
@@ -135,7 +135,7 @@ def test_bad_values_are_all_said_before_the_first_picture(axis, name, values, sa
 
 
 @pytest.mark.parametrize("args", [(False,), ({"enabled": False},), ("False",)])
-def test_an_axis_of_a_switched_off_klora_is_refused(axis, args):
+def test_an_axis_is_refused_while_klora_is_off(axis, args):
     with pytest.raises(RuntimeError, match="K-LoRA is off"):
         axis["α"].confirm(processing(*args), ["1"])
 

@@ -1,4 +1,4 @@
-"""Small stand-ins for the parts of a host that klora.webui meets: gradio, its components, and the Lora extension's `networks`."""
+"""Small stand-ins for what klora.webui needs of a host: gradio, its components, and the module `networks`."""
 
 from types import ModuleType
 
