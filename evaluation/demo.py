@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from evaluation.evaluate import Evaluation, Pair, Variant, miniature_pairs, variants
+from evaluation.evaluate import Evaluation, EvaluationPair, Variant, miniature_pairs, variants
 from evaluation.miniature import shipped
 from evaluation.report import write_report
 from evaluation.tables import as_text, tables
@@ -65,7 +65,7 @@ def demo(folder: Path) -> None:
     )
 
 
-def side_by_side(evaluation: Evaluation, pair: Pair, methods: Sequence[Variant]) -> Image.Image:
+def side_by_side(evaluation: Evaluation, pair: EvaluationPair, methods: Sequence[Variant]) -> Image.Image:
     """A row of images for each method, beside a training image of the subject and one of the style."""
     strips = [Image.open(evaluation.strip(pair.name, method)) for method in methods]
     count = strips[0].width // strips[0].height

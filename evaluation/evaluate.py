@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from evaluation.image_metrics import Measure, clip_similarity, dino_similarity, gram
+from evaluation.image_metrics import Metric, clip_similarity, dino_similarity, gram
 from evaluation.miniature import shipped
 from evaluation.tables import GROUPS, Row, as_text, tables
 from klora.analysis import analyze
@@ -34,13 +34,13 @@ SHARES = (0.75, 0.5, 0.25, 0.1)
 
 
 @dataclass(frozen=True)
-class Pair:
+class EvaluationPair:
     """A pair to fuse, and how to measure the result.
 
     Attributes:
         prompt: contains the trigger words of both LoRAs.
         weights: of the subject and the style.
-        measures: {name: measure}; "subject" and "style" are always there.
+        metrics: {name: metric}; "subject" and "style" are always there.
         references: training images of subject and style, for the report.
     """
 
@@ -49,7 +49,7 @@ class Pair:
     style: Path
     prompt: str
     weights: tuple[float, float]
-    measures: Mapping[str, Measure]
+    metrics: Mapping[str, Metric]
     references: tuple[Image.Image, Image.Image]
 
 
@@ -171,7 +171,9 @@ class Evaluation:
             )
         self.rows = [Row(**json.loads(line)) for line in lines]
 
-    def run(self, pairs: Sequence[Pair], wanted: Sequence[Variant], say: Callable[[str], None]) -> None:
+    def run(
+        self, pairs: Sequence[EvaluationPair], wanted: Sequence[Variant], say: Callable[[str], None]
+    ) -> None:
         """Measure all variants of all pairs, except those that have been measured before."""
         done = {(row.group, row.variant, row.pair) for row in self.rows}
         left = [
@@ -194,7 +196,7 @@ class Evaluation:
         """The first images of a pair under a variant, in a row."""
         return self.folder / f"{_file_name(pair, variant)}.png"
 
-    def _measured(self, pair: Pair, variant: Variant) -> tuple[list[Row], list[Image.Image]]:
+    def _measured(self, pair: EvaluationPair, variant: Variant) -> tuple[list[Row], list[Image.Image]]:
         settings = replace(
             variant.settings, subject_weight=pair.weights[0] * variant.settings.subject_weight,
             style_weight=pair.weights[1] * variant.settings.style_weight,
@@ -211,7 +213,7 @@ class Evaluation:
             plan = variant.changed(analysis.plan, seed) if variant.changed else analysis.plan
             request = Request(pair.prompt, seed, self.steps, self.size, guidance=self.guidance)
             made = fused_images(self.pipeline, replace(analysis, plan=plan), settings, request, count)
-            values = {name: measure(made) for name, measure in pair.measures.items()}
+            values = {name: metric(made) for name, metric in pair.metrics.items()}
             share = float(plan.subject_share.mean())
             rows += [
                 Row(
@@ -253,7 +255,7 @@ def _strip(images: Sequence[Image.Image]) -> Image.Image:
     return strip
 
 
-def miniature_pairs(count: int | None = None) -> list[Pair]:
+def miniature_pairs(count: int | None = None) -> list[EvaluationPair]:
     """All pairs of the miniature, or the first `count`, in an order that uses all LoRAs early."""
     subjects, styles = shipped.loras("subject"), shipped.loras("style")
     order = sorted(
@@ -263,17 +265,17 @@ def miniature_pairs(count: int | None = None) -> list[Pair]:
     found = []
     for i, j in order[:count]:
         subject, style = subjects[i], styles[j]
-        found.append(Pair(
+        found.append(EvaluationPair(
             f"{subject.name.removeprefix('subject_')} {style.name.removeprefix('style_')}", subject.path,
             style.path,
             f"{subject.words} {style.words}", (subject.weight, style.weight),
-            shipped.measures(subject, style),
+            shipped.metrics(subject, style),
             (subject.images()[0], style.images()[0]),
         ))  # fmt: skip
     return found
 
 
-def own_pair(options: argparse.Namespace) -> Pair:
+def own_pair(options: argparse.Namespace) -> EvaluationPair:
     """The user's own pair, measured with CLIP and, if there is a model, DINO.
 
     Raises:
@@ -284,22 +286,22 @@ def own_pair(options: argparse.Namespace) -> Pair:
     if missing:
         raise KLoraError(f"With --model an evaluation also needs {', '.join(missing)}.")
     things, styles = _images(options.subject_images), _images(options.style_images)
-    measures: dict[str, Measure] = {
+    metrics: dict[str, Metric] = {
         "subject": clip_similarity(options.clip, things),
         "style": clip_similarity(options.clip, styles),
     }
     if options.dino:
-        measures["subject (DINO)"] = dino_similarity(options.dino, things)
-    measures["style (Gram)"] = gram(styles)
+        metrics["subject (DINO)"] = dino_similarity(options.dino, things)
+    metrics["style (Gram)"] = gram(styles)
     subject, style = Path(options.subject), Path(options.style)
     weights = options.subject_weight, options.style_weight
-    return Pair(
+    return EvaluationPair(
         f"{subject.stem} {style.stem}",
         subject,
         style,
         options.prompt,
         weights,
-        measures,
+        metrics,
         (things[0], styles[0]),
     )
 

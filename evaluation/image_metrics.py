@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from klora.errors import KLoraError
 
-Measure = Callable[[Sequence[Image.Image]], np.ndarray]
+Metric = Callable[[Sequence[Image.Image]], np.ndarray]
 """Takes images and returns their values, float64 of shape (images,)."""
 
 SIDE = 64
@@ -73,28 +73,28 @@ def as_pixels(images: Sequence[Image.Image]) -> Tensor:
     )
 
 
-def recognised(network: Recogniser, label: str) -> Measure:
+def recognised(network: Recogniser, label: str) -> Metric:
     """The probability in [0, 1] that `network` gives to `label`."""
     place = network.labels.index(label)
 
-    def measure(images: Sequence[Image.Image]) -> np.ndarray:
+    def metric(images: Sequence[Image.Image]) -> np.ndarray:
         with torch.no_grad():
             return network(as_pixels(images)).softmax(1)[:, place].double().numpy()
 
-    return measure
+    return metric
 
 
-def gram(references: Sequence[Image.Image]) -> Measure:
+def gram(references: Sequence[Image.Image]) -> Metric:
     """Likeness of colours and textures: the cosine between Gram statistics and the mean of the references'.
 
     As Gatys et al. 2016, but with fixed filters.
     """
     wanted = _direction(np.mean([gram_statistics(image) for image in references], axis=0))
 
-    def measure(images: Sequence[Image.Image]) -> np.ndarray:
+    def metric(images: Sequence[Image.Image]) -> np.ndarray:
         return np.array([float(_direction(gram_statistics(image)) @ wanted) for image in images])
 
-    return measure
+    return metric
 
 
 def gram_statistics(image: Image.Image) -> np.ndarray:
@@ -127,7 +127,7 @@ def _direction(values: np.ndarray) -> np.ndarray:
     return values / max(float(np.linalg.norm(values)), 1e-12)
 
 
-def clip_similarity(folder: Path, references: Sequence[Image.Image]) -> Measure:
+def clip_similarity(folder: Path, references: Sequence[Image.Image]) -> Metric:
     """Mean cosine between the CLIP embedding of an image and those of the references.
 
     Args:
@@ -141,7 +141,7 @@ def clip_similarity(folder: Path, references: Sequence[Image.Image]) -> Measure:
     return _embedded(folder, references, CLIPVisionModelWithProjection, lambda output: output.image_embeds)
 
 
-def dino_similarity(folder: Path, references: Sequence[Image.Image]) -> Measure:
+def dino_similarity(folder: Path, references: Sequence[Image.Image]) -> Metric:
     """The same with the class token of a DINO vision transformer.
 
     Raises:
@@ -152,7 +152,7 @@ def dino_similarity(folder: Path, references: Sequence[Image.Image]) -> Measure:
     return _embedded(folder, references, AutoModel, lambda output: output.last_hidden_state[:, 0])
 
 
-def _embedded(folder: Path, references: Sequence[Image.Image], kind: type, embedding_of: Callable) -> Measure:
+def _embedded(folder: Path, references: Sequence[Image.Image], kind: type, embedding_of: Callable) -> Metric:
     from transformers import AutoImageProcessor
 
     try:

@@ -16,7 +16,7 @@ from klora.selection_map import draw_map
 from klora.settings import Settings
 
 if TYPE_CHECKING:
-    from evaluation.evaluate import Evaluation, Pair, Variant
+    from evaluation.evaluate import Evaluation, EvaluationPair, Variant
     from evaluation.tables import Line
 
 MAPS = 4
@@ -36,7 +36,7 @@ th:first-child, td:first-child { text-align: left }
 def write_report(
     path: Path,
     evaluation: Evaluation,
-    pairs: Sequence[Pair],
+    pairs: Sequence[EvaluationPair],
     variants: Sequence[Variant],
     tables: Mapping[str, Sequence[Line]],
 ) -> None:
@@ -55,7 +55,7 @@ def write_report(
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _conditions(evaluation: Evaluation, pairs: Sequence[Pair]) -> Iterator[str]:
+def _conditions(evaluation: Evaluation, pairs: Sequence[EvaluationPair]) -> Iterator[str]:
     guidance = "the pipeline's own" if evaluation.guidance is None else f"{evaluation.guidance:g}"
     yield (
         f"<p>{len(pairs)} pairs, {evaluation.seeds} seeds each, {evaluation.steps} steps, "
@@ -93,7 +93,9 @@ def _tables(tables: Mapping[str, Sequence[Line]]) -> Iterator[str]:
         yield "</table></div>"
 
 
-def _images(evaluation: Evaluation, pairs: Sequence[Pair], variants: Sequence[Variant]) -> Iterator[str]:
+def _images(
+    evaluation: Evaluation, pairs: Sequence[EvaluationPair], variants: Sequence[Variant]
+) -> Iterator[str]:
     shown = [variant for variant in variants if variant.group == "methods"] or list(variants)
     yield "<h2>Images</h2><p>The first seeds of every pair, after a training image of the subject and one of "
     yield "the style.</p>"
@@ -109,7 +111,7 @@ def _images(evaluation: Evaluation, pairs: Sequence[Pair], variants: Sequence[Va
     yield "</table></div>"
 
 
-def _maps(evaluation: Evaluation, pairs: Sequence[Pair]) -> Iterator[str]:
+def _maps(evaluation: Evaluation, pairs: Sequence[EvaluationPair]) -> Iterator[str]:
     yield "<h2>Selection maps</h2>"
     for pair in pairs[:MAPS]:
         plan = analyze(pair.subject, pair.style, Settings(), steps=evaluation.steps).plan

@@ -28,7 +28,7 @@ class Row:
     Attributes:
         gamma: γ of the pair by K-LoRA eq. (9), even where another one was used.
         share: the subject's share of the layers and steps.
-        values: {measure: value}.
+        values: {metric: value}.
     """
 
     group: str
@@ -81,7 +81,7 @@ class Line:
 
     Attributes:
         count: of images.
-        columns: {measure: mean}, then "both", the harmonic mean of subject and style.
+        columns: {metric: mean}, then "both", the harmonic mean of subject and style.
         against: how much "both" differs from the table's first line, image by image; None in that line.
     """
 

@@ -260,7 +260,7 @@
         }
 
         /** Steps of the whole schedule, and the first one that runs: img2img starts at its noise level. */
-        course() {
+        stepsOfRun() {
             const steps = Math.max(1, Math.round(hostNumber(this.tab, "steps", 20)));
             if (this.tab !== "img2img") return {steps, first: 0};
             const strength = Math.min(hostNumber(this.tab, "denoising_strength", 0.75), 0.999);
@@ -271,7 +271,7 @@
         }
 
         planned() {
-            const seed = hostNumber(this.tab, "seed", -1), {steps, first} = this.course();
+            const seed = hostNumber(this.tab, "seed", -1), {steps, first} = this.stepsOfRun();
             const settings = this.settingsOf(this.values, steps, Math.max(0, Math.trunc(seed)));
             if (settings.problem) return settings;
             const plan = this.planOf(this.pair, this.pairKey, settings);
@@ -410,7 +410,7 @@
             return pair && pair.layers && pair.layers.name.length === pass.layers ? [key, pair] : [];
         }
 
-        /** Something on the page has changed: look whether it matters here. */
+        /** Something on the page has changed: see whether it matters here. */
         look() {
             const place = gradioApp().querySelector(`#generation_info_${this.tab} textarea`);
             const info = (place || {}).value || "";

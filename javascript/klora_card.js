@@ -70,9 +70,9 @@
     }
 
     function shareBar(share) {
-        const held = element("i", {class: "klora-subject"});
-        held.style.width = `${share * 100}%`;
-        return element("span", {class: "klora-bar klora-style", "aria-hidden": "true"}, held);
+        const filled = element("i", {class: "klora-subject"});
+        filled.style.width = `${share * 100}%`;
+        return element("span", {class: "klora-bar klora-style", "aria-hidden": "true"}, filled);
     }
 
     /** What is known about the pair; gamma and share are null until it is scored. */

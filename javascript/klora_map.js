@@ -3,7 +3,7 @@
 /* The selection map in the page: steps run down, layers across. Beside it are the schedule and the subject's
    share at every step. */
 (function(klora) {
-    const AXIS = 34, TOP = 30, BELOW = 46, BLOCK_GAP = 2, GROUP_GAP = 8, COURSE = 158, CURVE = 92;
+    const AXIS = 34, TOP = 30, BELOW = 46, BLOCK_GAP = 2, GROUP_GAP = 8, CHART = 158, CURVE = 92;
     const HEIGHT = 300, LEAST_ROW = 4, MOST_ROW = 20, LEAST_CELL = 0.3, MOST_CELL = 16, WIDE_CELL = 12;
     const NAMES = 170, MOST_PIXELS = 16000;
     const NARROW = 560;
@@ -95,9 +95,9 @@
             this.wide = false;
             this.axis = element("canvas", {class: "klora-axis", "aria-hidden": "true"});
             this.cells = element("canvas", {class: "klora-cells", tabindex: "0", role: "img"});
-            this.course = element("canvas", {class: "klora-course", role: "img"});
+            this.chart = element("canvas", {class: "klora-chart", role: "img"});
             this.scroller = element("div", {class: "klora-scroller"}, this.cells);
-            this.body = element("div", {class: "klora-map-body"}, this.axis, this.scroller, this.course);
+            this.body = element("div", {class: "klora-map-body"}, this.axis, this.scroller, this.chart);
             this.tip = element("div", {class: "klora-tip", role: "status", hidden: true});
             this.legend = element("div", {class: "klora-legend"});
             this.text = element("div", {class: "klora-text"});
@@ -135,7 +135,7 @@
             this.ink = style.color;
             this.paper = style.getPropertyValue("--klora-paper").trim() || "#fff";
             this.faint = style.getPropertyValue("--klora-faint").trim() || "#888";
-            const available = (width < NARROW ? 0 : width - AXIS - COURSE - 15) - gaps(pair.layers);
+            const available = (width < NARROW ? 0 : width - AXIS - CHART - 15) - gaps(pair.layers);
             const share = available / pair.layers.name.length;
             const fitting = share >= 2 ? Math.min(MOST_CELL, Math.floor(share)) : share;
             this.cell = this.wide ? Math.max(fitting, WIDE_CELL) : fitting >= LEAST_CELL ? fitting : 1;
@@ -144,7 +144,7 @@
             this.height = TOP + this.row * rows.length + (this.wide ? NAMES : BELOW);
             this.drawAxis();
             this.drawCells();
-            this.drawCourse();
+            this.drawChart();
         }
 
         topOf(step) {
@@ -271,10 +271,10 @@
         }
 
         /** S(t) over the steps, the steps where it passes 1, and bars for the subject's share. */
-        drawCourse() {
+        drawChart() {
             const {rows, s, method} = this.view, bottom = this.topOf(rows.length);
-            const context = canvasOf(this.course, COURSE, this.height);
-            const bars = CURVE + 8, barWidth = COURSE - bars - 2;
+            const context = canvasOf(this.chart, CHART, this.height);
+            const bars = CURVE + 8, barWidth = CHART - bars - 2;
             context.fillStyle = this.ink;
             context.textAlign = "right";
             context.fillText("subject", bars + barWidth, TOP - 14);
@@ -295,7 +295,7 @@
             const shareAt = row => percent(klora.subjectShare(row, this.levels));
             const summary = "Subject's share of the layers: " +
                 `${shareAt(rows[0])} at the first step, ${shareAt(rows[rows.length - 1])} at the last.`;
-            this.course.setAttribute("aria-label", summary);
+            this.chart.setAttribute("aria-label", summary);
             if (s) this.drawCurve(context, s, bottom, Boolean((this.comparisons[method] || {}).s));
         }
 
@@ -416,7 +416,7 @@
             if (this.pointed && this.pointed.column === column && this.pointed.step === step) return;
             this.pointed = {column, step};
             this.drawCells();
-            this.drawCourse();
+            this.drawChart();
             this.tip.replaceChildren(...this.tipLines(column.layer, step));
             this.tip.hidden = false;
             this.placeTip(column, step);
@@ -436,7 +436,7 @@
             this.pointed = null;
             this.tip.hidden = true;
             this.drawCells();
-            this.drawCourse();
+            this.drawChart();
         }
 
         tipLines(layer, step) {

@@ -85,14 +85,14 @@
     /** The shares of subject and style in a row, layers split by strengths; null if the step did not run. */
     function sharesOf(row, levels, members = [...row.keys()]) {
         if (!members.length || row[members[0]] === NOT_RUN) return null;
-        const held = {subject: 0, style: 0};
+        const sums = {subject: 0, style: 0};
         for (const layer of members) {
             const {subject, style} = levels[row[layer]];
             if (!subject && !style) continue;
-            held.subject += subject / (subject + style);
-            held.style += style / (subject + style);
+            sums.subject += subject / (subject + style);
+            sums.style += style / (subject + style);
         }
-        return {subject: held.subject / members.length, style: held.style / members.length};
+        return {subject: sums.subject / members.length, style: sums.style / members.length};
     }
 
     /** The subject's share of a row; null if the step did not run. */

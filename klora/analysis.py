@@ -14,6 +14,7 @@ from klora.accelerators import ACCELERATORS, is_accelerator
 from klora.core.families import FAMILIES
 from klora.core.foreign_files import other_base_by_metadata
 from klora.core.lora_file import LoraFile, read_lora
+from klora.core.pair_scores import PairScores
 from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
 from klora.core.scores import Turn, score_pair
@@ -60,8 +61,8 @@ def analyze(
         device: where to score; None means a CUDA or ROCm GPU if there is one, otherwise the CPU.
         accelerators: words in the names of LoRAs that are neither a subject nor a style.
         progress: called as progress(layers done, layers in all) while scoring.
-        cancelled: called again and again while scoring; scoring stops once it returns true.
-        turn: a context manager that is entered for every pass over a file.
+        cancelled: called repeatedly while scoring, which stops once it returns true.
+        turn: makes a context manager, which is entered for every pass over a file.
 
     Raises:
         LoraFileError: a file cannot be used.
@@ -79,7 +80,17 @@ def analyze(
         cancelled=cancelled,
         turn=turn,
     )
-    plan = make_plan(
+    plan = plan_for(scores, settings, steps=steps, seed=seed)
+    return Analysis(*files, plan, pair_warnings(*files, scores, accelerators))
+
+
+def plan_for(scores: PairScores, settings: Settings, *, steps: int, seed: int) -> Plan:
+    """The plan that these settings make of a pair's scores, for a whole schedule of `steps` steps.
+
+    Args:
+        seed: for methods that draw random numbers.
+    """
+    return make_plan(
         scores,
         steps=steps,
         schedule=settings.schedule_of_run(),
@@ -87,7 +98,6 @@ def analyze(
         gamma=settings.gamma,
         seed=seed,
     )
-    return Analysis(*files, plan, pair_warnings(*files, plan, accelerators))
 
 
 def check_pair(subject: LoraFile, style: LoraFile) -> None:
@@ -107,7 +117,7 @@ BASE_NAMES = {family.key: family.short_name for family in FAMILIES.values()}
 
 
 def pair_warnings(
-    subject: LoraFile, style: LoraFile, plan: Plan, accelerators: Sequence[str] = ACCELERATORS
+    subject: LoraFile, style: LoraFile, scores: PairScores, accelerators: Sequence[str] = ACCELERATORS
 ) -> list[str]:
     """What the user should know about a pair that can be fused, one sentence each."""
     warnings = []
@@ -140,7 +150,7 @@ def pair_warnings(
                 f"does not know their names ({few}): if the LoRA works without K-LoRA, please report these "
                 "names."
             )
-    layers = plan.scores.layers
+    layers = scores.layers
     alone = {role: sum(layer.only == role for layer in layers) for role in ("subject", "style")}
     for role, lora in (("subject", subject), ("style", style)):
         if alone[role] > len(layers) / 2:

@@ -10,7 +10,7 @@ SUBJECT, STYLE, BOTH, NEITHER = (31, 95, 191), (124, 205, 108), (226, 164, 60), 
 """They differ in lightness as well as in hue, so that colour-blind people can tell them apart."""
 
 BY_BALANCE = (STYLE, (184, 189, 70), BOTH, (168, 92, 160), SUBJECT)
-"""From the style alone through both alike to the subject alone, with one at half the other's level between.
+"""From the style alone to the subject alone: in the middle both alike, between these one at half the level.
 
 They are chosen by eye: a computed mean of blue and orange would be grey.
 """

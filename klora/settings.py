@@ -65,6 +65,19 @@ def _field(default: Any, label: str, help: str, kind: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"spec": spec})
 
 
+def _weight(role: str) -> Any:
+    return _field(
+        1.0,
+        f"{role.capitalize()} weight",
+        f"How strongly the {role} LoRA is applied where it is chosen, like the number in <lora:name:1>. "
+        "It never affects which LoRA is chosen.",
+        "number",
+        bounds=(-10, 10),
+        slider=(0, 2, 0.05),
+        advanced=False,
+    )
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of one run. Build them with `Settings.parse`, which checks every value.
@@ -88,26 +101,8 @@ class Settings:
         "", "Subject", "The LoRA of the person, animal or thing to show.", "lora", advanced=False
     )
     style: str = _field("", "Style", "The LoRA of the style to show it in.", "lora", advanced=False)
-    subject_weight: float = _field(
-        1.0,
-        "Subject weight",
-        "How strongly the subject LoRA is applied where it is chosen, like the number in <lora:name:1>. "
-        "It never affects which LoRA is chosen.",
-        "number",
-        bounds=(-10, 10),
-        slider=(0, 2, 0.05),
-        advanced=False,
-    )
-    style_weight: float = _field(
-        1.0,
-        "Style weight",
-        "How strongly the style LoRA is applied where it is chosen, like the number in <lora:name:1>. "
-        "It never affects which LoRA is chosen.",
-        "number",
-        bounds=(-10, 10),
-        slider=(0, 2, 0.05),
-        advanced=False,
-    )
+    subject_weight: float = _weight("subject")
+    style_weight: float = _weight("style")
     method: str = _field(
         "K-LoRA",
         "Method",
@@ -194,7 +189,7 @@ class Settings:
         """
         problems: dict[str, str] = {}
         good: dict[str, Any] = {}
-        values = _under_todays_names(values)
+        values = _under_current_names(values)
         unknown = [name for name in values if name not in SPECS]
         for name in unknown[:MOST_UNKNOWN]:
             problems[name] = f"K-LoRA has no setting {_shown(name)}{_nearest(name, SPECS)}"
@@ -344,7 +339,7 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
-def _under_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
+def _under_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values under their current names; where both names are given, the current one counts."""
     former = {FORMER_NAMES[name]: value for name, value in values.items() if name in FORMER_NAMES}
     return {**former, **{name: value for name, value in values.items() if name not in FORMER_NAMES}}

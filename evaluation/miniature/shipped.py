@@ -1,4 +1,4 @@
-"""The miniature, shipped with the sources: a trained toy SDXL, its LoRAs, and the measures of its world."""
+"""The miniature, shipped with the sources: a trained toy SDXL, its LoRAs, and the metrics for its world."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from evaluation.image_metrics import Measure, Recogniser, gram, recognised
+from evaluation.image_metrics import Metric, Recogniser, gram, recognised
 from klora.errors import HostError
 
 FOLDER = Path(__file__).resolve().parent / "data"
@@ -83,7 +83,7 @@ def load_model() -> Any:
     return pipeline.to("cpu")
 
 
-def measures(subject: OwnLora, style: OwnLora) -> dict[str, Measure]:
+def metrics(subject: OwnLora, style: OwnLora) -> dict[str, Metric]:
     """The probabilities that an image shows the subject and the style, and a second opinion on the style."""
     return {
         "subject": recognised(

@@ -54,7 +54,7 @@ def _run_default(name: str) -> Any:
     help = (
         f"{SPECS[name].help} Used for API requests that leave it out, and shown in the panel after Reload UI."
     )
-    return _option(DEFAULTS[name], f"{SPECS[name].label}, by default", help, choices=SPECS[name].choices)
+    return _option(DEFAULTS[name], f"{SPECS[name].label} (default)", help, choices=SPECS[name].choices)
 
 
 @dataclass(frozen=True)

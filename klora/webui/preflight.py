@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from klora.analysis import BASE_NAMES, pair_warnings
+from klora.analysis import BASE_NAMES, pair_warnings, plan_for
 from klora.core.blocks import block_of, forward_order, group_of
 from klora.core.changes import as_changes, number
 from klora.core.families import FAMILIES
 from klora.core.lora_file import LoraFile
 from klora.core.methods import MAGNITUDES, METHODS, Comparison
 from klora.core.pair_scores import PairScores
-from klora.core.plan import make_plan
-from klora.core.schedule import ALPHA_M, SCHEDULES, Schedule
+from klora.core.schedule import ALPHA_M, SCHEDULES
 from klora.core.scores import Turn, score_pair
 from klora.errors import KLoraError, printable
 from klora.hosts.base import HostLora
@@ -155,12 +154,7 @@ def scores(
             }
             for magnitude in MAGNITUDES
         },
-        "warnings": pair_warnings(
-            subject,
-            style,
-            make_plan(found, steps=1, schedule=Schedule.named("s")),
-            options.read().accelerator_words(),
-        ),
+        "warnings": pair_warnings(subject, style, found, options.read().accelerator_words()),
     }
 
 
@@ -182,15 +176,7 @@ def strengths(
         Cancelled: `cancelled` returned true.
     """
     _, _, found = _scored(names, settings.k_scale, cancelled, turn)
-    plan = make_plan(
-        found,
-        steps=steps,
-        schedule=settings.schedule_of_run(),
-        method=settings.method,
-        gamma=settings.gamma,
-        seed=seed,
-    )
-    return as_changes(plan.strengths)
+    return as_changes(plan_for(found, settings, steps=steps, seed=seed).strengths)
 
 
 def _scored(

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from klora.analysis import pair_warnings
+from klora.analysis import pair_warnings, plan_for
 from klora.core.lora_file import LoraFile
-from klora.core.plan import Plan, make_plan
+from klora.core.plan import Plan
 from klora.core.scores import PairScores, score_pair
 from klora.errors import KLoraError
 from klora.hosts.base import Checkpoint, Host, HostLora, Member, Pair
@@ -18,7 +18,6 @@ from klora.webui import added_network, infotext, loras, options
 from klora.webui.converted_loras import readable_copy
 from klora.webui.options import Options
 from klora.webui.prompt_tags import hashes_are_written
-from klora.webui.sampling_passes import seed_of
 
 ROLES = ("subject", "style")
 
@@ -48,7 +47,7 @@ class Preparation:
 
     def plan(self, steps: int, seed: int) -> Plan:
         """The plan for a whole schedule of `steps` steps."""
-        return _plan(self.scores, self.settings, steps, seed)
+        return plan_for(self.scores, self.settings, steps=steps, seed=seed)
 
 
 def prepare(p: Any, settings: Settings, host: Host) -> tuple[Preparation, Checkpoint]:
@@ -70,12 +69,7 @@ def prepare(p: Any, settings: Settings, host: Host) -> tuple[Preparation, Checkp
     loras.check_pair(files["subject"], files["style"], chosen.cache())
     loras.check_checkpoint(list(files.values()), checkpoint)
     scores = scored(files, settings, chosen, host)
-    warnings = pair_warnings(
-        files["subject"],
-        files["style"],
-        _plan(scores, settings, 20, seed_of(p)),
-        chosen.accelerator_words(),
-    )
+    warnings = pair_warnings(files["subject"], files["style"], scores, chosen.accelerator_words())
     warnings += left_out(files, checkpoint.sizes())
     if added_network.is_taken_over(p):
         warnings.append(added_network.NAMED_IN_OPTION)
@@ -110,15 +104,4 @@ def _pair(
         [layer.name for layer in scores.layers],
         {name for file in files.values() for name in file.carried},
         readable_copy,
-    )
-
-
-def _plan(scores: PairScores, settings: Settings, steps: int, seed: int) -> Plan:
-    return make_plan(
-        scores,
-        steps=steps,
-        schedule=settings.schedule_of_run(),
-        method=settings.method,
-        gamma=settings.gamma,
-        seed=seed,
     )

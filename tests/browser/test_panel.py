@@ -66,7 +66,7 @@ def title(page):
 
 
 def asked(page):
-    """The list that every request of the page to the server from now on goes to."""
+    """A list to which every request of the page to the server from now on is added."""
     requests = []
     page.on(
         "request",
@@ -102,7 +102,7 @@ def test_nothing_is_asked_until_a_lora_is_chosen_then_its_card_then_the_map(page
 
 
 def follow(page, acts):
-    """Do each act and wait for the title that it makes; every map is another one than those before."""
+    """Do each act and wait for the title that it makes; every map must differ from those before."""
     seen = [drawing(page)]
     for act, said in acts:
         act()
@@ -131,7 +131,7 @@ def test_every_setting_of_the_plan_redraws_the_map_and_asks_the_server_nothing(p
     assert requests == []
 
 
-def test_a_method_whose_rule_the_page_has_not_is_asked_of_the_server_once(page):
+def test_a_plan_whose_rule_the_page_does_not_know_is_asked_for_once(page):
     with_pair(page)
     open_advanced(page)
     requests = asked(page)
@@ -150,7 +150,7 @@ def test_a_method_whose_rule_the_page_has_not_is_asked_of_the_server_once(page):
     assert [path.lstrip(".") for path in of_panel(requests)] == ["/klora/internal/strengths"] * 3
 
 
-def test_only_k_scale_has_the_pair_scored_anew(page):
+def test_only_k_scale_has_the_pair_scored_again(page):
     with_pair(page)
     open_advanced(page)
     requests, before = asked(page), drawing(page)
@@ -183,7 +183,7 @@ def test_the_page_chooses_as_the_server_does(page):
     assert page.evaluate(ANALYZE, [{"subject": SUBJECT, "style": STYLE}, grid]) == []
 
 
-def test_pointing_at_a_layer_and_the_keyboard_tell_it(page):
+def test_a_layer_is_described_by_pointing_at_it_and_by_keyboard(page):
     with_pair(page)
     box = page.query_selector(f"{VIEW} .klora-cells").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 120)
@@ -224,7 +224,7 @@ def test_a_trigger_word_goes_into_the_prompt_once(page):
     assert page.get_attribute(f"{VIEW} button >> text=sks dog", "aria-pressed") == "true"
 
 
-def test_for_flux_s_star_is_offered_and_one_press_sets_it(page):
+def test_s_star_is_offered_for_flux_and_one_press_sets_it(page):
     def for_flux(route):
         answer = route.fetch()
         card = answer.json()
@@ -245,7 +245,7 @@ def test_for_flux_s_star_is_offered_and_one_press_sets_it(page):
 
 
 def recorded(page):
-    """What the host told of the last run; skips where it tells nothing."""
+    """What the host says about the last run; skips if it says nothing."""
     info = json.loads(page.input_value("#generation_info_txt2img textarea"))
     if "K-LoRA applied" not in info["extra_generation_params"]:
         pytest.skip("this version does not record what it applied")
