@@ -59,4 +59,4 @@ def test_a_lyco_tag_of_the_pair_is_the_pairs_too(host, fused):
     prompt = f"a cat{tag(host.other, 0)}<lyco:{host.subject}:0.3>"
     answer = host.answer(host.pair, prompt=prompt)
     assert same(pixels(answer["images"][0]), fused)
-    assert "it is applied once, by K-LoRA" in answer["info"]["extra_generation_params"]["K-LoRA warnings"]
+    assert "is applied once, by K-LoRA" in answer["info"]["extra_generation_params"]["K-LoRA warnings"]

@@ -51,7 +51,7 @@ def warnings(answer):
 def test_a_chosen_lora_that_the_prompt_has_too_applies_once_and_that_is_said(host, fused):
     answer = host.answer(host.pair, prompt="a cat" + tag(host.subject, 0.3))
     assert same(pixels(answer["images"][0]), fused)
-    assert "it is applied once, by K-LoRA" in warnings(answer)
+    assert "is applied once, by K-LoRA" in warnings(answer)
     assert "K-LoRA warnings" not in answer["info"]["infotexts"][0]
     assert "K-LoRA warnings" not in host.answer(host.pair)["info"]["extra_generation_params"]
 
@@ -103,7 +103,7 @@ def test_arguments_that_are_no_list_answer_422_with_the_sentence(host, args, nam
             f"/sdapi/v1/{path}", {"prompt": "", "alwayson_scripts": {name: {"args": args}}}
         )
         assert status == 422
-        assert "'args' of K-LoRA is a list" in answer["detail"]
+        assert "'args' of K-LoRA must be a list" in answer["detail"]
 
 
 def test_a_second_dict_is_refused(host):

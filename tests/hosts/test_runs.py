@@ -141,7 +141,7 @@ def test_a_tag_of_the_pairs_file_under_another_name_is_the_pairs(host, fused, ki
     except OSError:
         pytest.skip("this file system has no such links")
     assert same(pixels(answer["images"][0]), fused)
-    assert "it is applied once, by K-LoRA" in warnings(answer)
+    assert "is applied once, by K-LoRA" in warnings(answer)
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def test_a_lora_of_the_pair_that_an_option_adds_to_every_prompt_applies_once_and
         infotext = answer["info"]["infotexts"][0]
         assert same(host.picture(), by_tag)
     assert same(pixels(answer["images"][-2]), fused)
-    assert "it is applied once, by K-LoRA" in warnings(answer)
+    assert "is applied once, by K-LoRA" in warnings(answer)
     assert infotext.startswith("a cat\n")
     assert not hashes_in(infotext)
 
