@@ -34,7 +34,7 @@ def _file_lines(role: str, lora: LoraFile) -> Iterator[str]:
     encoders = (
         ", ".join(f"{name} {count}" for name, count in lora.text_encoder_layers.items() if count) or "none"
     )
-    rest = f"norms and biases: {len(lora.carried)}; unknown tensors: {len(lora.unknown_keys)}"
+    rest = f"norms and biases: {len(lora.unscored)}; unknown tensors: {len(lora.unknown_keys)}"
     yield f"         {len(lora.layers)} layers; text encoder layers: {encoders}; {rest}"
 
 

@@ -1,4 +1,4 @@
-"""Small random pipelines with the real topology of SDXL and FLUX, and LoRA pairs that fit them: nothing is downloaded."""
+"""Small random pipelines with the real topology of SDXL and FLUX, and LoRA pairs for them."""
 
 from __future__ import annotations
 
@@ -36,20 +36,24 @@ from klora.core.topology import Module
 
 
 def sdxl_pipeline() -> StableDiffusionXLPipeline:
-    """SDXL's blocks and names at a tenth of its width: 70 transformer blocks, 256-pixel pictures in seconds."""
+    """SDXL's blocks and names at a tenth of its width: 70 transformer blocks, 256-pixel images in seconds."""
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
-        sample_size=32, block_out_channels=(32, 64, 128), layers_per_block=2, transformer_layers_per_block=(1, 2, 10),
+        sample_size=32, block_out_channels=(32, 64, 128),
+        layers_per_block=2, transformer_layers_per_block=(1, 2, 10),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4, 8), cross_attention_dim=64, use_linear_projection=True, norm_num_groups=8,
-        addition_embed_type="text_time", addition_time_embed_dim=16, projection_class_embeddings_input_dim=6 * 16 + 32,
+        addition_embed_type="text_time", addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=6 * 16 + 32,
     )  # fmt: skip
     tokenizer = _clip_tokenizer()
     return _ready(StableDiffusionXLPipeline(
         vae=_vae(), unet=unet, tokenizer=tokenizer, tokenizer_2=tokenizer,
-        text_encoder=CLIPTextModel(_clip_config(12)), text_encoder_2=CLIPTextModelWithProjection(_clip_config(32)),
-        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), add_watermarker=False,
+        text_encoder=CLIPTextModel(_clip_config(12)),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(32)),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        add_watermarker=False,
     ))  # fmt: skip
 
 
@@ -57,14 +61,17 @@ def flux_pipeline() -> FluxPipeline:
     """FLUX.1's 19 double and 38 single blocks at a hidden size of 64."""
     torch.manual_seed(2)
     transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=19, num_single_layers=38, attention_head_dim=16, num_attention_heads=4, axes_dims_rope=(4, 6, 6),
+        in_channels=16, num_layers=19, num_single_layers=38,
+        attention_head_dim=16, num_attention_heads=4, axes_dims_rope=(4, 6, 6),
         joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True,
     )  # fmt: skip
     return _ready(FluxPipeline(
         vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611),
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(),
         text_encoder=CLIPTextModel(_clip_config(12)), tokenizer=_clip_tokenizer(),
-        text_encoder_2=T5EncoderModel(T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4)),
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4)
+        ),
         tokenizer_2=_letter_tokenizer(),
     ))  # fmt: skip
 
@@ -79,7 +86,7 @@ def write_kohya(
     seed: int,
     strength: float,
 ) -> None:
-    """A random LoRA on all attention and feed-forward layers of `denoiser`, as kohya's sd-scripts name them (FLUX: fused)."""
+    """A random LoRA on all attention and feed-forward layers, with kohya's key names (FLUX: fused)."""
     tensors: dict[str, Tensor] = {}
     shapes = _linear_shapes(denoiser)
     for module in _trained(base):
@@ -99,7 +106,7 @@ def write_kohya(
 def write_peft(
     path: Path, denoiser: torch.nn.Module, *, base: str, rank: int, seed: int, strength: float
 ) -> None:
-    """The same in the keys of diffusers and PEFT (FLUX: split)."""
+    """The same with the key names of diffusers and PEFT (FLUX: split)."""
     tensors: dict[str, Tensor] = {}
     shapes = _linear_shapes(denoiser)
     prefix = {"sdxl": "unet", "flux": "transformer"}[base]
@@ -135,7 +142,7 @@ def _trained(base: str) -> list[Module]:
 def _factors(
     name: str, shape: tuple[int, int], rank: int, strength: float, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """down (rank, columns) and up (rows, rank); a few strong entries on a flat rest, and a size of its own for each layer."""
+    """down (rank, columns) and up (rows, rank), with a few strong entries and a size for each layer."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
     rows, columns = shape
     size = strength * math.exp(0.5 * torch.randn((), generator=generator).clamp(-2, 2).item())
@@ -156,7 +163,8 @@ def _vae(**more: Any) -> AutoencoderKL:
     blocks = 4
     return AutoencoderKL(
         block_out_channels=(8, 16, 16, 16), down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks, latent_channels=4, norm_num_groups=4, layers_per_block=1, **more,
+        up_block_types=("UpDecoderBlock2D",) * blocks, latent_channels=4, norm_num_groups=4,
+        layers_per_block=1, **more,
     )  # fmt: skip
 
 
@@ -176,7 +184,8 @@ def _clip_tokenizer() -> CLIPTokenizer:
 def _clip_config(layers: int) -> CLIPTextConfig:
     size = len(_clip_vocabulary())
     return CLIPTextConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, projection_dim=32,
+        vocab_size=size, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=layers, num_attention_heads=2, projection_dim=32,
         bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1,
     )  # fmt: skip
 

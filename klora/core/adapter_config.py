@@ -1,4 +1,4 @@
-"""PEFT's adapter settings that diffusers stores as JSON in the safetensors header under "lora_adapter_metadata"."""
+"""PEFT's adapter settings, which diffusers stores as JSON under "lora_adapter_metadata" in the header."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class AdapterConfig:
     """lora_alpha, alpha_pattern and use_rslora of each component, as diffusers' loader reads them.
 
     Args:
-        metadata: the file's __metadata__. Without the entry, or with a broken one, every scale is None.
-        name: the file's, for what is wrong with it.
+        metadata: the file's __metadata__. If the entry is missing or broken, every scale is None.
+        name: the file's name, for error messages.
 
     Raises:
-        LoraFileError: alpha_pattern is not made of names of modules.
+        LoraFileError: alpha_pattern holds something other than module names.
     """
 
     def __init__(self, metadata: Mapping[str, str], name: str) -> None:
@@ -44,15 +44,18 @@ class AdapterConfig:
         self._patterns = {base: self._alpha_pattern(settings) for base, settings in self._components.items()}
 
     def scale(self, base: str, path: str, rank: int) -> float | None:
-        """lora_alpha / rank (/ √rank with rank-stabilised LoRA) of the module `path`; None if the file does not say.
+        """lora_alpha / rank of a module, or lora_alpha / √rank with rank-stabilised LoRA.
 
         Args:
             base: the key of a family or of a text encoder.
             path: the module's dotted name in diffusers.
-            rank: rows of its down.
+            rank: the number of rows of its `down`.
+
+        Returns:
+            None if the file has no settings for this component.
 
         Raises:
-            LoraFileError: the alpha that holds here is no number.
+            LoraFileError: the alpha that applies to the module is not a number.
         """
         settings = self._components[base]
         if not settings:
@@ -69,7 +72,10 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
     def _alpha_pattern(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """{end of a module's name, or "^" and the whole of it: its alpha}. PEFT takes any regular expression, trainers write names."""
+        """{end of a module's name, or "^" and the full name: its alpha}.
+
+        PEFT accepts any regular expression here, but trainers only write names.
+        """
         given = settings.get("alpha_pattern") or {}
         if not isinstance(given, dict):
             raise self._wrong("alpha_pattern")
@@ -80,7 +86,8 @@ class AdapterConfig:
 
     def _wrong(self, field: str) -> LoraFileError:
         return LoraFileError(
-            f'"{field}" in the header of "{self._name}" ("{_METADATA_KEY}") is not one number for each module name: export the LoRA again.'
+            f'"{field}" in the header of "{self._name}" ("{_METADATA_KEY}") is not one number for each '
+            "module name: export the LoRA again."
         )
 
     def _component(self, names: Sequence[str]) -> dict[str, Any]:
@@ -97,7 +104,7 @@ class AdapterConfig:
 
 
 def _endings(path: str) -> Iterator[str]:
-    """A dotted name, and what is left of it after each dot: the ways in which PEFT lets a pattern name a module."""
+    """A dotted name, and what is left of it after each dot: PEFT lets a pattern match any of these."""
     while path:
         yield path
         _, _, path = path.partition(".")

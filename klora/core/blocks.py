@@ -1,4 +1,4 @@
-"""Layers grouped by the block of the network they sit in, for people to read."""
+"""Layers grouped by the block of the network they belong to, for display."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def group_of(layer: str) -> str:
 
 
 def block_of(layer: str) -> str:
-    """The block of a canonical layer, as people call it: "down 4", "mid", "up 0", "double 3", "single 37"."""
+    """The block of a canonical layer, as it is displayed: "down 4", "mid", "up 0", "single 37", …"""
     head, *rest = layer.split(".")
     group = group_of(layer)
     return f"{group} {rest[0]}" if rest and head in _BLOCKS and _BLOCKS[head].numbered else group
 
 
 def forward_order(layer: str) -> tuple:
-    """Sort key that puts canonical layers in the order of the network's blocks, numbers by value."""
+    """Sort key that puts canonical layers in the order of the forward pass, with numbers by value."""
     parts = re.split(r"(\d+)", layer)
     return (
         _RANKS.get(layer.split(".")[0], len(_RANKS)),
@@ -33,12 +33,12 @@ def forward_order(layer: str) -> tuple:
     )
 
 
-def leader_of(carried: str, layers: Sequence[str]) -> str:
-    """The layer whose choice a norm or a lone bias follows.
+def leader_of(unscored: str, layers: Sequence[str]) -> str:
+    """The layer whose strengths a norm or a lone bias takes, as it has no score of its own.
 
-    It is the layer with the longest path in common; among equals the first of the network.
+    It is the layer that shares the longest path with it; of several, the first in the network.
     """
-    path = carried.split(".")
+    path = unscored.split(".")
 
     def common(layer: str) -> int:
         parts = layer.split(".")

@@ -1,4 +1,4 @@
-"""Strengths over a run as people and pages are told them: only the steps at which a layer's strengths change."""
+"""The strengths of a run in short form: only the steps at which a layer's strengths change."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from klora.core.methods import FULL
 
 
 def as_changes(levels: np.ndarray) -> dict[str, Any]:
-    """{"steps", "layers": how many there are, "ran": the steps that ran, "changes": [[step, [subject, style], layers], …]}.
-
-    A change says which layers have these strengths from this step on; at the first step that ran it is said of every layer.
-    Steps and layers are 0-based and written as `spans` does.
+    """The steps that ran, and which layers changed their strengths at which of them.
 
     Args:
-        levels: of shape (steps, layers, 2), in units of 1 / FULL; -1 where a step did not run.
+        levels: levels of subject and style, shape (steps, layers, 2), in units of 1 / FULL; -1 for a step
+            that did not run.
+
+    Returns:
+        "steps" and "layers": how many there are; "ran": the steps that ran; "changes": a list of
+        [step, [subject, style], layers], where these layers have these strengths from this step on. At the
+        first step that ran, every layer is listed. Steps and layers count from 0, written as by `spans`.
     """
     ran = [step for step, row in enumerate(levels) if not (row < 0).any()]
     return {
@@ -40,12 +43,15 @@ def _changes(levels: np.ndarray, ran: Iterable[int]) -> Iterator[list]:
 
 
 def number(level: int) -> float:
-    """What a level multiplies the user's multiplier by: 0, 0.5 or 1; the whole ones are int, so that JSON has them without a point."""
+    """What a level multiplies the user's multiplier by: 0, 0.5 or 1.
+
+    Whole numbers are int, so that JSON shows them without a decimal point.
+    """
     return level / FULL if level % FULL else level // FULL
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """Rising whole numbers as text, each unbroken row of them by its first and last: "0-3,7"."""
+    """Whole numbers in ascending order as text, with each unbroken range by its first and last: "0-3,7"."""
     rows: list[list[int]] = []
     for one in numbers:
         if rows and one == rows[-1][1] + 1:

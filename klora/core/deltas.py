@@ -1,9 +1,9 @@
 """The change ΔW that one LoRA makes to one layer, kept in factors and evaluated in blocks of rows.
 
-A delta is a matrix of shape (rows, columns). A convolution of shape (out, in, kh, kw) is the matrix (out, in * kh * kw),
-as K-LoRA only looks at the magnitudes of the entries. All factors are float32 on one device. `scale` multiplies every
-entry; for an up/down pair it is network_alpha / rank. The forms that only one kind of LoRA has stand with that kind, in
-`adapters`.
+A delta is a matrix of shape (rows, columns). A convolution of shape (out, in, kh, kw) is the matrix (out, in
+* kh * kw), as K-LoRA only looks at the magnitudes of the entries. All factors are float32 on one device.
+`scale` multiplies every entry; for an up/down pair it is network_alpha / rank. Forms that only one kind of
+LoRA has are in that kind's file in `adapters`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from klora.core.products import product
 
 @dataclass(frozen=True)
 class Scan:
-    """Sum and sum of squares of a delta's magnitudes, and its k largest, (k,), falling."""
+    """Sum and sum of squares of a delta's magnitudes |ΔW|, and its k largest, shape (k,), descending."""
 
     abs_sum: float
     squared_sum: float
@@ -28,11 +28,11 @@ class Scan:
 
 
 class Delta(ABC):
-    """ΔW = scale · something, as a frozen dataclass whose tensors are its factors.
+    """ΔW = scale · f(factors). Subclasses are frozen dataclasses whose tensors are the factors.
 
     Attributes:
         scale: what every entry is multiplied by.
-        rank: the rank that counts for K in eq. (5); None for a delta that has none.
+        rank: the rank that enters K in eq. (5); None for a delta that has none.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -53,24 +53,24 @@ class Delta(ABC):
         return Dense(self.rows(start, stop), self.scale, self.rank)
 
     def with_halves_swapped(self) -> Delta:
-        """The delta with its upper and lower half of rows exchanged."""
+        """The delta with the upper and the lower half of its rows exchanged."""
         half = self.shape[0] // 2
         return Dense(self.rows(0, 2 * half).roll(half, 0), self.scale, self.rank)
 
     def scan(self, k: int) -> Scan | None:
-        """The sums and the k largest without `scale`, where the factors tell them and ΔW need not be evaluated; else None."""
+        """The sums and the k largest, without `scale`, if they follow from the factors alone; else None."""
         return None
 
 
 @dataclass(frozen=True)
 class LowRank(Delta):
-    """ΔW = scale · left @ right: LoRA, LoCon (a Tucker mid is folded into `right`), and DoRA before its magnitude.
+    """ΔW = scale · left @ right: LoRA, DoRA, and LoCon with its Tucker core multiplied into `right`.
 
     Attributes:
         left: (rows, inner); `up` in LoRA files.
         right: (inner, columns); `down` in LoRA files.
         scale: network_alpha / rank of the file.
-        rank: the rank that counts for K in eq. (5).
+        rank: the rank that enters K in eq. (5).
     """
 
     left: Tensor
@@ -86,7 +86,10 @@ class LowRank(Delta):
         return product(self.left[start:stop], self.right)
 
     def row_slice(self, start: int, stop: int) -> LowRank:
-        """The piece of a fused layer in rows start..stop; columns of `left` that are all zero there do not count as rank."""
+        """The piece of a fused layer in rows start..stop.
+
+        Columns of `left` that are zero in all these rows do not count towards the rank.
+        """
         left = self.left[start:stop]
         used = left.ne(0).any(dim=0)
         return LowRank(left[:, used], self.right[used], self.scale, int(used.sum()))
@@ -97,7 +100,7 @@ class LowRank(Delta):
 
 @dataclass(frozen=True)
 class Dense(Delta):
-    """ΔW = scale · values: a full difference, or rows of a delta that no longer has factors."""
+    """ΔW = scale · values: a full difference, or rows cut from a delta that cannot be cut by its factors."""
 
     values: Tensor
     scale: float
@@ -116,5 +119,5 @@ class Dense(Delta):
 
 
 def dense(delta: Delta) -> Tensor:
-    """The whole ΔW with its scale, float32, shape (rows, columns)."""
+    """The whole ΔW, scale included, float32, shape (rows, columns)."""
     return delta.rows(0, delta.shape[0]) * delta.scale

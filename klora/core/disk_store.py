@@ -1,6 +1,7 @@
-"""Files that can be made again, in one folder of bounded size: written in one step, the least recently used deleted first.
+"""One folder of bounded size for files that can be made again, such as caches.
 
-Safe for several processes and threads. A process that is killed leaves a temporary file at most, which goes when it is an hour old.
+A file appears in one step, and the least recently used are deleted first. Safe for several processes and
+threads. A killed process leaves at most a temporary file behind, which is deleted once it is an hour old.
 """
 
 from __future__ import annotations
@@ -13,25 +14,27 @@ from pathlib import Path
 from uuid import uuid4
 
 STALE_TEMPORARY_SECONDS = 3600.0
-"""A temporary file as old as this was left by a process that was killed while it wrote."""
+"""A temporary file older than this was left by a process that was killed while writing."""
 
 _TEMPORARY = ".tmp"
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
-"""What file systems that know no flushing answer."""
+"""What file systems that cannot flush answer."""
 
 
 class DiskStore:
-    """Files of some kinds in one folder.
+    """Files with certain suffixes in one folder.
 
     Args:
-        suffixes: of the files that are the store's. Temporary files (.tmp, and .tmp… as safetensors names its own) are too.
-        is_current: whether a file of this name may still be asked for; any other is deleted at the next `trim`.
-        in_use_seconds: a file that was used less than this ago is not deleted: somebody may be about to open it.
+        suffixes: those of the store's files. Temporary files (.tmp, and .tmp…, as safetensors names its own)
+            belong to the store too.
+        is_current: whether a file of this name may still be asked for; `trim` deletes all others.
+        in_use_seconds: a file used less than this ago is kept even above the limit, as someone may be about
+            to open it.
 
     Attributes:
-        folder: made when the first file is written.
-        limit: bytes of all files; the least recently used go first.
+        folder: where the files are; created when the first one is written.
+        limit: the most bytes that all files may take together.
     """
 
     def __init__(
@@ -49,14 +52,17 @@ class DiskStore:
         self._in_use_seconds = in_use_seconds
 
     def write(self, name: str, fill: Callable[[Path], object], durable: bool = False) -> Path:
-        """Puts a file in the place of `name` in one step, so that no reader and no crash ever sees half of it.
+        """Writes the file `name` in one step, so that no reader ever sees half of it, not even after a crash.
 
         Args:
+            name: the file's name in the folder; an existing file is replaced.
             fill: writes the content to the path it is given.
-            durable: have the content on the disk before the name is, for files that carry no checksum.
+            durable: flush the content to the disk before the file gets its name, for files without a
+                checksum.
 
         Raises:
-            OSError: the file cannot be written; nothing is left of it. Whatever `fill` raises as well.
+            OSError: the file cannot be written; nothing is left of it.
+            Exception: whatever `fill` raises.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         target, temporary = self.folder / name, self.folder / f"{uuid4().hex}{_TEMPORARY}"
@@ -71,20 +77,22 @@ class DiskStore:
             raise
         return target
 
-    def made(self, name: str, fill: Callable[[Path], object]) -> Path:
-        """The file of this name, made by `fill` if there is none, for names that stand for one content.
+    def get_or_make(self, name: str, fill: Callable[[Path], object]) -> Path:
+        """The file of this name, made by `fill` if there is none. The name must determine the content.
 
         Raises:
-            OSError: it cannot be written, not even after all that is not in use has been deleted. Whatever `fill` raises as well.
+            OSError: the file cannot be written, even after all files that are not in use were deleted to make
+                room.
+            Exception: whatever `fill` raises.
         """
         target = self.folder / name
-        self.used(target)
+        self.mark_used(target)
         if target.exists():
             return target
         try:
             self.write(name, fill, durable=True)
         except PermissionError:
-            # Windows: another process has made the same file meanwhile and has it open.
+            # Windows: another process has made the same file in the meantime and has it open.
             if not target.exists():
                 raise
         except OSError as error:
@@ -95,13 +103,13 @@ class DiskStore:
         self._delete_down_to(self.limit, keep=target)
         return target
 
-    def used(self, path: Path) -> None:
-        """Count a file as used now."""
+    def mark_used(self, path: Path) -> None:
+        """Counts a file as used now; a file that does not exist is ignored."""
         with contextlib.suppress(OSError):
             os.utime(path)
 
     def trim(self) -> None:
-        """Bring the folder below the limit: the least recently used go first."""
+        """Brings the folder below the limit by deleting the least recently used files."""
         self._delete_down_to(self.limit)
 
     def size(self) -> int:
@@ -109,7 +117,7 @@ class DiskStore:
         return sum(size for _, size, _ in self._files())
 
     def clear(self) -> None:
-        """Delete all files of the store that can be deleted."""
+        """Deletes all the store's files that can be deleted."""
         for _, _, path in self._files():
             _delete(path)
 
@@ -118,7 +126,7 @@ class DiskStore:
         total = sum(size for _, size, _ in files)
         newest = files[-1][0] if files else 0.0
         for used, size, path in files:
-            age = newest - used  # by the clock of the folder's file system, which need not be ours
+            age = newest - used  # by the clock of the file system, which may differ from ours
             if _TEMPORARY in (path.suffix, path.name[: len(_TEMPORARY)]):
                 goes = age > STALE_TEMPORARY_SECONDS
             else:
@@ -127,7 +135,7 @@ class DiskStore:
                 total -= size
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """(time of last use, bytes, file) of all files of the store, the least recently used first."""
+        """(time of last use, bytes, file) of all the store's files, the least recently used first."""
         found = []
         for pattern in self._patterns:
             for path in self.folder.glob(pattern):
@@ -147,7 +155,7 @@ def _flush(path: Path) -> None:
 
 
 def _delete(path: Path) -> bool:
-    """Whether the file is gone. Windows deletes none that is open or mapped; it goes another time."""
+    """Whether the file is gone. Windows deletes no file that is open or mapped: a later call gets it."""
     try:
         path.unlink(missing_ok=True)
     except OSError:

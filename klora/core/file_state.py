@@ -1,9 +1,10 @@
-"""Whether a file is still the one that was seen: the one notion of it, for everything that is kept about files.
+"""Whether a file is still the one that was seen before: one answer for everything that is cached about files.
 
-Path, size and time of change are not enough: copies keep their times, and some build systems and mounts give every file the same one.
-Inode and change time tell such files apart where the system keeps them. Windows, FAT and some network mounts have no change time
-(Windows gives the time of creation in its place), so the header and some blocks of the file are looked at too. There alone a change goes
-unseen if it keeps size and time and lies between those blocks, which no training or conversion does.
+Path, size and time of modification are not enough: copies keep their times, and some build systems and mounts
+give every file the same one. Inode and change time tell such files apart where the system has them. Windows,
+FAT and some network mounts have no change time (Windows gives the time of creation instead), so the header
+and some blocks of the file are compared too. Only there can a change be missed: if it keeps size and time and
+lies between those blocks, which no training or conversion manages.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import BinaryIO
 from uuid import uuid4
 
 SETTLED_SECONDS = 3.0
-"""Longer than the coarsest grain of a time stamp (2 s on FAT): a file that was changed less than this ago may be changed again without
-getting another one."""
+"""Longer than the coarsest step of a time stamp (2 s on FAT): a file changed less than this ago may change
+again without getting a new time stamp."""
 
 BLOCKS, BLOCK_BYTES = 16, 4096
-"""Looked at beside the header, evenly spread from its end to the file's."""
+"""Compared along with the header: this many blocks of this size, spread evenly over the rest of the file."""
 
 _OPENING_BYTES = 4096
 _LONGEST_HEADER = 100_000_000
@@ -30,12 +31,13 @@ _LONGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as it was at one moment: two equal states of one path are of the same bytes, if `settled`.
+    """A file as it was at one moment. Two equal states mean equal bytes if they are `settled`.
 
     Attributes:
-        path: resolved.
-        text: what tells the state from others of this path. The device's number is not in it: it differs from mount to mount.
-        settled: whether every later change gives another state.
+        path: the resolved path.
+        text: what tells this state from others of the path. The device number is left out, as it differs from
+            mount to mount.
+        settled: whether any later change is sure to give another state.
     """
 
     path: str
@@ -44,7 +46,7 @@ class FileState:
 
 
 def state_of(path: Path) -> FileState | None:
-    """The present state of a file, in about a millisecond; None if it is no file that can be read."""
+    """The present state of a file, found in about a millisecond; None if there is no readable file."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -63,9 +65,9 @@ def state_of(path: Path) -> FileState | None:
 
 
 def version_of(path: Path) -> str:
-    """A name for the file with its present content, to key what is made of it: equal names, equal content.
+    """A key for caching what is made from a file: equal keys mean equal content.
 
-    While the file is not settled no two names of it are equal. A file that cannot be read has one too.
+    While the file is not settled, every call gives a new key. A file that cannot be read gets a key too.
     """
     state = state_of(path)
     if state is None:
@@ -75,7 +77,7 @@ def version_of(path: Path) -> str:
 
 
 def _sample(file: BinaryIO, size: int) -> str:
-    """SHA-256 of a safetensors file's whole header and of some blocks of what follows; of any other file of some blocks."""
+    """SHA-256 of some blocks of a file, and of the whole header if it is a safetensors file."""
     opening = file.read(_OPENING_BYTES)
     digest = hashlib.sha256(opening)
     length = struct.unpack("<Q", opening[:8])[0] if len(opening) >= 8 else 0

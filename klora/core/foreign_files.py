@@ -1,4 +1,4 @@
-"""What a file is when it is not a LoRA for one of `families`, told by its keys, so that the error can say it."""
+"""What a file is if it is not a LoRA for one of `FAMILIES`, found from its keys, for error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _OTHER_BASES = tuple(
         ),
         (r"transformer_blocks[._]\d+[._]img_m", "Qwen-Image"),
         (
-            r"(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear|single_blocks[._]\d+[._]modulation[._]linear|token_refiner",
+            r"(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear"
+            r"|single_blocks[._]\d+[._]modulation[._]linear|token_refiner",
             "HunyuanVideo",
         ),
         (r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)", "HunyuanVideo"),
@@ -58,15 +59,17 @@ _FOREIGN_LORAS = tuple(
         ),
         (
             r"\.lora_(down|up)\.\d+\.weight$",
-            "is a part of a training state of sd-scripts: choose the LoRA that was saved beside that state",
+            "is part of a training state of sd-scripts: choose the LoRA that was saved beside that state",
         ),
         (
             r"((_attn\.qkv|\.linear1)\.[0-3]|^(clip_[lg]\.text_model|t5\.encoder)\..+)\.(lora_|alpha$|lokr_|hada_)",
-            "is OneTrainer's internal copy of a LoRA, in names that no WebUI knows: choose the LoRA that OneTrainer saved at its output path",
+            "is OneTrainer's internal copy of a LoRA, with key names that no WebUI knows: choose the LoRA "
+            "that "
+            "OneTrainer saved at its output path",
         ),
     )
 )
-"""Adapters that are certain by one key, whatever else is in the file."""
+"""Adapters that a single key gives away, whatever else is in the file."""
 
 _MULTIPLIES = re.compile(r"[._]oft_|^oft_|\.(oft|boft)_|\.on_input$", re.MULTILINE)
 _LORA = re.compile(r"lora[._\d]|lokr_|hada_|\.(alpha|diff|diff_b|dora_scale)$", re.MULTILINE)
@@ -87,7 +90,7 @@ _NOT_LORAS = tuple(
 
 
 def other_base(keys: Iterable[str]) -> str | None:
-    """The base model, none of `FAMILIES`, that a LoRA with these keys was made for; None if no key tells."""
+    """The base model outside `FAMILIES` that a LoRA with these keys was made for; None if no key shows it."""
     lines = _lines(keys)
     name = _first(_OTHER_BASES, lines) or _by_number_of_blocks(lines)
     ours = {family.name for family in FAMILIES.values()}
@@ -95,7 +98,7 @@ def other_base(keys: Iterable[str]) -> str | None:
 
 
 def _by_number_of_blocks(lines: str) -> str | None:
-    """By a block that FLUX.1 (19 double, 38 single blocks) does not have, under a name that it has too."""
+    """The base model with FLUX.1's block names but more blocks than its 19 double and 38 single ones."""
     last = dict.fromkeys(("double_blocks", "single_blocks", "transformer_blocks"), -1)
     for name, number in _NUMBERED.findall(lines):
         name = name.replace("single_transformer", "single")
@@ -111,35 +114,43 @@ def _by_number_of_blocks(lines: str) -> str | None:
 
 
 def other_base_by_metadata(family: Family, metadata: Mapping[str, str]) -> str | None:
-    """The base model that the header of a LoRA with the names of `family` gives, where it is known as another one of these names."""
+    """The other base model that a header names, for a LoRA with the keys of `family`; None if it names none.
+
+    Some models give their modules the same names (`Family.namesakes`), so only the header shows the
+    difference.
+    """
     given = (metadata.get(key, "").lower() for key in ("modelspec.architecture", "ss_base_model_version"))
-    told = (name for text in given for pattern, name in family.namesakes if re.search(pattern, text))
-    return next(told, None)
+    found = (name for text in given for pattern, name in family.namesakes if re.search(pattern, text))
+    return next(found, None)
 
 
 def foreign_lora(keys: Iterable[str]) -> str | None:
-    """What a LoRA-like file is that neither K-LoRA nor a WebUI's LoRA loader takes, with the way out; None if no key tells."""
+    """What a file is that looks like a LoRA but is accepted by no LoRA loader, and what to choose instead.
+
+    Returns:
+        A predicate such as "is a ControlNet-LLLite: choose a LoRA file", or None if no key shows one.
+    """
     return _first(_FOREIGN_LORAS, _lines(keys))
 
 
 def multiplies(keys: Iterable[str]) -> bool:
-    """Whether a file with these keys is an OFT, BOFT or IA3 network, which multiplies weights and adds nothing."""
+    """Whether a file with these keys is an OFT, BOFT or IA3 network, which multiplies weights."""
     return _MULTIPLIES.search(_lines(keys)) is not None
 
 
 def looks_like_lora(keys: Iterable[str]) -> bool:
-    """Whether these are keys of a LoRA of some kind, for whatever model."""
+    """Whether these are the keys of some kind of LoRA, whatever model it is for."""
     return _LORA.search(_lines(keys)) is not None
 
 
 def not_a_lora(keys: Iterable[str]) -> str | None:
-    """What a file with these keys is, none of which is a LoRA's; None if no key tells."""
+    """What a file is that has these keys and is not a LoRA, such as "a VAE"; None if no key shows it."""
     return _first(_NOT_LORAS, _lines(keys))
 
 
 LONGEST_KEY = 500
 MOST_KEYS = 20_000
-"""No trainer writes keys half as long, nor half as many; what comes after tells nothing."""
+"""More than twice what any trainer writes; whatever lies beyond is ignored."""
 
 
 def _lines(keys: Iterable[str]) -> str:

@@ -1,7 +1,8 @@
 """The key dialects of LoRA files, as tables: which trainer's key stands for which tensor of which layer.
 
-A key is <prefix><module><suffix>. The suffix names the role of the tensor, the prefix the network, and the module is
-looked up in tables made from all modules of one base model, so that a name with underscores has one meaning and no dot is guessed.
+A key is <prefix><module><suffix>. The suffix names the role of the tensor and the prefix the network. The
+module is looked up in tables of all modules of one base model, so that a name with underscores has one
+meaning and nothing has to guess which underscores were dots.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ from klora.core.topology import Module
 
 @dataclass(frozen=True)
 class Target:
-    """The place in the model that a module name of a file stands for.
+    """The place in the model that a module name in a file stands for.
 
     Attributes:
         base: the key of a family, or of a text encoder.
         module: the network's module.
-        layers: the canonical layers whose rows the file's matrix holds, top first: all or some of the module's.
+        layers: the canonical layers whose rows are in the file's matrix, top first: all or some of the
+            module's.
         naming: the naming convention that matched, see `families.base`.
-        halves_swapped: the file has the two halves of the rows in diffusers' order, the layer in the native one.
+        halves_swapped: the file has the two halves of the rows in diffusers' order, while the layer has them
+            in the native order.
     """
 
     base: str
@@ -69,15 +72,15 @@ _LONG_UNDERSCORE = re.compile(r"(lora_unet|lora_transformer|lycoris|lora_te[123]
 
 @dataclass(frozen=True)
 class ParsedKey:
-    """A key of a LoRA file, understood.
+    """A parsed key of a LoRA file.
 
     Attributes:
-        target: where it goes.
+        target: the place in the model it belongs to.
         role: which tensor of the module it is, a value of `SUFFIXES`.
-        dialect: what to call the file that has it.
+        dialect: the name of the way in which the key is written, for people.
         path: the module's name as the file writes it, without prefix and suffix.
         stem: the key as the file has it, without suffix and adapter name.
-        adapter: the name that PEFT gave the adapter, where the key has it.
+        adapter: the name that PEFT gave the adapter, "" if the key has none.
     """
 
     target: Target
@@ -89,13 +92,16 @@ class ParsedKey:
 
 
 def parse_key(key: str, families: Iterable[Family] = FAMILIES.values()) -> ParsedKey | None:
-    """The meaning of `key` in a text encoder or the first of these families that has it, None if no dialect of any has it."""
+    """What `key` means in a text encoder, or else in the first family that knows it; None if none does."""
     cuts = list(_cuts(key))
     return next(filter(None, (_meaning(cuts, network) for network in (*_ENCODERS, *families))), None)
 
 
 def parse_keys(keys: Iterable[str]) -> Mapping[str, dict[str, ParsedKey]]:
-    """{key of a family: {key of the file: its meaning there}}, text encoders' keys in all; keys that a family lacks are left out."""
+    """{key of a family: {key of the file: what it means there}}, without the keys that mean nothing there.
+
+    The keys of text encoders are listed under every family.
+    """
     found: dict[str, dict[str, ParsedKey]] = {name: {} for name in FAMILIES}
     for key in keys:
         cuts = list(_cuts(key))
@@ -112,7 +118,15 @@ _ENCODERS: tuple[Family | TextEncoder, ...] = tuple(TEXT_ENCODERS.values())
 
 @dataclass(frozen=True)
 class _Cut:
-    """One way of taking a key apart: what is left of it without suffix and adapter name, also without what means nothing."""
+    """One way of splitting a key.
+
+    Attributes:
+        suffix: a key of `SUFFIXES`.
+        stem: the key without suffix and adapter name.
+        name: the stem without what got into it by accident.
+        accident: what that was, "" for nothing.
+        adapter: the name that PEFT gave the adapter, "" if the key has none.
+    """
 
     suffix: str
     stem: str
@@ -148,7 +162,7 @@ def _meaning(cuts: Iterable[_Cut], network: Family | TextEncoder) -> ParsedKey |
 
 
 def foreign_prefix(keys: Iterable[str]) -> str | None:
-    """What most of these keys open with, if they would be understood without it."""
+    """An unknown prefix shared by most of these keys, if they could be parsed without it; else None."""
     some = list(islice(keys, MOST_LOOKED_AT))
     for key in some[:3]:
         for end in (cut.end() for cut in islice(re.finditer(r"[._]", key), 8)):
@@ -159,7 +173,7 @@ def foreign_prefix(keys: Iterable[str]) -> str | None:
 
 
 def _is_in_a_block(key: str) -> bool:
-    """Whether a key is understood, and by more than a name such as `conv_in`, which networks of all sorts have."""
+    """Whether a key can be parsed and names a numbered block; many networks have names such as `conv_in`."""
     meaning = parse_key(key)
     return meaning is not None and any(map(str.isdigit, meaning.path))
 
@@ -168,10 +182,10 @@ MOST_LOOKED_AT = 500
 
 
 def _without_accident(stem: str) -> tuple[str, str]:
-    """A key without what got into it by accident and means nothing, and what that was ("" for nothing).
+    """A key without what got into it by accident, and what that was ("" for nothing).
 
-    `_orig_mod` is torch.compile's, which some trainers save; `base_model.model.` stands twice where PEFT wrapped a model twice;
-    `lora_unet__` is written where a module's name begins with a dot.
+    `_orig_mod` comes from torch.compile, and some trainers save it; `base_model.model.` is doubled where PEFT
+    wrapped a model twice; `lora_unet__` is written where a module's name begins with a dot.
     """
     accidents = []
     if "_orig_mod" in stem:
@@ -227,7 +241,7 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
 
 @cache
 def _targets(network: Family | TextEncoder, separator: str) -> Mapping[str, Target]:
-    """{module name as files write it: where it goes} for one network and separator."""
+    """{module name as files write it: its place in the model} for one network and separator."""
     table: dict[str, Target] = {}
     for name, target in _names(network):
         written = name.replace(".", separator)
@@ -258,7 +272,7 @@ def _module_names(base: str, module: Module) -> Iterator[tuple[str, Target]]:
 
 
 def _text_encoder_names(encoder: str, module: Module) -> Iterator[tuple[str, Target]]:
-    """A module's own name, the one that transformers 5.6 and later give it, and both as diffusers wrote them before PEFT."""
+    """A module's own name, its name since transformers 5.6, and both as diffusers wrote them before PEFT."""
     long = module.diffusers[0]
     short = long.removeprefix("text_model.")
     for name, naming in ((long, NATIVE), (short, SHORT))[: 1 if short == long else 2]:

@@ -1,6 +1,6 @@
-"""One pass over layers of a LoRA file: the same work on one delta after another, on a GPU or on threads of the CPU.
+"""One pass over layers of a LoRA file: the same work on one delta after another, on a GPU or on CPU threads.
 
-The process it runs in also generates images, so no switch of torch that other threads see is touched.
+The same process generates images, so no torch setting that other threads can see is changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from klora.core.out_of_memory import is_out_of_memory
 from klora.core.topk import Check, new_buffer, no_check
 
 MAX_WORKERS = 8
-"""Threads on the CPU by default: the host lives on the same machine."""
+"""The most CPU threads used by default, as the WebUI needs the machine too."""
 
 SECONDS_BETWEEN_CHECKS = 0.05
 
@@ -40,7 +40,7 @@ class OpensDeltas(Protocol):
 
 
 def scoring_device() -> torch.device:
-    """CUDA or ROCm if there is one, else the CPU: MPS limits top-k, and the other backends lack it or float64."""
+    """CUDA or ROCm if available, else the CPU: MPS limits top-k, and other backends lack it or float64."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -59,12 +59,16 @@ def over_layers(
     Args:
         lora: the file.
         names: canonical layer names.
-        work: called on `device`; on the CPU from several threads at once.
-        device: a GPU that runs out of memory hands the rest to the CPU.
-        layer_done: called after each layer on the caller's thread; what it raises ends the pass.
-        check: called on the caller's thread before each layer, and every `SECONDS_BETWEEN_CHECKS` while the CPU is at work. What
-            it raises ends the pass, once the layers under way are done: `work` is to end those itself.
-        workers: threads on the CPU; by default one per core, at most `MAX_WORKERS`.
+        work: called for each layer with its delta on `device`; on the CPU from several threads at once.
+        device: where to compute. When a GPU runs out of memory, the CPU does the remaining layers.
+        layer_done: called after each layer on the caller's thread; an exception from it ends the pass.
+        check: called on the caller's thread before each layer, and every `SECONDS_BETWEEN_CHECKS` while the
+            CPU is working. An exception from it ends the pass, but only after the layers being worked on are
+            done, unless `work` ends early by itself.
+        workers: CPU threads; by default one per core, at most `MAX_WORKERS`.
+
+    Raises:
+        LoraFileError: a tensor of the file cannot be read or holds NaN or Inf.
     """
     results: dict[str, Result] = {}
 
@@ -89,7 +93,7 @@ def _on_gpu(
     keep: Callable[[str, Result], None],
     check: Check,
 ) -> bool:
-    """Whether the GPU's memory was enough. Where it was not, what was done before is kept."""
+    """Whether the GPU's memory was enough. If not, the results so far are kept."""
     try:
         buffer = new_buffer(device)
         with torch.autocast(device.type, enabled=False):
@@ -120,7 +124,7 @@ def _on_cpu(
     keep: Callable[[str, Result], None],
     check: Check,
 ) -> None:
-    """Threads over layers with one torch thread each: torch's own threads wait for each other at every small operation."""
+    """Several layers at once, one thread each: torch's own threads wait for each other at every operation."""
     per_thread = _thread_count_is_per_thread()
     workers = min(workers, len(names)) if per_thread else 1
     all_started = threading.Barrier(workers)
@@ -173,10 +177,10 @@ def _thread_count_is_per_thread() -> bool:
 
 
 def _use_one_torch_thread() -> None:
-    """Runs torch on one thread from the calling thread, a new one, and from no other.
+    """Limits torch to one thread when it is called from the current thread, which must be a new one.
 
-    With OpenMP `torch.set_num_threads` holds for the calling thread, and for all that first use torch later: those get back
-    what this one found, from a thread that ends at once.
+    With OpenMP, `torch.set_num_threads` applies to the calling thread and to every thread that first uses
+    torch afterwards. A short-lived second thread sets the old number again, so that those others keep it.
     """
     with _thread_count_lock:
         found = torch.get_num_threads()

@@ -1,11 +1,11 @@
-"""Reading a LoRA file of any family, any trainer and any kind into canonical layers.
+"""Reading a LoRA file of any family, trainer and kind into canonical layers.
 
     lora = read_lora("style.safetensors")
     with lora.open() as delta_of:
         delta = delta_of("input_blocks.4.1.transformer_blocks.0.attn1.to_q")
 
-Only names, shapes, scalars and the ranks of fused pieces are read at first; tensors stay mapped and are raised to
-float32 when a delta is asked for.
+Only names, shapes, scalars and the ranks of fused pieces are read at first. Tensors stay memory-mapped and
+are converted to float32 when a delta is asked for.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _BUNDLED_EMBEDDING = "bundle_emb."
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What a file's header tells of one layer.
+    """What is known of one layer without evaluating its delta.
 
     Attributes:
-        rank: the rank that counts for K in eq. (5); None for a full difference or a LoKr of two full factors.
-        shape: (rows, columns) of the delta; a convolution's columns are in * kh * kw.
+        rank: the rank that enters K in eq. (5); None for a full difference or a LoKr of two full factors.
+        shape: (rows, columns) of the delta; a convolution has in * kh * kw columns.
         kind: "LoRA", "LoCon", "LoHa", "LoKr", "GLoRA", "full diff" or "DoRA".
         network_alpha: the file's alpha, None if it has none.
-        scale: what the product of the factors is multiplied by, network_alpha / rank.
+        scale: what the product of the factors is multiplied by, network_alpha / rank as a rule.
     """
 
     rank: int | None
@@ -53,24 +53,26 @@ class LayerInfo:
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
-    """A LoRA file, understood.
+    """A LoRA file as K-LoRA reads it.
 
     Attributes:
         path: the file.
         state: its state before it was read.
-        base: the key of the family that it is for.
+        base: the key of the family it was made for.
         dialect: how most of its keys are written, e.g. "kohya", "diffusers PEFT".
-        dialects: how any of its keys is written, those of text encoders too.
-        layers: {canonical layer: what the header tells}, sorted by name; fused modules in split pieces. A layer or piece whose
-            `up` (or full difference) is all zero is not changed by the file and not listed.
+        dialects: all the ways in which its keys are written, including those of text encoders.
+        layers: {canonical layer: what is known of it}, sorted by name, with fused modules split into their
+            pieces. A layer or piece whose `up` (or full difference) is all zero is not changed by the file
+            and not listed.
         text_encoder_modules: the same for the modules of text encoders, "te1:…".
-        carried: norms and biases, by the name of their module or layer: they go with the LoRA, but are not scored.
-        unknown_keys: keys that no dialect has, in the file's order.
-        unused_keys: keys that would change layers by zeros only, which other keys of the file change.
-        embeddings: keys of bundled textual-inversion embeddings, for the host's own loader.
-        metadata: the header's __metadata__.
-        scale_from_metadata: the scale stands only in the header, where diffusers looks and WebUIs do not.
-        modules: the matrices and norms as the file has them, for a writer.
+        unscored: norms and biases, by the name of their module or layer. They are applied, but have no score.
+        unknown_keys: keys that belong to no dialect, in the file's order.
+        unused_keys: keys that add only zeros to layers that other keys of the file change.
+        embeddings: keys of bundled textual-inversion embeddings, which the host's own loader reads.
+        metadata: the header's __metadata__, without images.
+        scale_from_metadata: the scale is only in the header, where diffusers looks and WebUIs do not.
+        modules: the matrices and norms as the file stores them, for writing the file in another dialect.
+        tensor_file: the names, shapes and types of its tensors.
     """
 
     path: Path
@@ -80,7 +82,7 @@ class LoraFile:
     dialects: frozenset[str]
     layers: Mapping[str, LayerInfo]
     text_encoder_modules: Mapping[str, LayerInfo]
-    carried: tuple[str, ...]
+    unscored: tuple[str, ...]
     unknown_keys: tuple[str, ...]
     unused_keys: tuple[str, ...]
     embeddings: tuple[str, ...]
@@ -101,7 +103,7 @@ class LoraFile:
 
     @contextmanager
     def open(self) -> Iterator[LoraReader]:
-        """The file's deltas and all else by canonical name; see `LoraReader`."""
+        """The file's deltas, magnitudes, biases and norms by canonical name; see `LoraReader`."""
         parts = {
             layer: (module, start, stop) for module in self.modules for layer, start, stop in module.pieces()
         }
@@ -109,10 +111,12 @@ class LoraFile:
             yield LoraReader(self.path, parts, tensors)
 
     def check_unscored(self) -> None:
-        """Look at all that is applied beside the deltas of `layers`: text encoders, norms, biases, magnitudes, GLoRA's second product.
+        """Looks for broken numbers in all that is applied but not scored.
+
+        That is text encoders, norms, biases, magnitudes and GLoRA's second product.
 
         Raises:
-            LoraFileError: one of its tensors holds NaN or Inf.
+            LoraFileError: one of these tensors holds NaN or Inf.
         """
         with self.tensor_file.open() as tensors:
             reader = LoraReader(self.path, {}, tensors)
@@ -122,11 +126,11 @@ class LoraFile:
 
 
 def read_lora(path: str | PathLike[str]) -> LoraFile:
-    """Reads the header of a LoRA file.
+    """Reads a LoRA file, but for the tensors of its deltas (see `LoraFile.open`).
 
     Raises:
-        LoraFileError: one sentence that names the file and the way out: not there, damaged, not a LoRA, made for another
-            base model, incomplete, or with tensors that do not fit each other.
+        LoraFileError: the file is missing, damaged, not a LoRA, made for another base model or incomplete, or
+            its tensors do not fit each other. The sentence names the file and the way out.
     """
     state = state_of(Path(path))
     file = read_tensor_file(Path(path))
@@ -164,7 +168,7 @@ def _of_family(
         dialects=frozenset().union(*(module.dialects for module in gathered.modules)),
         layers=layers,
         text_encoder_modules=text,
-        carried=_carried(gathered),
+        unscored=_unscored(gathered),
         unknown_keys=tuple(key for key in gathered.unknown if not key.startswith(_BUNDLED_EMBEDDING)),
         unused_keys=tuple(gathered.unused),
         embeddings=tuple(key for key in gathered.unknown if key.startswith(_BUNDLED_EMBEDDING)),
@@ -176,9 +180,9 @@ def _of_family(
 
 
 def _families(file: TensorFile) -> list[tuple[Family, dict[str, ParsedKey]]]:
-    """The families whose denoisers have names for as many of the file's keys as any other's, with what these keys mean there.
+    """The families whose denoisers know the most of the file's keys, with what the keys mean there.
 
-    They are several where networks are built of modules of the same names: only sizes tell them apart then.
+    There are several where networks share their module names; then only sizes can tell them apart.
     """
     name = file.path.name
     if not file.shapes:
@@ -206,8 +210,9 @@ def _families(file: TensorFile) -> list[tuple[Family, dict[str, ParsedKey]]]:
     prefix = foreign_prefix(file.shapes)
     if prefix is not None:
         raise LoraFileError(
-            f'The names of the tensors in "{name}" open with "{prefix}" ("{first}"), which no WebUI knows: if it is a LoRA for '
-            f"{listed('or')}, rename them without it or export it again; else choose another one."
+            f'The names of the tensors in "{name}" begin with "{prefix}" ("{first}"), which no WebUI knows: '
+            f"if it is a LoRA for {listed('or')}, rename them without it or export it again; else choose "
+            "another one."
         )
     what = None if is_lora else foreign_files.not_a_lora(file.shapes)
     if what is not None:
@@ -215,27 +220,30 @@ def _families(file: TensorFile) -> list[tuple[Family, dict[str, ParsedKey]]]:
             f'"{name}" is {what}, not a LoRA for {listed("or")} ("{first}"): choose a LoRA file.'
         )
     raise LoraFileError(
-        f'"{name}" is no LoRA for {listed("or")} in any names that K-LoRA knows (its first tensor is "{first}"): choose a LoRA for one of '
-        "these, or export it again in the keys of kohya or diffusers."
+        f'"{name}" is not a LoRA for {listed("or")} in any key names that K-LoRA knows (its first tensor is '
+        f'"{first}"): choose a LoRA for one of these, or export it again with the key names of kohya or '
+        "diffusers."
     )
 
 
 def _text_encoders_only(file: TensorFile) -> LoraFileError:
     return LoraFileError(
-        f'"{file.path.name}" changes the text encoders only: K-LoRA needs LoRAs that change the {listed("or")} denoiser.'
+        f'"{file.path.name}" changes the text encoders only, and K-LoRA needs LoRAs that change the denoiser '
+        f"of {listed('or')}: choose another LoRA."
     )
 
 
 def _made_for(file: TensorFile, other: str) -> LoraFileError:
     return LoraFileError(
-        f'"{file.path.name}" was made for {other}, and K-LoRA fuses LoRAs for {listed("and")}: choose a LoRA that was made for one of these.'
+        f'"{file.path.name}" was made for {other}, and K-LoRA fuses LoRAs for {listed("and")}: choose a LoRA '
+        "that was made for one of these."
     )
 
 
 def _multiplies(file: TensorFile) -> LoraFileError:
     return LoraFileError(
-        f'"{file.path.name}" is an OFT, BOFT or IA3 network, which multiplies weights and adds nothing that could be compared: choose a LoRA '
-        "of another kind, or put this one into the prompt."
+        f'"{file.path.name}" is an OFT, BOFT or IA3 network, which multiplies weights and adds nothing that '
+        "could be compared: choose a LoRA of another kind, or put this one into the prompt."
     )
 
 
@@ -257,7 +265,7 @@ def _kind_name(module: FileModule) -> str:
     return module.kind.name_of(module.target.module.kind == CONV)
 
 
-def _carried(gathered: Gathered) -> tuple[str, ...]:
+def _unscored(gathered: Gathered) -> tuple[str, ...]:
     names = (
         layer
         for module in gathered.modules
@@ -275,9 +283,11 @@ def _no_layers(file: TensorFile, gathered: Gathered, text_encoders: bool) -> Lor
         return _text_encoders_only(file)
     if any(module.kind for module in gathered.modules):
         return LoraFileError(
-            f'"{name}" changes nothing: all its up weights are zero, as before any training; choose another file.'
+            f'"{name}" changes nothing: all its up weights are zero, as before any training; choose another '
+            "file."
         )
     key = next(iter(file.shapes))
     return LoraFileError(
-        f'"{name}" holds no weight differences for {listed("or")} (its first tensor is "{key}"): choose a LoRA file.'
+        f'"{name}" holds no weight differences for {listed("or")} (its first tensor is "{key}"): choose a '
+        "LoRA file."
     )

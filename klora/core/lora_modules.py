@@ -1,4 +1,4 @@
-"""The modules of a LoRA file: which keys belong together, of which kind they are, and which layers they hold."""
+"""The modules of a LoRA file: which keys belong together, of what kind, and which layers they change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BLOCK_ROWS = 512
 
 @dataclass(frozen=True)
 class FileModule:
-    """One matrix of a LoRA file, or one norm.
+    """One matrix or one norm of a LoRA file.
 
     Attributes:
         target: its place in the model.
@@ -30,12 +30,12 @@ class FileModule:
         shapes: {role: shape}.
         path: the module's name as the file writes it.
         dialects: how its keys are written.
-        adapter: PEFT's name of the adapter, where the keys have it.
-        kind: how the delta is stored; None for a norm and for a bias alone.
-        delta_shape: shape and rank of the whole matrix; None if `kind` is.
+        adapter: PEFT's name of the adapter, "" if the keys have none.
+        kind: how the delta is stored; None for a norm or a bias alone.
+        delta_shape: shape and rank of the whole matrix; None if `kind` is None.
         network_alpha: the file's alpha, None if it has none or no formula uses it.
         scale: what the product of the factors is multiplied by.
-        scale_from_metadata: the scale stands in the header only, where WebUIs do not look.
+        scale_from_metadata: the scale is only in the header, where WebUIs do not look.
     """
 
     target: Target
@@ -63,7 +63,11 @@ class FileModule:
         return next((role for role in dora.ROLES if role in self.keys), None)
 
     def pieces(self) -> Iterator[tuple[str, int, int]]:
-        """(canonical layer, first row, row after the last), top first."""
+        """(canonical layer, first row, row after the last) of each layer in the matrix, top first.
+
+        Raises:
+            ShapeMismatch: the rows cannot be divided among the layers.
+        """
         columns: int | None = None
         if self.delta_shape is not None:
             rows, columns = self.delta_shape.shape
@@ -82,7 +86,13 @@ class FileModule:
 
 @dataclass
 class Gathered:
-    """Modules by target layers, the keys that belong to none, and those of modules that change nothing beside another for the same layers."""
+    """A file's keys, sorted.
+
+    Attributes:
+        modules: at most one for each layer.
+        unknown: the keys that belong to no module.
+        unused: the keys of modules that change nothing, on layers that another module changes.
+    """
 
     modules: list[FileModule] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -90,15 +100,16 @@ class Gathered:
 
 
 def gather(file: TensorFile, parsed: Mapping[str, ParsedKey], tensors: OpenTensors) -> Gathered:
-    """Groups keys into modules and checks each.
+    """Groups keys into modules and checks each module.
 
     Args:
         file: names and shapes.
-        parsed: the keys that are understood and belong to the file's base.
-        tensors: the same file, open; only scalars are read, and the tensors of modules for the same layers.
+        parsed: what each key means; keys without a meaning are left out.
+        tensors: the same file, open; only scalars are read, and the tensors of modules that share a layer.
 
     Raises:
-        LoraFileError: a module is incomplete, or its tensors do not fit each other.
+        LoraFileError: a module is incomplete, its tensors do not fit each other, or two modules change one
+            layer.
     """
     keys: dict[Target, dict[tuple[str, str], dict[str, str]]] = {}
     for key, meaning in parsed.items():
@@ -120,7 +131,7 @@ def gather(file: TensorFile, parsed: Mapping[str, ParsedKey], tensors: OpenTenso
 
 
 def _modules_of(stems: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The roles of one place by module: one module, however its keys open, unless two of them have the same role."""
+    """{role: key} of each module for one target: a single module unless a role occurs in two stems."""
     together = {role: key for roles in stems for role, key in roles.items()}
     return [together] if len(together) == sum(map(len, stems)) else stems
 
@@ -144,7 +155,8 @@ def _module(
     missing = kind.missing(shapes)
     if missing is not None:
         raise LoraFileError(
-            f'"{file.path.name}" is incomplete: "{next(iter(keys.values()))}" has no partner "{missing}"; download or export it again.'
+            f'"{file.path.name}" is incomplete: "{next(iter(keys.values()))}" has no partner "{missing}"; '
+            "download or export it again."
         )
     try:
         delta_shape = kind.delta_shape(shapes)
@@ -170,7 +182,7 @@ def _module(
 
 
 def _whole(file: TensorFile, module: FileModule) -> FileModule:
-    """The module, if its rows can be cut into its layers."""
+    """The module, after checking that its rows can be divided among its layers."""
     try:
         list(module.pieces())
     except ShapeMismatch as mismatch:
@@ -186,7 +198,7 @@ def _mismatched(file: TensorFile, keys: Mapping[str, str], mismatch: ShapeMismat
 
 
 def _check_additions(shapes: Mapping[str, Shape], delta_shape: DeltaShape) -> None:
-    """Raises ShapeMismatch where a bias is not a number a row, or a magnitude neither a number a row nor one an input."""
+    """Raises ShapeMismatch unless a bias has one number per row, and a magnitude one per row or per input."""
     rows, columns = delta_shape.shape
     for role in shapes.keys() & {*BIAS_ROLES, *dora.ROLES}:
         count = prod(shapes[role])
@@ -207,7 +219,9 @@ def _scalar(file: TensorFile, tensors: OpenTensors, key: str | None) -> float | 
 
 
 def _leave_out_unused(file: TensorFile, gathered: Gathered, tensors: OpenTensors) -> None:
-    """Of several modules for one layer keeps the one that changes it: SimpleTuner trains a fused projection and saves the unused parts too.
+    """Of several modules for one layer, keeps the one that changes it.
+
+    SimpleTuner trains a fused projection and saves the unused single projections beside it.
 
     Raises:
         LoraFileError: two of them change the layer.
@@ -234,7 +248,7 @@ def _leave_out_unused(file: TensorFile, gathered: Gathered, tensors: OpenTensors
 
 
 def _changes_nothing(module: FileModule, tensors: OpenTensors) -> bool:
-    """Whether a module adds zeros only. A magnitude scales the weight itself, so it always counts as a change."""
+    """Whether a module adds only zeros. A magnitude scales the weight itself, so it always counts."""
 
     def is_zero(role: str) -> bool:
         tensor = tensors.whole(module.keys[role])
@@ -255,21 +269,24 @@ def _two_modules(file: TensorFile, one: FileModule, other: FileModule) -> LoraFi
     if one.adapter != other.adapter:
         first, second = (module.adapter or "none" for module in (one, other))
         return LoraFileError(
-            f'"{file.path.name}" holds two adapters, "{first}" and "{second}", of which only one can be applied: save each to a file of its own.'
+            f'"{file.path.name}" holds two adapters, "{first}" and "{second}", of which only one can be '
+            "applied: save each to a file of its own."
         )
     return _twice(file, next(iter(one.keys.values())), next(iter(other.keys.values())))
 
 
 def _twice(file: TensorFile, one: str, other: str) -> LoraFileError:
     return LoraFileError(
-        f'"{file.path.name}" has two tensors for one place, "{one}" and "{other}": keep the keys of one format only.'
+        f'"{file.path.name}" has two tensors for one place in the model, "{one}" and "{other}": keep the '
+        "keys of one format only."
     )
 
 
 def used_rank(module: FileModule, tensors: OpenTensors, start: int, stop: int) -> int | None:
-    """The rank of rows start..stop: the file's, or in a fused LoRA the columns of `up` that are not all zero there.
+    """The rank of rows start..stop: the file's, or for a piece of a fused LoRA the columns of `up` it uses.
 
-    0 says that the rows do not change the layer. Reads `up` in blocks of rows and stops as soon as the answer is known.
+    A column is used if it is not zero in all these rows. The rank is 0 if the rows do not change the layer,
+    None for a kind without a rank. `up` is read in blocks of rows until the answer is known.
     """
     assert module.kind is not None and module.delta_shape is not None
     if module.kind.row_role is None or (module.magnitude_role is not None and len(module.target.layers) == 1):

@@ -1,4 +1,4 @@
-"""Deltas, DoRA magnitudes, biases and norms of an open LoRA file, raised to float32 one layer at a time."""
+"""Deltas, DoRA magnitudes, biases and norms of an open LoRA file, in float32 and one layer at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from klora.core.adapters.dora import Magnitude, is_of_inputs
+from klora.core.adapters.dora import DoraMagnitude, is_of_inputs
 from klora.core.deltas import Delta, LowRank
 from klora.core.lora_modules import FileModule
 from klora.core.tensor_file import FLOATS, OpenTensors
@@ -25,10 +25,12 @@ class NormChange:
 
 
 class LoraReader:
-    """The contents of one open LoRA file by canonical name: `reader(layer)` is its delta. Usable from several threads.
+    """The contents of an open LoRA file by canonical name: `reader(layer)` is the layer's delta.
 
-    Every method raises LoraFileError, naming file and tensor, where a tensor holds NaN or Inf, and KeyError for a name
-    that the file does not have.
+    Usable from several threads.
+
+    Every method raises LoraFileError, naming file and tensor, if a tensor holds NaN or Inf, and KeyError for
+    a name that is not in the file.
     """
 
     def __init__(
@@ -39,7 +41,10 @@ class LoraReader:
         self._tensors = tensors
 
     def __call__(self, layer: str) -> Delta:
-        """ΔW of a layer or text-encoder module, float32 on the CPU, before DoRA's magnitude, without GLoRA's W·A."""
+        """ΔW of a layer or text-encoder module, float32, on the CPU.
+
+        DoRA's magnitude is not applied to it, and GLoRA's W·A is not in it.
+        """
         module, start, stop = self._parts[layer]
         if module.kind is None or module.delta_shape is None:
             raise KeyError(layer)
@@ -56,7 +61,7 @@ class LoraReader:
             return delta
         return delta.row_slice(0, stop - start) if rows else delta.row_slice(start, stop)
 
-    def magnitude(self, layer: str) -> Magnitude | None:
+    def magnitude(self, layer: str) -> DoraMagnitude | None:
         """The layer's DoRA magnitude, None if it has none."""
         module, start, stop = self._parts[layer]
         role = module.magnitude_role
@@ -64,11 +69,14 @@ class LoraReader:
             return None
         values = self._float(module, role)
         if is_of_inputs(role, values.shape):
-            return Magnitude(values.flatten(), 1)
-        return Magnitude(_rows(module, values.flatten(), start, stop), 0)
+            return DoraMagnitude(values.flatten(), 1)
+        return DoraMagnitude(_rows(module, values.flatten(), start, stop), 0)
 
     def bias(self, layer: str) -> Tensor | None:
-        """What the LoRA adds to the layer's bias, (rows,), float32, PEFT's `lora_B.bias` scaled; None if nothing."""
+        """What the LoRA adds to the layer's bias, float32, shape (rows,); None if nothing.
+
+        PEFT's `lora_B.bias` comes multiplied by the scale.
+        """
         module, start, stop = self._parts[layer]
         role = module.bias_role
         if role is None:
@@ -77,20 +85,28 @@ class LoraReader:
         return _rows(module, self._float(module, role).flatten() * factor, start, stop)
 
     def norm(self, name: str) -> NormChange:
-        """What the LoRA adds to the norm `name`; for another carried name its bias alone."""
+        """What the LoRA adds to the norm `name`; for any other name in `LoraFile.unscored` only the bias."""
         module, _, _ = self._parts[name]
         weight = next((role for role in ("w_norm", "diff") if module.is_norm and role in module.keys), None)
         return NormChange(self._float(module, weight) if weight else None, self.bias(name))
 
     def input_factor(self, layer: str) -> LowRank | None:
-        """A of ΔW = W A + B, (in, in), where B is the delta; None for a kind whose change does not depend on the weight."""
+        """A of ΔW = W A + B, shape (in, in), where B is the delta.
+
+        None for a kind whose change does not depend on the weight W.
+        """
         module, _, _ = self._parts[layer]
         if module.kind is None:
             return None
         return module.kind.input_factor(lambda role: self._float(module, role), module.shapes, module.scale)
 
     def check(self, module: FileModule, leave_out: Collection[str] = ()) -> None:
-        """Look for NaN and Inf in all tensors of a module but the scalars, which were looked at when the file was read."""
+        """Looks for NaN and Inf in a module's tensors; scalars were checked when the file was read.
+
+        Args:
+            module: one of the file's.
+            leave_out: roles that need no check.
+        """
         for role, key in module.keys.items():
             if role not in ("alpha", "scale", *leave_out) and self._tensors.whole(key).dtype in FLOATS:
                 self._float(module, role)
@@ -101,13 +117,14 @@ class LoraReader:
         tensor = tensor if rows is None else tensor[rows]
         if tensor.dtype not in FLOATS:
             raise LoraFileError(
-                f'The tensor "{key}" of "{self._path.name}" holds {str(tensor.dtype).removeprefix("torch.")} numbers: '
-                "save the LoRA in fp32, fp16, bf16 or fp8."
+                f'The tensor "{key}" of "{self._path.name}" holds {str(tensor.dtype).removeprefix("torch.")} '
+                "numbers: save the LoRA in fp32, fp16, bf16 or fp8."
             )
         values = tensor.to(torch.float32)
         if not values.sum().isfinite() and not values.isfinite().all():
             raise LoraFileError(
-                f'The tensor "{key}" of "{self._path.name}" holds NaN or infinite numbers: download or train it again.'
+                f'The tensor "{key}" of "{self._path.name}" holds NaN or infinite numbers: download or train '
+                "it again."
             )
         return values
 

@@ -1,11 +1,11 @@
-"""How strongly each LoRA is on each layer at each step: K-LoRA, its ablations, and what people compare it with.
+"""How strongly each LoRA is applied to each layer at each step: K-LoRA, its ablations, and other methods.
 
 A method makes strengths from a pair's scores and the schedule: levels of subject and style, uint8 of shape
-(steps, layers, 2), in units of 1 / FULL. They multiply the user's multipliers. To add a method, write one function
-here and register it.
+(steps, layers, 2), in units of 1 / FULL. They multiply the user's multipliers. To add a method, write one
+function here and register it.
 
-Methods that compare scores give a layer that only one LoRA changes to that LoRA (its rival scores 0 in eq. 6); the
-others treat all layers alike.
+Methods that compare scores give a layer that only one LoRA changes to that LoRA, as the other one scores 0 in
+eq. (6). The remaining methods treat all layers alike.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 from klora.core.pair_scores import PairScores
 
 FULL = 2
-"""The level of a LoRA that is applied at the user's multiplier; 1 is half of it, 0 is not at all."""
+"""The level at which a LoRA is applied at the user's multiplier; 1 is half of that, 0 is not at all."""
 
 LARGEST = sys.float_info.max
-"""In the place of infinity, which JSON has not."""
+"""Stands for infinity, which JSON cannot express."""
 
 SUBJECT, STYLE, BOTH = (FULL, 0), (0, FULL), (FULL, FULL)
 
@@ -32,10 +32,10 @@ class MethodContext:
     """What a method may look at.
 
     Attributes:
-        scores: of the pair.
-        s: S(t) of every step, float64, shape (steps,).
-        gamma: γ in force.
-        seed: of the first image of the batch.
+        scores: the pair's scores.
+        s: S(t) at every step, float64, shape (steps,).
+        gamma: the γ to use.
+        seed: the seed of the first image of the batch.
     """
 
     scores: PairScores
@@ -54,10 +54,10 @@ class Method:
     """One way to make strengths.
 
     Attributes:
-        name: as people choose it.
-        strengths: uint8 of shape (steps, layers, 2) from the context.
-        absent: the role that the method leaves out altogether, so that its text encoder part is left out too.
-        seeded: whether it depends on the seed.
+        name: the name under which it is chosen.
+        strengths: makes levels, uint8 of shape (steps, layers, 2), from a context.
+        absent: the role that the method never applies, so that its text encoder part is not applied either.
+        seeded: whether the strengths depend on the seed.
     """
 
     name: str
@@ -68,24 +68,28 @@ class Method:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """What is compared of the two LoRAs on a layer that both change.
+    """A number by which the two LoRAs are compared on a layer that both change.
 
     Attributes:
         field: what follows "subject_" and "style_" in the names of LayerScore's fields.
-        words: for people; {k} stands for K of the layer.
+        words: its name for people, in the plural; {k} stands for the layer's K.
     """
 
     field: str
     words: str
 
     def of(self, scores: PairScores, role: str) -> np.ndarray:
-        """The magnitude of a role's LoRA on every layer, float64; 0 where only one of the two changes it."""
+        """The magnitude of a role's LoRA on every layer, float64, shape (layers,).
+
+        It is 0 where only one of the two changes the layer.
+        """
         return np.array([getattr(layer, f"{role}_{self.field}") for layer in scores.layers], np.float64)
 
     def ratios(self, scores: PairScores) -> np.ndarray:
-        """The subject's over the style's on every layer, float64.
+        """The subject's magnitude divided by the style's on every layer, float64, shape (layers,).
 
-        LARGEST where the style has none or only the subject changes the layer, -LARGEST where only the style does.
+        LARGEST where the style's is 0 or only the subject changes the layer, -LARGEST where only the style
+        does.
         """
         subject, style = self.of(scores, "subject"), self.of(scores, "style")
         ratios = np.divide(subject, style, out=np.full(len(subject), LARGEST), where=style > 0)
@@ -104,13 +108,13 @@ MAGNITUDES = (TOP_K, ENERGY)
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rule of a method that gives each layer to one LoRA: the subject where its ratio >= γ · S(t), else the style.
+    """The rule of a method that gives each layer to one LoRA: subject if ratio >= γ · S(t), else style.
 
-    It is data, so that the page can follow it while someone drags α or β, with the ratios that the server gives.
+    The rule is data, so that the page can apply it to the ratios from the server while someone drags α or β.
 
     Attributes:
-        magnitude: whose ratio counts; None: 1 for all layers alike.
-        uses_gamma, uses_s: whether γ and S(t) take part; what does not counts as 1.
+        magnitude: whose ratio is compared; None compares 1 on all layers.
+        uses_gamma, uses_s: whether γ and S(t) enter the threshold; 1 takes the place of one that does not.
     """
 
     magnitude: Magnitude | None
@@ -128,13 +132,13 @@ class Comparison:
 
 
 METHODS: dict[str, Method] = {}
-"""Name -> method, in the order in which people are offered them."""
+"""{name: method}, in the order in which they are offered."""
 
 
 def register(
     name: str, absent: str | None = None, seeded: bool = False
 ) -> Callable[[Callable[[MethodContext], np.ndarray]], Callable[[MethodContext], np.ndarray]]:
-    """Decorator that makes a function of a context one of METHODS; arguments as Method's attributes."""
+    """Decorator that adds a function of a context to METHODS; the arguments are Method's attributes."""
 
     def add(strengths: Callable[[MethodContext], np.ndarray]) -> Callable[[MethodContext], np.ndarray]:
         METHODS[name] = Method(name, strengths, absent, seeded)
@@ -157,9 +161,10 @@ register("Fixed")(Comparison(None, uses_gamma=False, uses_s=True))
 
 @register("Random", seeded=True)
 def random(context: MethodContext) -> np.ndarray:
-    """Subject with probability 1/3, else style, drawn per layer and step: "Random Selection" of K-LoRA fig. 9.
+    """Subject with probability 1/3, else style, per layer and step: "Random Selection" of K-LoRA fig. 9.
 
-    The generator is numpy's frozen RandomState, so a seed gives the same strengths on every machine and version.
+    numpy guarantees that RandomState never changes, so a seed gives the same strengths on every machine and
+    version.
     """
     return _subject_where(np.random.RandomState(context.seed % 2**32).random_sample(context.shape) < 1 / 3)
 
@@ -169,7 +174,7 @@ register("Frobenius")(Comparison(ENERGY, uses_gamma=True, uses_s=True))
 
 @register("LoRA Switch")
 def lora_switch(context: MethodContext) -> np.ndarray:
-    """Subject, style, subject, … step by step, all layers alike (Multi-LoRA Composition, arXiv 2402.16843)."""
+    """Subject, style, subject, … step by step on all layers (Multi-LoRA Composition, arXiv 2402.16843)."""
     even = np.arange(len(context.s)) % 2 == 0
     return _subject_where(np.broadcast_to(even[:, None], context.shape))
 
@@ -193,10 +198,10 @@ def style_only(context: MethodContext) -> np.ndarray:
 
 
 def everywhere(shape: tuple[int, int], levels: tuple[int, int]) -> np.ndarray:
-    """Strengths of (subject, style) `levels` on all layers at all steps; `shape` is (steps, layers)."""
+    """The same levels (subject, style) on all layers at all steps; `shape` is (steps, layers)."""
     return np.full((*shape, 2), levels, np.uint8)
 
 
 def _subject_where(chosen: np.ndarray) -> np.ndarray:
-    """Strengths from a bool of shape (steps, layers): the subject alone where it is true, else the style alone."""
+    """Strengths from a bool of shape (steps, layers): the subject alone where true, else the style alone."""
     return np.where(chosen[:, :, None], np.array(SUBJECT, np.uint8), np.array(STYLE, np.uint8))

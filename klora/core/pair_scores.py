@@ -1,4 +1,4 @@
-"""The scores of a pair of LoRAs, as values: what every method of fusion looks at."""
+"""The scores of a pair of LoRAs, as plain values: what every method looks at."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ class LayerScore:
     Attributes:
         name: canonical layer name.
         k: K of eq. (5).
-        rank_subject, rank_style: None for a delta stored full, 0 for a layer the file does not change.
+        rank_subject, rank_style: the rank that enters K; None for a delta stored in full, 0 for a layer that
+            the file does not change.
         subject_score, style_score: sum of the K largest |ΔW|, eqs. (1)-(4).
         subject_abs_sum, style_abs_sum: Σ|ΔW|, for γ.
         subject_energy, style_energy: Σ ΔW², the squared Frobenius norm.
-        only: the one LoRA that changes the layer, None if both do.
+        only: which LoRA alone changes the layer; None if both do.
     """
 
     name: str

@@ -1,4 +1,7 @@
-"""The plan of a run: how strongly each LoRA is on which layer at which step. A value: it can be printed, drawn, compared and saved."""
+"""The plan of a run: how strongly each LoRA is applied to which layer at which step.
+
+It is a plain value that can be printed, drawn, compared and saved.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from klora.core.pair_scores import PairScores
 from klora.core.schedule import Schedule
 
 JSON_LAYER_FIELDS = (
-    "name", "k", "rank_subject", "rank_style", "subject_score", "style_score", "subject_abs_sum", "style_abs_sum", "only",
+    "name", "k", "rank_subject", "rank_style",
+    "subject_score", "style_score", "subject_abs_sum", "style_abs_sum", "only",
 )  # fmt: skip
 
 
@@ -25,8 +29,9 @@ class Plan:
         scores: of the pair; its layers, sorted by name, are the second axis of `strengths`.
         method: name in METHODS.
         schedule: S(t).
-        gamma: γ in force: eq. (9)'s, 1 when it is off, or the user's number.
-        strengths: levels of subject and style, uint8 of shape (steps, layers, 2), in units of 1 / FULL; read-only.
+        gamma: the γ that was used: eq. (9)'s, 1 if it is off, or the user's number.
+        strengths: levels of subject and style, uint8 of shape (steps, layers, 2), in units of 1 / FULL;
+            read-only.
     """
 
     scores: PairScores
@@ -49,12 +54,12 @@ class Plan:
         return shares(self.strengths)[..., 0]
 
     def switches(self) -> list[list[int]]:
-        """For each layer the steps at which its strengths differ from the step before."""
+        """For each layer, the steps at which its strengths differ from those of the step before."""
         changed = (self.strengths[1:] != self.strengths[:-1]).any(axis=2)
         return [(np.flatnonzero(column) + 1).tolist() for column in changed.T]
 
     def to_json(self, warnings: list[str]) -> dict[str, Any]:
-        """The plan as `python -m klora analyze` and the HTTP API give it (docs/api.md, "The plan as JSON")."""
+        """The plan as `python -m klora analyze` and the HTTP API give it: docs/api.md, "The plan as JSON"."""
         layers = [
             {**{name: row[name] for name in JSON_LAYER_FIELDS}, "switches": switches}
             for row, switches in zip(map(asdict, self.scores.layers), self.switches(), strict=True)
@@ -74,16 +79,17 @@ class Plan:
 
 
 def shares(strengths: np.ndarray) -> np.ndarray:
-    """Subject's and style's share of the layers, float64, shape (..., 2), from levels of shape (..., layers, 2).
+    """The shares of subject and style, float64, shape (..., 2), from levels of shape (..., layers, 2).
 
-    A layer counts 1 in all, split as its two levels are; one with neither counts nothing.
+    Each layer counts as 1, divided between the two LoRAs as its levels are; a layer with neither LoRA counts
+    as 0.
     """
     total = strengths.sum(axis=-1, keepdims=True)
     return np.divide(strengths, total, out=np.zeros(strengths.shape), where=total > 0).mean(axis=-2)
 
 
 def as_numbers(strengths: np.ndarray) -> list:
-    """Levels as the numbers that multiply the user's multipliers: 0, 0.5 or 1, in lists of the same shape."""
+    """Levels as nested lists of what they multiply the user's multipliers by: 0, 0.5 or 1."""
     return np.array([number(level) for level in range(FULL + 1)], dtype=object)[strengths].tolist()
 
 
@@ -99,10 +105,17 @@ def make_plan(
     """The plan of a pair for a whole schedule of `steps` steps.
 
     Args:
-        gamma: "auto" takes γ of the pair (eq. 9), "off" takes 1, a number is taken as it is.
-        seed: only the method "Random" looks at it.
+        scores: the pair's scores.
+        steps: steps of the whole schedule, 1 or more.
+        schedule: S(t).
+        method: a name in METHODS.
+        gamma: "auto" uses the pair's γ (eq. 9), "off" uses 1, a number is used as it is.
+        seed: used by the method "Random" only.
+
+    Raises:
+        KeyError: there is no such method.
     """
-    in_force = scores.gamma if gamma == "auto" else 1.0 if gamma == "off" else float(gamma)
-    strengths = METHODS[method].strengths(MethodContext(scores, schedule.values(steps), in_force, seed))
+    used_gamma = scores.gamma if gamma == "auto" else 1.0 if gamma == "off" else float(gamma)
+    strengths = METHODS[method].strengths(MethodContext(scores, schedule.values(steps), used_gamma, seed))
     strengths.flags.writeable = False
-    return Plan(scores, method, schedule, in_force, strengths)
+    return Plan(scores, method, schedule, used_gamma, strengths)

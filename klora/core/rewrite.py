@@ -1,7 +1,8 @@
-"""Writing a LoRA file under the key names that A1111, Forge and their kin load.
+"""Writing a LoRA file with the key names that A1111, Forge and similar WebUIs load.
 
-A module becomes kohya with native names, but for pieces of a fused module that stand alone: these become diffusers' names with PEFT's
-lora_A / lora_B. Both may stand in one file, which Forge reads. Tensors are copied byte for byte.
+A module is written with kohya's keys and native names. Pieces of a fused module that come as matrices of
+their own are written with diffusers' names and PEFT's lora_A / lora_B instead. One file may contain both, as
+Forge reads such files. Tensors are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -33,20 +34,28 @@ _OTHER = {role: suffix for suffix, role in SUFFIXES.items() if role not in _KOHY
 _RENAMED = {"up_bias": ".diff_b", dora.PEFT: ".dora_scale"}
 _BIASES = ("diff_b", "up_bias")
 _DTYPES = {
-    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8", "bool",
+    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
+    "int64", "int32", "int16", "int8", "uint8", "bool",
 }  # fmt: skip
-"""What every version of safetensors that the hosts install can write."""
+"""Types that all versions of safetensors installed by the hosts can write."""
 
 _HASHES_OF_THE_ORIGINAL = {"sshs_model_hash", "sshs_legacy_hash"}
-"""Of its tensors' bytes, kohya's: a host would take the copy for the file that is listed under them."""
+"""kohya's hashes of the tensors' bytes: with them, a host would take the copy for the original."""
 
 FORMAT = "klora-keys-1"
-"""Change it with anything that changes what is written of a file: copies of another format are never given to a host."""
+"""Must change whenever a file would be written differently: hosts never get copies in another format."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor to write: from key `source` (None: `number` alone), of its rows `rows` if given, with this shape."""
+    """One tensor to write.
+
+    Attributes:
+        source: the file's key to copy from; None writes `number`.
+        rows: the rows to copy; None copies all.
+        shape: the shape to write; None keeps the source's.
+        factor: what the values are multiplied by.
+    """
 
     source: str | None
     number: float = 0.0
@@ -56,26 +65,30 @@ class _Entry:
 
 
 def is_in(lora: LoraFile, dialects: Collection[str]) -> bool:
-    """Whether a host's loader that knows these dialects applies the whole of a file as it stands.
+    """Whether a host's loader that knows these dialects applies the whole of a file as it is.
 
-    No host's loader looks for a scale in the header, or knows PEFT's names of magnitudes and biases.
+    No host's loader looks for a scale in the header or knows PEFT's names for magnitudes and biases.
     """
     odd = any(role in _RENAMED for module in lora.modules for role in module.keys)
     return lora.dialects <= set(dialects) and not (lora.scale_from_metadata or lora.unused_keys or odd)
 
 
 def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Writes `lora` to `destination`, a safetensors file, as the hosts know it. Where it fails half a file may be left.
+    """Writes `lora` as a safetensors file that the hosts can load.
 
-    Names change and nothing else, but: a scale that only the header's adapter metadata held is written as alpha; PEFT's
-    magnitude (rows,) takes LyCORIS' shape (rows, 1); PEFT's `lora_B.bias` becomes `diff_b`, multiplied by the scale; kohya's
-    hashes of the original are left out.
+    If writing fails, a partial file may be left.
+
+    Only names change, with these exceptions: a scale that is only in the header's adapter metadata is written
+    as alpha; PEFT's magnitude of shape (rows,) gets LyCORIS' shape (rows, 1); PEFT's `lora_B.bias` becomes
+    `diff_b`, multiplied by the scale; kohya's hashes of the original are left out.
 
     Returns:
-        The keys left out because no host knows them: `lora.unknown_keys`. `lora.unused_keys` are left out too.
+        The keys left out because no host knows them: `lora.unknown_keys`. `lora.unused_keys` are left out
+        too.
 
     Raises:
-        LoraFileError: a tensor cannot be cut for the host's layers.
+        LoraFileError: a tensor cannot be read, has a type that hosts cannot load, or cannot be cut for their
+            layers.
         OSError: the destination cannot be written.
     """
     entries = {key: entry for module in lora.modules for key, entry in _entries(lora, module)}
@@ -97,7 +110,8 @@ def _entries(lora: LoraFile, module: FileModule) -> Iterator[tuple[str, _Entry]]
         if rows is not None and kind is not None and not kind.cut_roles:
             key = next(module.keys[role] for role in kind.terms[0] if role in module.keys)
             raise LoraFileError(
-                f'The fused tensor "{key}" of "{lora.path.name}" cannot be cut for WebUIs: export the LoRA as kohya.'
+                f'The fused tensor "{key}" of "{lora.path.name}" cannot be cut into the layers that WebUIs '
+                "load: export the LoRA in kohya's format."
             )
         for role, key in module.keys.items():
             cut = rows if role in cut_roles or dora.has_rows(role, module.shapes[role]) else None
@@ -114,7 +128,7 @@ def _entries(lora: LoraFile, module: FileModule) -> Iterator[tuple[str, _Entry]]
 
 
 def _places(module: FileModule) -> Iterator[tuple[str, Mapping[str, str], slice | None]]:
-    """(opening of the key, suffixes of the pair, rows or None for all) of each module that the host shall see."""
+    """(start of the key, suffixes of the factors, rows or None for all) of each module to be written."""
     target = module.target
     native = target.module.native
     if target.base in TEXT_ENCODERS:
@@ -148,7 +162,7 @@ def _magnitude_shape(module: FileModule, rows: slice | None) -> tuple[int, ...]:
 
 
 def _tensors(entries: Mapping[str, _Entry], opened: OpenTensors, lora: LoraFile) -> dict[str, Tensor]:
-    """{key: tensor to write}, mapped from the file where it is one of the file's as it stands."""
+    """{key: tensor to write}, memory-mapped from the file where a whole tensor is copied unchanged."""
     found: dict[str, Tensor] = {}
     places = set()
     for key, entry in entries.items():
@@ -156,11 +170,12 @@ def _tensors(entries: Mapping[str, _Entry], opened: OpenTensors, lora: LoraFile)
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in _DTYPES:
             raise LoraFileError(
-                f'The tensor "{entry.source}" of "{lora.path.name}" holds {dtype} numbers: save the LoRA in fp32, fp16, bf16 or fp8.'
+                f'The tensor "{entry.source}" of "{lora.path.name}" holds {dtype} numbers: save the LoRA in '
+                "fp32, fp16, bf16 or fp8."
             )
         is_part = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
         if is_part or tensor.data_ptr() in places:
-            tensor = tensor.clone()  # safetensors writes no two tensors that share memory
+            tensor = tensor.clone()  # safetensors refuses tensors that share memory
         places.add(tensor.data_ptr())
         found[key] = tensor
     return found
@@ -176,7 +191,7 @@ def _tensor(entry: _Entry, tensors: OpenTensors) -> Tensor:
 
 
 def _system_error(error: SafetensorError, destination: str) -> OSError:
-    """The system's error within the library's, which has no number but in its text."""
+    """The system's error inside the library's, which gives the error number in its text only."""
     number = re.search(r"(?:code:|os error) (\d+)", str(error))
     code = int(number[1]) if number else 0
     reason = os.strerror(code) if code and os.name == "posix" else str(error)

@@ -1,4 +1,4 @@
-"""The scaling factor S that moves the favour from the subject to the style during a run (K-LoRA eqs. 7 and 12)."""
+"""The scaling factor S(t): the larger it is, the more layers get the style (K-LoRA eqs. 7 and 12)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ ALPHA_M = 1.5
 """The modulus of S* in eq. (12)."""
 
 SCHEDULES = {"s": 0.5, "s*": 1.3}
-"""Name of a schedule -> its default β."""
+"""{name of a schedule: its default β}."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """S(t) = α τ + β (eq. 7), or S*(t) = (α τ + β) mod α_m (eq. 12), with τ = t_now / t_all."""
+    """S(t) = α τ + β (eq. 7), or S*(t) = (α τ + β) mod α_m (eq. 12), where τ = t_now / t_all."""
 
     name: str
     alpha: float
@@ -23,14 +23,14 @@ class Schedule:
 
     @classmethod
     def named(cls, name: str, alpha: float = 1.5, beta: float | None = None) -> Schedule:
-        """The schedule called "s" or "s*"; without β its own default, 0.5 or 1.3."""
+        """The schedule "s" or "s*"; without `beta`, its default of 0.5 or 1.3."""
         return cls(name, alpha, SCHEDULES[name] if beta is None else beta)
 
     def values(self, steps: int) -> np.ndarray:
         """S at each of the `steps` steps of a whole schedule, float64, shape (steps,).
 
-        Rounded to 12 decimals, so that a step that falls on the wrap of S* does so in every implementation: with α' 1.5 and β' 1.3 in
-        15 steps, step 2 is exactly at 1.5.
+        Values are rounded to 12 decimals, so that a step at which S* wraps around does so in every
+        implementation. With α' 1.5, β' 1.3 and 15 steps, for example, step 2 is exactly at 1.5.
         """
         s = np.round(self.alpha * (np.arange(steps) / steps) + self.beta, 12)
         return np.round(s % ALPHA_M, 12) if self.name == "s*" else s

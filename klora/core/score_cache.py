@@ -1,7 +1,8 @@
-"""Profiles of LoRA files on disk, by the files' content, so that files seen before pair in milliseconds.
+"""Profiles of LoRA files on disk, by content, so that files seen before are scored in milliseconds.
 
-An entry is a checksum and a numpy archive. Whatever is wrong with one (damaged, cut off, of another format), it is ignored and written
-again; whatever is wrong with the folder (read-only, full), scoring goes on without it.
+An entry is a checksum and a numpy archive. An entry that cannot be trusted (damaged, cut off, in another
+format) is ignored and written again. If the folder cannot be used (read-only, full), scoring goes on without
+it.
 """
 
 from __future__ import annotations
@@ -20,22 +21,26 @@ from klora.core.file_state import FileState, state_of
 from klora.core.profiles import FileProfile, LayerProfile
 
 FORMAT = "klora-profile-4"
-"""Change it with anything that changes a profile's numbers or layout: entries of another format are never read."""
+"""Must change whenever a profile's numbers or layout do: entries in another format are never read."""
 
 MAX_EXTRA_SUMS = 8192
-"""Top-K sums kept per file beside the profiles; older ones go."""
+"""Top-K sums kept per file beside the profiles; the oldest are dropped first."""
 
 NO_RANK = -1
 
 
 class ScoreCache:
-    """Profiles by file content, in one folder of bounded size. Safe for several processes and threads at once.
+    """Profiles by file content, in one folder of bounded size.
 
-    Beside the entries the folder holds notes: what content the file at a path had in a state, so that it is not hashed again.
+    Safe for several processes and threads at once.
+
+    Besides the entries there are notes in the folder. A note says what content the file at a path had in some
+    state, so that the file need not be hashed again.
 
     Args:
-        folder: made when the first profile is stored.
-        limit: bytes of entries and notes; the least recently used go first.
+        folder: created when the first profile is stored.
+        limit: the most bytes that entries and notes may take together; the least recently used are deleted
+            first.
     """
 
     def __init__(self, folder: Path, limit: int = 256 * 2**20) -> None:
@@ -47,13 +52,15 @@ class ScoreCache:
         return self._store.folder
 
     def content(self, path: Path, state: FileState | None = None) -> str | None:
-        """SHA-256 of the file at `path`, hashed anew unless it was noted for the file's present state.
+        """SHA-256 of the file at `path`, computed unless there is a note for the file's present state.
 
         Args:
-            state: the one that the file must still be in; any if None.
+            path: the file.
+            state: the state that the file must still be in; None accepts any.
 
         Returns:
-            None if the file cannot be read, is no longer in `state`, or is changed while it is hashed.
+            The hash in hexadecimal; None if the file cannot be read, is no longer in `state`, or changes
+            while it is being hashed.
         """
         now = state_of(path)
         if now is None or (state is not None and now != state):
@@ -67,7 +74,7 @@ class ScoreCache:
         return content
 
     def load(self, content: str) -> FileProfile | None:
-        """What is known of a file of this content, None if there is no entry to trust."""
+        """What is known of a file with this content, None if there is no valid entry."""
         entry = self.folder / _entry(content)
         try:
             payload = _checked(entry.read_bytes(), content)
@@ -75,17 +82,17 @@ class ScoreCache:
             return None
         if payload is None:
             return None
-        self._store.used(entry)
+        self._store.mark_used(entry)
         return _unpack(payload)
 
     def store(self, content: str, known: FileProfile) -> None:
-        """Remember what is known of a file of this content."""
+        """Stores what is known of a file with this content, if the folder can be written to."""
         payload = _pack(known)
         self._write(_entry(content), _digest(payload, content) + payload)
         self.trim()
 
     def trim(self) -> None:
-        """Bring the folder below the limit: the least recently used go first."""
+        """Brings the folder below the limit by deleting the least recently used entries and notes."""
         self._store.trim()
 
     def size(self) -> int:
@@ -93,7 +100,7 @@ class ScoreCache:
         return self._store.size()
 
     def clear(self) -> None:
-        """Drop all entries and notes."""
+        """Deletes all entries and notes."""
         self._contents.clear()
         self._store.clear()
 
@@ -114,7 +121,7 @@ class ScoreCache:
             content = str(note["content"]) if note["state"] == [state.path, state.text] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        self._store.used(place)
+        self._store.mark_used(place)
         return content
 
     def _note(self, state: FileState, content: str) -> None:
@@ -124,7 +131,6 @@ class ScoreCache:
             self._write(_note_name(state.path), json.dumps(note).encode("ascii"))
 
     def _write(self, name: str, data: bytes) -> None:
-        """Without success if the folder cannot be written to."""
         with contextlib.suppress(OSError):
             self._store.write(name, lambda place: place.write_bytes(data))
 
@@ -149,18 +155,18 @@ def _hash(path: Path) -> str | None:
 
 
 def _digest(payload: bytes, content: str) -> bytes:
-    """Checksum (32 bytes) of an entry, of the file it belongs to and of the format."""
+    """Checksum (32 bytes) over an entry, the content of the file it belongs to, and the format."""
     return hashlib.sha256(b"\n".join((FORMAT.encode(), content.encode(), payload))).digest()
 
 
 def _checked(data: bytes, content: str) -> bytes | None:
-    """The payload of an entry, None unless it is what was written for this content in this format."""
+    """The payload of an entry, None unless it was written for this content in this format and is intact."""
     payload = data[32:]
     return payload if data[:32] == _digest(payload, content) else None
 
 
 def _pack(known: FileProfile) -> bytes:
-    """A numpy archive of three arrays, as every array costs time to read. Ranks, sizes and K are exact in float64."""
+    """A numpy archive of only three arrays, as each takes time to read. Integers are exact in float64."""
     extra = dict(islice(known.extra_sums.items(), max(0, len(known.extra_sums) - MAX_EXTRA_SUMS), None))
     places = {name: place for place, name in enumerate(known.layers)}
     numbers = [

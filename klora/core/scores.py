@@ -1,6 +1,7 @@
-"""Scores and γ of a pair of LoRA files: K-LoRA eqs. (1)-(5) and (9), once per pair, from one pass over each file.
+"""Scores and γ of a pair of LoRA files (K-LoRA eqs. 1-5 and 9), from one pass over each file.
 
-The pass gives a profile per layer that answers any partner's K, so files seen before pair without reading them again.
+The pass makes a profile of each layer that covers the K of any usual partner, so files seen before are scored
+without reading them again.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from klora.errors import Cancelled, LoraFileError, PairError
 Progress = Callable[[int, int], object]
 IsCancelled = Callable[[], bool]
 Turn = Callable[[], AbstractContextManager[object]]
-"""Entered around every pass over a file: a host lets one thread at a time have the machine."""
+"""Entered around every pass over a file, as a host lets only one thread at a time use the machine."""
 
 
 class LayerShape(Protocol):
-    """What `LoraSource.layers` tells of a layer: (rows, columns) of its ΔW."""
+    """What `LoraSource.layers` says of a layer: the shape (rows, columns) of its ΔW."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
 
 
 class LoraSource(Protocol):
-    """A LoRA file as `klora.core.lora_file.LoraFile` gives it."""
+    """What scoring needs of a LoRA file; `klora.core.lora_file.LoraFile` is one."""
 
     @property
     def path(self) -> Path: ...
@@ -68,16 +69,19 @@ def profile_file(
         lora: the file.
         device: where to compute; `scoring_device()` if None.
         progress: called with (layers done, layers in all) after each layer, on the caller's thread.
-        cancelled: asked all the time, at least every 0.05 s or GPU layer, on the caller's thread.
-        workers: threads on the CPU; by default one per core, at most 8.
+        cancelled: asked at least every 0.05 s, or before every layer on a GPU, on the caller's thread.
+        workers: CPU threads; by default one per core, at most 8.
+
+    Returns:
+        {canonical layer: profile}, sorted by name.
 
     Raises:
-        Cancelled: `cancelled` said so.
-        LoraFileError: broken numbers in the file.
+        Cancelled: `cancelled` returned True.
+        LoraFileError: a tensor holds NaN or Inf, or numbers too large to be summed.
     """
-    run = _Run(device, progress, cancelled, nullcontext, workers)
-    run.expect(len(lora.layers))
-    return _profile(lora, run)
+    job = _ScoringJob(device, progress, cancelled, nullcontext, workers)
+    job.expect(len(lora.layers))
+    return _profile(lora, job)
 
 
 def score_pair(
@@ -95,37 +99,40 @@ def score_pair(
 
     Args:
         subject, style: the two files; they may be the same.
-        k_scale: multiplies K; 1 is the paper's.
-        cache: where profiles are looked for and left.
-        device, progress, cancelled: as for `profile_file`; `progress` counts the layers of both files that must be read.
-        turn: entered around every pass over a file, and not at all for a pair that the cache knows.
+        k_scale: multiplies K; 1 is the paper's K.
+        cache: where profiles are looked up and stored; None does without.
+        device, progress, cancelled: as for `profile_file`; `progress` counts the layers of both files that
+            must be read.
+        turn: entered around every pass over a file; not used for a pair that is in the cache.
 
     Raises:
-        PairError: the files share no layer, disagree on a layer's shape, or one changes nothing on the shared layers.
-        Cancelled: `cancelled` said so.
-        LoraFileError: broken numbers in a file, in what is not scored (text encoders, norms, biases, magnitudes) too.
+        PairError: the files share no layer, disagree on a layer's shape or differ too much in magnitude, or
+            one of them changes nothing on the shared layers.
+        Cancelled: `cancelled` returned True.
+        LoraFileError: a tensor holds NaN or Inf, or numbers too large to be summed. This includes tensors
+            that are not scored: text encoders, norms, biases and magnitudes.
     """
     shared = _shared_layers(subject, style)
-    run = _Run(device, progress, cancelled, turn, None)
-    sides = _Side(subject, cache, run), _Side(style, cache, run)
+    job = _ScoringJob(device, progress, cancelled, turn, None)
+    sides = _Side(subject, cache, job), _Side(style, cache, job)
     files = sides[:1] if subject.path == style.path else sides
-    run.expect(sum(len(side.lora.layers) for side in files if not side.known.layers))
+    job.expect(sum(len(side.lora.layers) for side in files if not side.known.layers))
     for side in files:
-        side.complete_profiles(run)
+        side.complete_profiles(job)
     sides = files[0], files[-1]
     gamma = _gamma(*sides, shared)
     ours, theirs = (side.known.layers for side in sides)
     ks = {name: _k(ours[name], theirs[name], subject.layers[name].shape, k_scale) for name in shared}
     missing = [side.missing(ks) for side in files]
-    run.expect(sum(map(len, missing)))
+    job.expect(sum(map(len, missing)))
     for side, missing_ks in zip(files, missing, strict=True):
-        side.complete_sums(missing_ks, run)
+        side.complete_sums(missing_ks, job)
     names = sorted({*subject.layers, *style.layers})
     return PairScores(tuple(_layer_score(name, ks.get(name), *sides) for name in names), gamma)
 
 
-class _Run:
-    """Where and when one call computes, whom it tells and whom it asks, over all its passes."""
+class _ScoringJob:
+    """One call's device, progress and cancellation, over all its passes."""
 
     def __init__(
         self,
@@ -149,7 +156,7 @@ class _Run:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Within it the machine is this call's."""
+        """Inside the block this call has the machine to itself."""
         self._check()
         with self._turn():
             yield
@@ -166,19 +173,19 @@ class _Run:
             check=self._check,
         )
 
-    def go_on(self) -> None:
-        """Raises Cancelled once the call is given up; for its other threads, which must not ask `cancelled` themselves."""
+    def raise_if_given_up(self) -> None:
+        """Raises Cancelled after a cancellation; for worker threads, which must not call `cancelled`."""
         if self._given_up.is_set():
             raise Cancelled
 
-    def waited_for(self, work: Callable[[], Result]) -> Result:
-        """The result of work that cannot be told to stop, as hashing a file: when the call is cancelled it is left to end alone."""
+    def wait_for(self, work: Callable[[], Result]) -> Result:
+        """The result of work that cannot be stopped, such as hashing; it runs on after a cancellation."""
         future: Future[Result] = Future()
 
         def do() -> None:
             try:
                 future.set_result(work())
-            except BaseException as error:  # noqa: BLE001 raised where it is waited for
+            except BaseException as error:  # noqa: BLE001 raised again by `future.result`
                 future.set_exception(error)
 
         Thread(target=do, daemon=True).start()
@@ -198,42 +205,42 @@ class _Run:
 
 
 class _Side:
-    """One file of a pair and what is known of it, from the cache or from passes over it."""
+    """The subject or the style file and what is known of it, from the cache or from passes over it."""
 
-    def __init__(self, lora: LoraSource, cache: ScoreCache | None, run: _Run) -> None:
+    def __init__(self, lora: LoraSource, cache: ScoreCache | None, job: _ScoringJob) -> None:
         self.lora = lora
         self.known = FileProfile({})
         self._cache = cache
-        self._content = run.waited_for(self._present_content)
+        self._content = job.wait_for(self._present_content)
         self._look_up()
 
-    def complete_profiles(self, run: _Run) -> None:
-        """One pass over the file, unless its profile is known, or has become so while this call waited for its turn.
+    def complete_profiles(self, job: _ScoringJob) -> None:
+        """One pass over the file, unless its profiles are known, or another call stored them in the meantime.
 
-        Where it is known, the numbers that are not scored have been looked at too.
+        If they are known, the tensors that are not scored were checked before, too.
         """
         if self.known.layers:
             return
-        with run.turn():
+        with job.turn():
             self._look_up()
             if self.known.layers:
-                run.expect(-len(self.lora.layers))
+                job.expect(-len(self.lora.layers))
             else:
-                run.waited_for(self.lora.check_unscored)
-                self._learn(FileProfile(_profile(self.lora, run)))
+                job.wait_for(self.lora.check_unscored)
+                self._learn(FileProfile(_profile(self.lora, job)))
 
     def missing(self, ks: Mapping[str, int]) -> dict[str, int]:
         """{layer: K} where the Top-K sum at this K is not known."""
         return {name: k for name, k in ks.items() if self.known.top_sum(name, k) is None}
 
-    def complete_sums(self, ks: Mapping[str, int], run: _Run) -> None:
+    def complete_sums(self, ks: Mapping[str, int], job: _ScoringJob) -> None:
         """One pass over these layers, if any, for their Top-K sums."""
         if ks:
-            with run.turn():
-                sums = run.over(
+            with job.turn():
+                sums = job.over(
                     self.lora,
                     list(ks),
-                    lambda name, delta, buffer: top_sum(delta, ks[name], buffer, run.go_on),
+                    lambda name, delta, buffer: top_sum(delta, ks[name], buffer, job.raise_if_given_up),
                 )
             extra = {**self.known.extra_sums, **{(name, ks[name]): value for name, value in sums.items()}}
             self._learn(FileProfile(self.known.layers, extra))
@@ -256,53 +263,64 @@ class _Side:
             self._cache.store(self._content, known)
 
     def _present_content(self) -> str | None:
-        """What the file is known by in the cache; None if it is no longer the file that `lora` was read from."""
+        """The file's key in the cache; None without a cache, or if the file changed after `lora` was read."""
         return self._cache.content(self.lora.path, self.lora.state) if self._cache else None
 
 
 def _fits(known: FileProfile, lora: LoraSource) -> bool:
-    """Whether a stored profile is of the layers that the file is now read as."""
+    """Whether a stored profile has the layers that are read from the file now."""
     return {name: layer.numel for name, layer in known.layers.items()} == {
         n: math.prod(layer.shape) for n, layer in lora.layers.items()
     }
 
 
-def _profile(lora: LoraSource, run: _Run) -> dict[str, LayerProfile]:
-    found = run.over(lora, list(lora.layers), lambda name, delta, buffer: profile(delta, buffer, run.go_on))
+def _profile(lora: LoraSource, job: _ScoringJob) -> dict[str, LayerProfile]:
+    found = job.over(
+        lora,
+        list(lora.layers),
+        lambda name, delta, buffer: profile(delta, buffer, job.raise_if_given_up),
+    )
     for name, layer in found.items():
         if not math.isfinite(layer.abs_sum) or not math.isfinite(layer.squared_sum):
             raise LoraFileError(
-                f"The numbers of “{lora.path.name}” in layer {name} are too large to be summed: take another file in its place."
+                f"The numbers of “{lora.path.name}” in layer {name} are too large to be summed: "
+                "take another file in its place."
             )
     return dict(sorted(found.items()))
 
 
 def _shared_layers(subject: LoraSource, style: LoraSource) -> list[str]:
-    """The layers that both change; raises PairError if there is none or a shape differs."""
+    """The layers that both files change; raises PairError if there is none or a shape differs."""
     shared = sorted(subject.layers.keys() & style.layers.keys())
     if not shared:
         raise PairError(
-            f"“{subject.path.name}” and “{style.path.name}” change different parts of the model and have no layer in common, so there is "
-            "nothing to choose between: put both into the prompt, where each applies in full to its own part."
+            f"“{subject.path.name}” and “{style.path.name}” change different parts of the model and have no "
+            "layer in common, so there is nothing to choose between: put both into the prompt, where each "
+            "applies in full to its own part."
         )
     for name in shared:
         ours, theirs = subject.layers[name].shape, style.layers[name].shape
         if name == "img_in" and ours != theirs:
             raise PairError(
-                f"“{subject.path.name}” and “{style.path.name}” were made for different inputs (img_in is {ours[0]}×{ours[1]} in the first and "
-                f"{theirs[0]}×{theirs[1]} in the second): one of them is a control LoRA (FLUX.1 Depth or Canny) or was made for FLUX.1 Fill. "
-                "Take another LoRA in its place."
+                f"“{subject.path.name}” and “{style.path.name}” were made for different inputs (img_in is "
+                f"{ours[0]}×{ours[1]} in the first and {theirs[0]}×{theirs[1]} in the second): one of them "
+                "is a control LoRA (FLUX.1 Depth or Canny) or was made for FLUX.1 Fill. Take another LoRA in "
+                "its place."
             )
         if ours != theirs:
             raise PairError(
-                f"“{subject.path.name}” and “{style.path.name}” were made for different base models: layer {name} is "
-                f"{ours[0]}×{ours[1]} in the first and {theirs[0]}×{theirs[1]} in the second. Take two LoRAs for the same base model."
+                f"“{subject.path.name}” and “{style.path.name}” were made for different base models: layer "
+                f"{name} is {ours[0]}×{ours[1]} in the first and {theirs[0]}×{theirs[1]} in the second. Take "
+                "two LoRAs for the same base model."
             )
     return shared
 
 
 def _k(subject: LayerProfile, style: LayerProfile, shape: tuple[int, int], k_scale: float) -> int:
-    """K-LoRA eq. (5): r_subject · r_style, scaled, at least 1 and at most all entries; a full matrix has rank min(rows, columns)."""
+    """K of K-LoRA eq. (5): r_subject · r_style, scaled, at least 1 and at most the number of entries.
+
+    If neither delta has a rank, both count with the full rank of the matrix, min(rows, columns).
+    """
     if subject.rank is None:
         k = table_k(None, min(shape) if style.rank is None else style.rank)
     else:
@@ -311,19 +329,24 @@ def _k(subject: LayerProfile, style: LayerProfile, shape: tuple[int, int], k_sca
 
 
 def _gamma(subject: _Side, style: _Side, shared: Sequence[str]) -> float:
-    """K-LoRA eq. (9): Σ|ΔW_subject| / Σ|ΔW_style| over the shared layers; raises PairError if one is 0."""
+    """K-LoRA eq. (9): Σ|ΔW_subject| / Σ|ΔW_style| over the shared layers.
+
+    Raises PairError if a sum is 0 or the ratio is not a positive, finite number.
+    """
     totals = [math.fsum(side.known.layers[name].abs_sum for name in shared) for side in (subject, style)]
     for side, other, total in ((subject, style, totals[0]), (style, subject, totals[1])):
         if total == 0:
             raise PairError(
-                f"“{side.lora.path.name}” changes nothing on the layers it shares with “{other.lora.path.name}” (all its values there "
-                "are zero), so the two cannot be balanced: take another file in its place."
+                f"“{side.lora.path.name}” changes nothing on the layers it shares with "
+                f"“{other.lora.path.name}” (all its values there are zero), so the two cannot be balanced: "
+                "take another file in its place."
             )
     gamma = totals[0] / totals[1]
     if not 0 < gamma < math.inf:
         raise PairError(
-            f"“{subject.lora.path.name}” and “{style.lora.path.name}” differ so much in magnitude ({totals[0]:.1g} and {totals[1]:.1g}) that "
-            "they cannot be balanced: take another file in the place of one."
+            f"“{subject.lora.path.name}” and “{style.lora.path.name}” differ so much in magnitude "
+            f"({totals[0]:.1g} and {totals[1]:.1g}) that they cannot be balanced: take another file in place "
+            "of one."
         )
     return gamma
 

@@ -1,4 +1,4 @@
-"""A file of named tensors, read one tensor at a time: .safetensors memory-mapped, .pt and its kin by weights_only."""
+"""A file of named tensors: .safetensors is memory-mapped, .pt and its like are read with `weights_only`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors format allows no more (MAX_HEADER_SIZE in its source)."""
 
 _IMAGES = {"ssmd_cover_images", "modelspec.thumbnail"}
-"""Metadata that may be many megabytes of images, which nobody here looks at."""
+"""Metadata that may be many megabytes of images, which K-LoRA does not need."""
 
 FLOATS = {
     dtype
     for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
     if (dtype := getattr(torch, name, None)) is not None
 }
-"""Types of numbers that a LoRA may be stored in."""
+"""Number types in which a LoRA may be stored."""
 
 _AGAIN = "download or copy it again"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -49,13 +49,14 @@ class OpenTensors(Protocol):
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a file holds, without its tensors.
+    """What a file contains, except for the tensors themselves.
 
     Attributes:
         path: the file.
         shapes: {key: shape}, in the file's order.
-        metadata: the header's __metadata__ but for its images; empty for other formats.
-        types: {key: the safetensors format's code of its type of numbers}; empty for other formats.
+        metadata: the header's __metadata__ without its images; empty for formats other than safetensors.
+        types: {key: number type, in safetensors' codes such as "BF16"}; empty for formats other than
+            safetensors.
     """
 
     path: Path
@@ -64,7 +65,11 @@ class TensorFile:
     types: Mapping[str, str] = field(default_factory=dict)
 
     def open(self) -> AbstractContextManager[OpenTensors]:
-        """The file's tensors; usable from several threads."""
+        """The file's tensors; usable from several threads.
+
+        Raises:
+            LoraFileError: the file is gone, damaged, or of a type that an installed library does not know.
+        """
         if self.path.suffix.lower() in _PICKLED:
             with _readable(self.path):
                 return nullcontext(_Loaded(_unpickle(self.path)))
@@ -72,7 +77,7 @@ class TensorFile:
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """Reads names and shapes.
+    """Reads the names and shapes of a file's tensors.
 
     Raises:
         LoraFileError: the file is missing, unreadable, truncated, or in another format.
@@ -82,7 +87,8 @@ def read_tensor_file(path: Path) -> TensorFile:
             raise LoraFileError(f'"{path}" is a folder, not a LoRA file: name the .safetensors file in it.')
         if any("\ud800" <= char <= "\udfff" for char in str(path)):
             raise LoraFileError(
-                f'The name of the LoRA file "{path}" is not valid UTF-8, so no WebUI can write it down: rename the file.'
+                f'The name of the LoRA file "{path}" is not valid UTF-8, so no WebUI can record it: rename '
+                "the file."
             )
         size = path.stat().st_size
         if size == 0:
@@ -95,22 +101,25 @@ def read_tensor_file(path: Path) -> TensorFile:
 
 
 def _check_container(path: Path, size: int) -> None:
-    """Refuse what is not in the format that its ending says, where its first bytes tell what it is instead."""
+    """Refuses a file whose first bytes show that it is not in the format that its ending says."""
     with path.open("rb") as stream:
         start = stream.read(len(_LFS_POINTER))
     pickled = path.suffix.lower() in _PICKLED
     if start.startswith(_LFS_POINTER):
         raise LoraFileError(
-            f'"{path.name}" is a git-lfs pointer of {size} bytes, not the LoRA itself: fetch it with "git lfs pull", or download it.'
+            f'"{path.name}" is a git-lfs pointer of {size} bytes, not the LoRA itself: fetch it with "git '
+            'lfs pull", or download it.'
         )
     if pickled and start[8:9] == b"{" and 2 <= struct.unpack("<Q", start[:8])[0] <= size - 8:
         raise LoraFileError(
-            f'"{path.name}" is a safetensors file with the ending {path.suffix}: rename it to "{path.stem}.safetensors".'
+            f'"{path.name}" is a safetensors file with the ending {path.suffix}: rename it to '
+            f'"{path.stem}.safetensors".'
         )
     if _is_pytorch(path, start):
         if not pickled:
             raise LoraFileError(
-                f'"{path.name}" is a PyTorch file with the wrong ending: rename it to "{path.stem}.pt", or take the LoRA saved as .safetensors.'
+                f'"{path.name}" is a PyTorch file with the wrong ending: rename it to "{path.stem}.pt", or '
+                "take the LoRA saved as .safetensors."
             )
     elif start.startswith(_ARCHIVES[1:]) or (start.startswith(_ARCHIVES[0]) and zipfile.is_zipfile(path)):
         kind = "a zip archive" if start.startswith(_ARCHIVES[0]) else "an archive"
@@ -118,7 +127,7 @@ def _check_container(path: Path, size: int) -> None:
 
 
 def _is_pytorch(path: Path, start: bytes) -> bool:
-    """Whether `torch.save` wrote this file: as a zip archive with a pickle in it, or before PyTorch 1.6 as a pickle."""
+    """Whether `torch.save` wrote this file: a zip archive with a pickle; before PyTorch 1.6 only a pickle."""
     if not start.startswith(_ARCHIVES[0]):
         return _PICKLE.match(start) is not None
     try:
@@ -152,7 +161,8 @@ def _read_safetensors(path: Path, size: int) -> TensorFile:
             raise LoraFileError(not_safetensors)
         if length > _LONGEST_HEADER:
             raise LoraFileError(
-                f'The header of "{path.name}" claims {length} bytes, more than the safetensors format allows: {_AGAIN}.'
+                f'The header of "{path.name}" claims to be {length} bytes long, more than the safetensors '
+                f"format allows: {_AGAIN}."
             )
         if length + 8 > size:
             raise LoraFileError(f'The LoRA file "{path.name}" is cut off inside its header: {_AGAIN}.')
@@ -167,16 +177,17 @@ def _read_safetensors(path: Path, size: int) -> TensorFile:
         raise LoraFileError(not_safetensors) from None
     if 8 + length + end > size:
         raise LoraFileError(
-            f'The LoRA file "{path.name}" is cut off: {8 + length + end - size} of its bytes are missing; {_AGAIN}.'
+            f'The LoRA file "{path.name}" is cut off: {8 + length + end - size} of its bytes are missing; '
+            f"{_AGAIN}."
         )
     foreign = next((key for key, value in metadata.items() if not isinstance(value, str)), None)
     if foreign is not None:
         raise LoraFileError(
-            f'The metadata "{foreign}" in the header of "{path.name}" is not text, so neither K-LoRA nor any WebUI can read the file: '
-            "save it again with all its metadata as text."
+            f'The metadata "{foreign}" in the header of "{path.name}" is not text, so neither K-LoRA nor any '
+            "WebUI can read the file: save it again with all its metadata as text."
         )
-    notes = {key: value for key, value in metadata.items() if key not in _IMAGES}
-    return TensorFile(path, shapes, notes, types)
+    without_images = {key: value for key, value in metadata.items() if key not in _IMAGES}
+    return TensorFile(path, shapes, without_images, types)
 
 
 @contextmanager
@@ -199,7 +210,7 @@ def _open_safetensors(file: TensorFile) -> Iterator[OpenTensors]:
 
 
 def _is_known(code: str) -> bool:
-    """Whether the safetensors that is installed knows a type of numbers."""
+    """Whether the installed version of safetensors knows a number type."""
     header = json.dumps({"none": {"dtype": code, "shape": [0], "data_offsets": [0, 0]}}).encode()
     try:
         safetensors.deserialize(struct.pack("<Q", len(header)) + header)
@@ -210,8 +221,9 @@ def _is_known(code: str) -> bool:
 
 def _too_new(file: TensorFile, key: str, library: str) -> LoraFileError:
     return LoraFileError(
-        f'The tensor "{key}" of "{file.path.name}" holds numbers of the type {file.types[key]}, which {library} does not know: take the LoRA '
-        "saved in fp32, fp16 or bf16, or a newer version of that library."
+        f'The tensor "{key}" of "{file.path.name}" holds numbers of the type {file.types[key]}, which '
+        f"{library} does not know: take the LoRA saved in fp32, fp16 or bf16, or a newer version of that "
+        "library."
     )
 
 
@@ -234,7 +246,7 @@ class _Mapped:
             ) from error
         if tuple(tensor.shape) != self.file.shapes[key]:
             raise LoraFileError(
-                f'The tensor "{key}" of "{name}" has not the shape that the header says: {_AGAIN}.'
+                f'The tensor "{key}" of "{name}" does not have the shape that the header says: {_AGAIN}.'
             )
         return tensor
 
@@ -248,20 +260,20 @@ class _Loaded:
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a PyTorch file; never runs code from it."""
-    if tarfile.is_tarfile(path):  # torch before 2.6 runs code from one even so (CVE-2025-32434)
+    """The tensors of a PyTorch file; no code in the file is ever run."""
+    # Before 2.6, torch runs code from tar files in spite of weights_only (CVE-2025-32434).
+    if tarfile.is_tarfile(path):
         raise LoraFileError(
-            f'The file "{path.name}" is in a format of PyTorch that can run code: use a .safetensors file.'
+            f'The file "{path.name}" is in a PyTorch format that can run code: use a .safetensors file.'
         )
     try:
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "_rebuild_tensor_v3" in str(
-            error
-        ):  # what torch.save writes for types of numbers of torch 2.2 and later
+        # torch.save writes this for the number types that torch 2.2 and later have.
+        if "_rebuild_tensor_v3" in str(error):
             raise LoraFileError(
-                f'The file "{path.name}" holds numbers of a type that torch {torch.__version__} does not know: take the LoRA saved in fp32, '
-                "fp16 or bf16, or a newer torch."
+                f'The file "{path.name}" holds numbers of a type that torch {torch.__version__} does not '
+                "know: take the LoRA saved in fp32, fp16 or bf16, or a newer torch."
             ) from None
         raise LoraFileError(
             f'The file "{path.name}" is broken or holds more than tensors: use a .safetensors file.'
@@ -287,7 +299,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             or not _is_whole(tensor)
         ):
             raise LoraFileError(
-                f'The tensor "{key}" of "{path.name}" is not stored as plain numbers: use a .safetensors file.'
+                f'The tensor "{key}" of "{path.name}" is not stored as plain numbers: use a .safetensors '
+                "file."
             )
     if not tensors:
         raise LoraFileError(
@@ -297,5 +310,5 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether every entry of a tensor is stored: one that repeats a few can be of any size."""
+    """Whether every entry of a tensor is stored. One that repeats a few entries could claim any size."""
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""The text encoders that LoRAs change beside the denoiser, by the names that transformers gives their modules."""
+"""The text encoders that LoRAs change besides the denoiser, with the module names that transformers uses."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class TextEncoder:
     """One text encoder.
 
     Attributes:
-        key: what its modules' canonical names open with, before a colon.
-        list_names: makes the dotted name and kind of each of its modules.
-        prefixes: how dialects open its keys; the first is the one under which every WebUI reads them.
+        key: what the canonical names of its modules start with, before a colon.
+        list_names: makes the dotted name and the kind of each of its modules.
+        prefixes: what its keys start with in each dialect; every WebUI reads the first one.
         components: its names in diffusers' pipelines.
-        also: keys of encoders whose names may stand under its prefixes too.
+        also: keys of encoders whose module names may also follow its prefixes.
         diffusers_is_read: whether WebUIs read the keys that diffusers itself writes.
     """
 
@@ -108,4 +108,7 @@ T5 = TextEncoder(
 )
 
 TEXT_ENCODERS: Mapping[str, TextEncoder] = {encoder.key: encoder for encoder in (CLIP_L, CLIP_G, T5)}
-"""CLIP-L, OpenCLIP bigG and T5-XXL's encoder. Forge reads T5 under the prefixes of all three; diffusers calls FLUX's T5 text_encoder_2."""
+"""{key: CLIP-L, OpenCLIP bigG and T5-XXL's encoder}.
+
+Forge reads T5 under the prefixes of all three; diffusers calls FLUX's T5 text_encoder_2.
+"""

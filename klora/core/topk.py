@@ -1,7 +1,8 @@
-"""The K largest magnitudes of one ΔW, its abs-sum and its squared Frobenius norm: exact, without ever holding ΔW whole.
+"""The K largest |ΔW| of one layer, Σ|ΔW| and Σ ΔW²: exact, and without all of ΔW in memory.
 
-K-LoRA eqs. (1)-(5) and (9) need, of every layer, the sum of the K largest |ΔW| and the sum of all |ΔW|. ΔW is evaluated
-in blocks of rows in float32 and summed in float64, which agrees with a float64 evaluation to about 1e-7.
+K-LoRA eqs. (1)-(5) and (9) need the sum of the K largest |ΔW| and the sum of all |ΔW| for every layer. ΔW is
+evaluated in float32 in blocks of rows and summed in float64, which agrees with a float64 evaluation to about
+1e-7.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ from klora.core.profiles import TABLE_LENGTH, LayerProfile, table_k
 
 Magnitudes = NDArray[Any]
 Check = Callable[[], object]
-"""Called again and again within long work; what it raises ends the work."""
+"""Called repeatedly during long work; an exception from it ends the work."""
 
 BLOCK_NUMEL = 1 << 18
-"""Entries in one block on the CPU: 1 MiB stays in the cache between the product and the passes over it."""
+"""Entries in one block on the CPU: its 1 MiB stays in the cache from the product to the last pass over it."""
 
 GPU_BLOCK_NUMEL = 1 << 25
-"""Entries in one block on a GPU: 128 MiB, and as much again at most while a block is evaluated."""
+"""Entries in one block on a GPU: 128 MiB, and at most as much again while the block is being evaluated."""
 
 SAMPLE_NUMEL = 4096
-"""Entries from which the first bound is guessed."""
+"""How many entries the first bound is guessed from."""
 
 MODERATE_EXPONENT = 12
-"""Four factors of a Hadamard product below 2^12 make entries below 2^48, whose squares' sum over 2^30 entries stays below 2^127."""
+"""Binary exponent that no factor's largest entry exceeds. The four factors of a Hadamard product, each below
+2^12, make entries below 2^48, and the sum of the squares of 2^30 of them stays below 2^127."""
 
 BOUND_MARGIN = 1.001
-"""Lets a float32 dot product exceed the product of its norms by rounding."""
+"""Room for rounding, by which a float32 dot product may exceed the product of the norms."""
 
 
 def no_check() -> None:
@@ -49,7 +51,7 @@ def profile(delta: Delta, buffer: Tensor, check: Check = no_check) -> LayerProfi
 
     Args:
         delta: ΔW, on the device of `buffer`.
-        buffer: from `new_buffer`, reused from layer to layer; never shared between threads.
+        buffer: from `new_buffer`; it may be used for many layers, but only by one thread.
         check: called between blocks.
     """
     numel = math.prod(delta.shape)
@@ -60,16 +62,13 @@ def profile(delta: Delta, buffer: Tensor, check: Check = no_check) -> LayerProfi
 
 
 def top_sum(delta: Delta, k: int, buffer: Tensor, check: Check = no_check) -> float:
-    """Sum of the k largest |ΔW| (K-LoRA eqs. 1-4), arguments as for `profile`."""
+    """The sum of the k largest |ΔW| (K-LoRA eqs. 1-4); the other arguments are as for `profile`."""
     return float(_scan(delta, min(k, math.prod(delta.shape)), buffer, check).largest.sum(dtype=np.float64))
 
 
 def new_buffer(device: torch.device) -> Tensor:
-    """Working memory for `profile` and `top_sum`."""
+    """Working memory for `profile` and `top_sum`; empty for a GPU, where they need none."""
     return torch.empty(BLOCK_NUMEL if device.type == "cpu" else 0, dtype=torch.float32, device=device)
-
-
-# --- one pass over one delta
 
 
 def _scan(delta: Delta, k: int, buffer: Tensor, check: Check) -> Scan:
@@ -85,9 +84,9 @@ def _scan(delta: Delta, k: int, buffer: Tensor, check: Check) -> Scan:
 
 
 def _moderate(delta: Delta) -> Delta:
-    """The same ΔW from factors whose product, and its square, neither overflow float32 nor sink into its denormals.
+    """The same ΔW with factors whose product, and its square, neither overflow nor underflow in float32.
 
-    Powers of two move from the factors to `scale`, a float64, so nothing is rounded.
+    Powers of two move from the factors to `scale`, a Python float, so nothing is rounded.
     """
     scale = float(delta.scale)
     moved: dict[str, Any] = {}
@@ -106,7 +105,7 @@ def _moderate(delta: Delta) -> Delta:
 def _scan_cpu(delta: Delta, k: int, buffer: Tensor, check: Check) -> Scan:
     squared_sum = _gram_squared_sum(delta) if isinstance(delta, LowRank) and _gram_is_cheap(delta) else None
     blocks = _low_rank_blocks(delta, buffer) if isinstance(delta, LowRank) else _plain_blocks(delta)
-    largest = Largest(k)
+    largest = RunningTopK(k)
     abs_sum, block_squares = 0.0, 0.0
     for block, limit in blocks:
         check()
@@ -116,13 +115,14 @@ def _scan_cpu(delta: Delta, k: int, buffer: Tensor, check: Check) -> Scan:
         if limit > largest.bound:
             largest.add(block.numpy())
     check()
-    return Scan(abs_sum, block_squares if squared_sum is None else squared_sum, largest.falling())
+    return Scan(abs_sum, block_squares if squared_sum is None else squared_sum, largest.descending())
 
 
 def _low_rank_blocks(delta: LowRank, buffer: Tensor) -> Iterator[tuple[Tensor, float]]:
-    """|left @ right| in blocks, each flat, with a limit that no entry of this or a later block exceeds.
+    """|left @ right| in flat blocks, each with a limit that no entry of this block or a later one exceeds.
 
-    Rows come by falling norm; the limit is Cauchy-Schwarz: |left_i · right_j| <= ‖left_i‖ ‖right_j‖.
+    Rows are sorted by descending norm; the limit is Cauchy-Schwarz's: |left_i · right_j| <= ‖left_i‖
+    ‖right_j‖.
     """
     row_norms, order = delta.left.square().sum(dim=1).sqrt().sort(descending=True)
     left, right = delta.left.index_select(0, order), delta.right
@@ -138,7 +138,7 @@ def _low_rank_blocks(delta: LowRank, buffer: Tensor) -> Iterator[tuple[Tensor, f
 
 
 def _plain_blocks(delta: Delta) -> Iterator[tuple[Tensor, float]]:
-    """|ΔW| / |scale| in blocks, each flat, without a limit."""
+    """|ΔW| / |scale| in flat blocks, without a limit."""
     rows, columns = delta.shape
     step = _rows_per_block(columns, BLOCK_NUMEL)
     for start in range(0, rows, step):
@@ -150,7 +150,7 @@ def _rows_per_block(columns: int, numel: int) -> int:
 
 
 def _gram_is_cheap(delta: LowRank) -> bool:
-    """Whether two float64 Gram matrices cost less than one float32 pass over ΔW (about one product per entry)."""
+    """Whether two float64 Gram matrices cost less than a float32 pass over ΔW (about a product per entry)."""
     (rows, inner), columns = delta.left.shape, delta.right.shape[1]
     return (rows + columns) * inner**2 < rows * columns
 
@@ -162,7 +162,7 @@ def _gram_squared_sum(delta: LowRank) -> float:
 
 
 def _scan_gpu(delta: Delta, k: int, check: Check) -> Scan:
-    """Whole rows through torch.topk: a GPU needs no bounds."""
+    """Every entry goes through torch.topk, which is so fast on a GPU that no bound is needed."""
     rows, columns = delta.shape
     step = _rows_per_block(columns, GPU_BLOCK_NUMEL)
     abs_sum = squared_sum = 0.0
@@ -178,11 +178,12 @@ def _scan_gpu(delta: Delta, k: int, check: Check) -> Scan:
     return Scan(abs_sum, squared_sum, largest.cpu().numpy())
 
 
-class Largest:
-    """The k largest of a stream of magnitudes.
+class RunningTopK:
+    """The k largest of a stream of magnitudes, exact for any bound.
 
-    At least k entries of the stream are >= `bound` at all times, so only entries above it need be kept, and whatever
-    is missing at the end equals it: exact whatever the bound, and ties cost nothing.
+    As soon as `bound` is above 0, at least k entries of the stream are >= `bound`. So only entries above it
+    need to be kept, and if fewer than k are left at the end, the missing ones equal it. Ties with the bound
+    cost nothing.
     """
 
     def __init__(self, k: int) -> None:
@@ -193,7 +194,7 @@ class Largest:
         self._new_count = 0
 
     def add(self, block: Magnitudes) -> None:
-        """Takes the next magnitudes of the stream, flat, float32; keeps no reference to them."""
+        """Takes the next magnitudes of the stream, float32, shape (n,), and keeps no reference to them."""
         if not self.bound:
             self._guess_bound(block)
         found = block[np.flatnonzero(block > self.bound)]
@@ -202,14 +203,14 @@ class Largest:
         if self._new_count >= self._k:
             self._raise_bound()
 
-    def falling(self) -> Magnitudes:
-        """The k largest, (k,), falling."""
+    def descending(self) -> Magnitudes:
+        """The k largest in descending order, float32, shape (k,)."""
         self._raise_bound()
         missing = np.full(self._k - self._kept.size, self.bound)
         return np.concatenate([np.sort(self._kept)[::-1], missing])
 
     def _guess_bound(self, block: Magnitudes) -> None:
-        """A bound from a sample of the first block, taken only if the count of the whole block proves it."""
+        """Takes a bound from a sample of the block, if at least k entries of the whole block reach it."""
         sample = block[:: block.size // SAMPLE_NUMEL | 1]
         for margin in (1.3, 2.0, 4.0):
             place = sample.size - 1 - int(margin * sample.size * self._k / max(1, block.size))
@@ -221,7 +222,7 @@ class Largest:
                 return
 
     def _raise_bound(self) -> None:
-        """Drops all but the k largest kept; the smallest of k kept is the new bound."""
+        """Keeps only the k largest; if there are k, the smallest of them is the new bound."""
         kept = np.concatenate([self._kept, *self._new])
         if kept.size >= self._k > 0:
             kept = np.partition(kept, kept.size - self._k)[kept.size - self._k :]

@@ -1,4 +1,4 @@
-"""What a network is made of: modules, by all their names, and the pieces of those that hold several layers in one matrix."""
+"""What a network is made of: modules with their names, and the pieces of those that fuse several layers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ LINEAR, CONV, NORM = "linear", "conv", "norm"
 class Module:
     """One module of a network.
 
-    A native module may hold several layers in one matrix where diffusers has one module for each: it has pieces, stacked from top to
-    bottom, and the layer of a piece is called "<native>:<piece>".
+    A native module may have several layers in one matrix where diffusers has a module for each. Then it has
+    pieces, stacked from top to bottom, and the layer of a piece is called "<native>:<piece>".
 
     Attributes:
         native: its dotted path in the original network.
-        diffusers: its dotted path in diffusers; one path a piece where diffusers splits it.
-        kind: LINEAR, CONV or NORM; norms are carried by a LoRA, not scored.
+        diffusers: its dotted path in diffusers; one path per piece where diffusers splits it.
+        kind: LINEAR, CONV or NORM; norms are applied, but have no score.
         pieces: names of the stacked pieces, empty for a module that is one layer.
-        square: so many pieces at the top are as high as the matrix is wide; the others share the rest equally.
-        widths: how many widths high the matrix is in checkpoints, for a bias without the matrix; needed where only some pieces are square.
-        halves_swapped: diffusers stores the two halves of the rows (shift, scale) in the other order.
+        square: how many pieces at the top have as many rows as the matrix has columns; the others share the
+            remaining rows equally.
+        widths: rows of the matrix divided by its columns in checkpoints. It is needed to cut a bias, whose
+            matrix is not known, where only some pieces are square.
+        halves_swapped: diffusers stores the two halves of the rows (shift, scale) in the opposite order.
     """
 
     native: str
@@ -39,11 +41,13 @@ class Module:
         return tuple(f"{self.native}:{piece}" for piece in self.pieces) or (self.native,)
 
     def heights(self, layers: Sequence[str], rows: int, columns: int | None) -> list[int]:
-        """How many rows of a matrix belong to each of the layers that it holds, top first; they need not add up where it is not this module's.
+        """How many rows of a matrix belong to each of these layers, top first.
+
+        For a matrix that does not fit the module, the heights need not add up to its rows.
 
         Args:
-            layers: all or some of the module's.
-            rows, columns: of the matrix; columns is None for a bias alone.
+            layers: all or some of the module's layers.
+            rows, columns: the size of the matrix; columns is None for a bias alone.
         """
         square = [layer in self.layers[: self.square] for layer in layers]
         if all(square) or not any(square):

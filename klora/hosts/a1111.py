@@ -71,7 +71,7 @@ class A1111Switch:
         self._members = pair.members
         self._readable = pair.readable
         self._layer_of = {_network_name(name): name for name in pair.layers}
-        for name in pair.carried:
+        for name in pair.unscored:
             self._layer_of.setdefault(_network_name(name), leader_of(name, pair.layers))
         self._names_of: dict[str, list[str]] = {}
         for network_name, layer in self._layer_of.items():

@@ -98,13 +98,13 @@ class Pair:
     Attributes:
         members: subject and style, in the order in which both are applied.
         layers: the canonical layers of the plan.
-        carried: norms and lone biases of either file; each follows its leading layer.
+        unscored: norms and lone biases of either file; each follows its leading layer.
         readable: a copy of a file that the WebUI's loader understands.
     """
 
     members: tuple[Member, ...]
     layers: Sequence[str]
-    carried: Collection[str]
+    unscored: Collection[str]
     readable: Callable[[LoraFile], Path]
 
 

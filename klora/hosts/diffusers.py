@@ -62,7 +62,7 @@ class OpenLora:
         """`weight` plus the multiplier times what this LoRA changes `original` by; float32 where it changes it."""
         if name in self.lora.file.layers or name in self.lora.file.text_encoder_modules:
             change: Tensor | None = weight_change(self.reader, name, original)
-        elif name in self.lora.file.carried:
+        elif name in self.lora.file.unscored:
             change = self.reader.norm(name).weight
         else:
             change = None
@@ -73,7 +73,7 @@ class OpenLora:
     def add_bias(self, bias: Tensor, name: str) -> Tensor:
         """`bias` plus the multiplier times what this LoRA changes it by."""
         file = self.lora.file
-        if name not in file.carried:
+        if name not in file.unscored:
             return bias
         scored = name in file.layers or name in file.text_encoder_modules
         change = self.reader.bias(name) if scored else self.reader.norm(name).bias
@@ -156,7 +156,7 @@ class DiffusersSwitch:
             "the model",
         )
         self._followers: dict[str, list[str]] = {}
-        for name in sorted({*subject.file.carried, *style.file.carried} - set(names)):
+        for name in sorted({*subject.file.unscored, *style.file.unscored} - set(names)):
             if name in self._modules:
                 self._followers.setdefault(leader_of(name, names), []).append(name)
 
@@ -191,7 +191,7 @@ def text_encoders_with(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
         stack.callback(merger.restore)
         opened = [OpenLora(lora, stack.enter_context(lora.file.open())) for lora in loras]
         for name in sorted(
-            {name for lora in loras for name in (*lora.file.text_encoder_modules, *lora.file.carried)}
+            {name for lora in loras for name in (*lora.file.text_encoder_modules, *lora.file.unscored)}
         ):
             part, _, path = name.partition(":")
             module = modules.get(part, {}).get(path) or modules.get(part, {}).get(

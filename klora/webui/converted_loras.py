@@ -46,7 +46,7 @@ def readable_copy(lora: LoraFile) -> Path:
             raise changed
 
     try:
-        return store.made(f"{content}.{FORMAT}.safetensors", fill)
+        return store.get_or_make(f"{content}.{FORMAT}.safetensors", fill)
     except OSError as error:
         raise LoraFileError(
             f'"{path.name}" has keys that this WebUI cannot load, and the copy that it would load instead '

@@ -102,6 +102,6 @@ def _pair(
             for role, file in files.items()
         ),
         [layer.name for layer in scores.layers],
-        {name for file in files.values() for name in file.carried},
+        {name for file in files.values() for name in file.unscored},
         readable_copy,
     )

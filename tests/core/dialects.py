@@ -1,4 +1,4 @@
-"""One LoRA written in every key dialect, by names set down by hand, apart from the tables that the reader uses."""
+"""One LoRA written in every key dialect, with names written by hand, not taken from the reader's tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ RANK, ALPHA = 4, 2.0
 
 _BLOCK = ".transformer_blocks.1."
 _IN_BLOCK = (
-    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
+    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
+    "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
 )  # fmt: skip
 SDXL_BLOCKS = {
     "input_blocks.4.1": "down_blocks.1.attentions.0",
@@ -27,8 +28,12 @@ SDXL_ATTENTION = {a + _BLOCK + name: b + _BLOCK + name for a, b in SDXL_BLOCKS.i
 SDXL_OTHERS = {
     "input_blocks.4.1.proj_in": "down_blocks.1.attentions.0.proj_in",
     "middle_block.1.proj_out": "mid_block.attentions.0.proj_out",
-    "output_blocks.3.1.transformer_blocks.0.ff.net.0.proj": "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
-    "output_blocks.3.1.transformer_blocks.0.ff.net.2": "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2",
+    "output_blocks.3.1.transformer_blocks.0.ff.net.0.proj": (
+        "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj"
+    ),
+    "output_blocks.3.1.transformer_blocks.0.ff.net.2": (
+        "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
+    ),
     "time_embed.0": "time_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.7.0.emb_layers.1": "down_blocks.2.resnets.0.time_emb_proj",
@@ -98,7 +103,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 def sdxl_factors(width: int = 16, seed: int = 0, attention_only: bool = False) -> Factors:
-    """{canonical layer: (up (rows, 4), down (4, columns))}, fp16, values on a grid so that products are exact."""
+    """{canonical layer: (up (rows, 4), down (4, columns))}, fp16, on a grid, so that products are exact."""
     names = SDXL_ATTENTION if attention_only else {**SDXL_ATTENTION, **SDXL_OTHERS}
     generator = torch.Generator().manual_seed(seed)
     return {name: (_grid(generator, width, RANK), _grid(generator, RANK, width)) for name in names}
@@ -212,7 +217,7 @@ def write_flux_split(path: Path, dialect: str, modules: list[Fused], factors: Fa
 
 
 def write_flux_block_diagonal(path: Path, modules: list[Fused], factors: Factors) -> Path:
-    """kohya's split_qkv: the downs stacked, a block-diagonal up, alpha as many times larger as there are downs."""
+    """kohya's split_qkv: stacked downs, a block-diagonal up, and alpha times the number of downs."""
     file: dict[str, Tensor] = {}
     for module in modules:
         up, down = factors[module.native]

@@ -1,4 +1,4 @@
-"""The kinds of LoRA as records: what one says of its tensors holds together, and no two kinds claim the same."""
+"""The kinds of LoRA as records: each is consistent in itself, and no two claim the same tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files as found in the wild: the numbers of a float64 evaluation, or a sentence that is true and names the way out."""
+"""Files as found in the wild give the numbers of a float64 evaluation, or a true and helpful sentence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HOST_DIALECTS = {"sdxl": ("kohya", "kohya with diffusers names"), "flux": ("kohy
 
 
 def hosts_read(lora: LoraFile) -> bool:
-    """Whether A1111, Forge and Forge Neo, as far as they take LoRAs of its base model, read a file by themselves."""
+    """Whether the hosts that take LoRAs for a file's base model read it without a conversion."""
     return is_in(lora, HOST_DIALECTS[lora.base])
 
 
@@ -123,9 +123,11 @@ UNUSED_SCALARS: dict[str, dict[str, Tensor]] = {
     "alpha of a LoKr whose factors are full": {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.ones(8, 8)},
     "alpha of a full difference": {"diff": torch.ones(32, 32)},
     "alpha beside a scale": {
-        "lora_up.weight": torch.ones(32, 2), "lora_down.weight": torch.ones(2, 32), "scale": torch.tensor(1.0),
+        "lora_up.weight": torch.ones(32, 2),
+        "lora_down.weight": torch.ones(2, 32),
+        "scale": torch.tensor(1.0),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -141,8 +143,11 @@ def test_a_scalar_that_no_formula_uses_is_not_judged(tmp_path: Path, case: str, 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_an_alpha_that_a_formula_uses_is_judged(tmp_path: Path, value: float) -> None:
     lokr = {
-        "lokr_w1": torch.ones(4, 4), "lokr_w2_a": torch.ones(8, 2), "lokr_w2_b": torch.ones(2, 8), "alpha": torch.tensor(value),
-    }  # fmt: skip
+        "lokr_w1": torch.ones(4, 4),
+        "lokr_w2_a": torch.ones(8, 2),
+        "lokr_w2_b": torch.ones(2, 8),
+        "alpha": torch.tensor(value),
+    }
     path = Wild({f"{STEM}.{role}": tensor for role, tensor in lokr.items()}).save(
         tmp_path / "odd.safetensors"
     )
@@ -166,7 +171,9 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     ),
     "FLUX.2 Klein by heights": (wild.klein, "FLUX.2"),
     "FLUX.2 Klein 9B by width": (
-        lambda: wild.peft("diffusion_model.double_blocks.0.img_attn.proj", torch.ones(4096, 1), torch.ones(1, 4096)),
+        lambda: wild.peft(
+            "diffusion_model.double_blocks.0.img_attn.proj", torch.ones(4096, 1), torch.ones(1, 4096)
+        ),
         "FLUX.2 Klein 9B",
     ),
     "AuraFlow, attention": (wild.aura_flow, "AuraFlow (Pony V7)"),
@@ -174,12 +181,20 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "Chroma by ai-toolkit": (lambda: wild.chroma("diffusion_model"), "Chroma"),
     "Anima by LyCORIS": (
         lambda: wild.some_lora(
-            *(f"lora_unet_blocks_{n}_{a}_{x}_proj" for n in range(28) for a in ("self_attn", "cross_attn") for x in "qkv"), style="kohya",
+            *(
+                f"lora_unet_blocks_{n}_{a}_{x}_proj"
+                for n in range(28)
+                for a in ("self_attn", "cross_attn")
+                for x in "qkv"
+            ),
+            style="kohya",
         ),
         "Anima",
     ),
     "Anima in dotted names": (
-        lambda: wild.some_lora(*(f"diffusion_model.blocks.{n}.self_attn.{x}_proj" for n in range(28) for x in "qkv")),
+        lambda: wild.some_lora(
+            *(f"diffusion_model.blocks.{n}.self_attn.{x}_proj" for n in range(28) for x in "qkv")
+        ),
         "Anima",
     ),
     "HiDream by OneTrainer": (
@@ -187,12 +202,16 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         "HiDream",
     ),
     "Wan in diffusers' names": (
-        lambda: wild.some_lora(*(f"transformer.blocks.{n}.attn{a}.to_{x}" for n in range(30) for a in (1, 2) for x in "qkv")),
+        lambda: wild.some_lora(
+            *(f"transformer.blocks.{n}.attn{a}.to_{x}" for n in range(30) for a in (1, 2) for x in "qkv")
+        ),
         "Wan",
     ),
     "Wan in native names": (lambda: wild.some_lora("diffusion_model.blocks.0.cross_attn.k_img"), "Wan"),
     "LTX-Video": (
-        lambda: wild.some_lora(*(f"diffusion_model.transformer_blocks.{n}.attn{a}.to_q" for n in range(28) for a in (1, 2))),
+        lambda: wild.some_lora(
+            *(f"diffusion_model.transformer_blocks.{n}.attn{a}.to_q" for n in range(28) for a in (1, 2))
+        ),
         "LTX-Video",
     ),
     "LTX-Video in diffusers' names": (
@@ -200,11 +219,15 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         "LTX-Video",
     ),
     "SD 3.5 Medium": (
-        lambda: wild.some_lora(*(f"transformer.transformer_blocks.{n}.attn{a}.to_q" for n in range(13) for a in ("", "2"))),
+        lambda: wild.some_lora(
+            *(f"transformer.transformer_blocks.{n}.attn{a}.to_q" for n in range(13) for a in ("", "2"))
+        ),
         "Stable Diffusion 3",
     ),
     "SD 3 on a few blocks, by width": (
-        lambda: wild.peft("transformer.transformer_blocks.6.attn.to_q", torch.ones(1536, 1), torch.ones(1, 1536)),
+        lambda: wild.peft(
+            "transformer.transformer_blocks.6.attn.to_q", torch.ones(1536, 1), torch.ones(1, 1536)
+        ),
         "Stable Diffusion 3",
     ),
     "Qwen-Image, attention": (
@@ -215,11 +238,13 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "Ernie-Image": (lambda: wild.some_lora("transformer.layers.0.self_attention.to_q"), "Ernie-Image"),
     "SD 1.5 on a few blocks, by its context": (
         lambda: wild.peft(
-            "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", torch.ones(640, 1), torch.ones(1, 768)
+            "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+            torch.ones(640, 1),
+            torch.ones(1, 768),
         ),
         "Stable Diffusion 1.x",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", OTHER_MODELS)
@@ -270,35 +295,56 @@ ALPHA = torch.tensor(0.001)
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 NOT_FOR_US: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "OFT by sd-scripts for FLUX": (
-        lambda: blocks("oft_unet_double_blocks_1_img_attn_proj", oft_blocks__0=torch.ones(4, 3, 3), alpha=ALPHA),
+        lambda: blocks(
+            "oft_unet_double_blocks_1_img_attn_proj", oft_blocks__0=torch.ones(4, 3, 3), alpha=ALPHA
+        ),
         "is an OFT, BOFT or IA3 network",
     ),
-    "OFT by LyCORIS": (lambda: blocks(STEM, oft_blocks=torch.ones(4, 8, 8), alpha=ALPHA), "is an OFT, BOFT or IA3 network"),
+    "OFT by LyCORIS": (
+        lambda: blocks(STEM, oft_blocks=torch.ones(4, 8, 8), alpha=ALPHA),
+        "is an OFT, BOFT or IA3 network",
+    ),
     "BOFT by LyCORIS": (
         lambda: blocks(STEM, oft_blocks=torch.ones(3, 4, 8, 8), alpha=ALPHA, rescale=torch.ones(32, 1)),
         "is an OFT, BOFT or IA3 network",
     ),
-    "OFT by OneTrainer": (lambda: blocks(STEM, oft_R__weight=torch.ones(4, 28)), "is an OFT, BOFT or IA3 network"),
-    "IA3": (lambda: blocks(STEM, weight=torch.ones(32, 1), on_input=torch.tensor(False)), "is an OFT, BOFT or IA3 network"),
+    "OFT by OneTrainer": (
+        lambda: blocks(STEM, oft_R__weight=torch.ones(4, 28)),
+        "is an OFT, BOFT or IA3 network",
+    ),
+    "IA3": (
+        lambda: blocks(STEM, weight=torch.ones(32, 1), on_input=torch.tensor(False)),
+        "is an OFT, BOFT or IA3 network",
+    ),
     "FLUX converted for Nunchaku": (
-        lambda: blocks("transformer_blocks.0.qkv_proj", lora_down=torch.ones(8, 16), lora_up=torch.ones(8, 16)),
+        lambda: blocks(
+            "transformer_blocks.0.qkv_proj", lora_down=torch.ones(8, 16), lora_up=torch.ones(8, 16)
+        ),
         "is a FLUX LoRA converted for Nunchaku: choose the LoRA that it was made from",
     ),
     "ControlNet-LLLite": (
-        lambda: {"lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.depth.0.weight": torch.ones(4, 4)},
+        lambda: {
+            "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.depth.0.weight": torch.ones(4, 4)
+        },
         "is a ControlNet-LLLite",
     ),
     "Stability's Control-LoRA": (
-        lambda: blocks("input_blocks.4.1.transformer_blocks.0.attn1.to_q", up=torch.ones(8, 2), down=torch.ones(2, 8))
-        | {"lora_controlnet": torch.zeros(0)},
+        lambda: (
+            blocks(
+                "input_blocks.4.1.transformer_blocks.0.attn1.to_q", up=torch.ones(8, 2), down=torch.ones(2, 8)
+            )
+            | {"lora_controlnet": torch.zeros(0)}
+        ),
         "is a Control-LoRA",
     ),
     "a training state of sd-scripts": (
-        lambda: blocks(QKV, lora_down__0__weight=torch.ones(2, 12), lora_up__0__weight=torch.ones(12, 2), alpha=ALPHA),
-        "is a part of a training state of sd-scripts: choose the LoRA that was saved beside that state",
+        lambda: blocks(
+            QKV, lora_down__0__weight=torch.ones(2, 12), lora_up__0__weight=torch.ones(12, 2), alpha=ALPHA
+        ),
+        "is part of a training state of sd-scripts: choose the LoRA that was saved beside that state",
     ),
     "OneTrainer's internal file": (wild.onetrainer_internal, "is OneTrainer's internal copy of a LoRA"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", NOT_FOR_US)
@@ -321,7 +367,7 @@ def test_an_adapter_that_is_no_lora_for_a_webui_is_said_as_it_is(tmp_path: Path,
 @pytest.mark.parametrize("style", ["peft", "kohya"])
 def test_a_lora_is_never_called_a_models_weights(tmp_path: Path, stem: str, style: str) -> None:
     sentence = refusal_of(Wild(wild.some_lora(stem, style=style)).save(tmp_path / "odd.safetensors"))
-    assert "is no LoRA for SDXL or FLUX.1 in any names that K-LoRA knows" in sentence
+    assert "is not a LoRA for SDXL or FLUX.1 in any key names that K-LoRA knows" in sentence
     assert "weights," not in sentence
 
 
@@ -368,7 +414,7 @@ def test_a_prefix_by_accident_is_read_and_converted_for_the_hosts(tmp_path: Path
 def test_any_other_prefix_is_named(tmp_path: Path, opening: str, prefix: str) -> None:
     path = wild.sdxl_partner(1, opening=opening).save(tmp_path / "odd.safetensors")
     sentence = refusal_of(path)
-    assert f'open with "{prefix}"' in sentence
+    assert f'begin with "{prefix}"' in sentence
     assert "rename them without it" in sentence
 
 
@@ -381,8 +427,12 @@ READ_BY_THEMSELVES = {
     "fused projections of diffusers": ("transformer.transformer_blocks.0.attn.to_qkv", PEFT, False),
     "native names after transformer.": ("transformer.double_blocks.0.img_attn.proj", PEFT, False),
     "FLUX after unet.": ("unet.transformer_blocks.0.attn.to_q", PEFT, False),
-    "an adapter's name": ("transformer.transformer_blocks.0.attn.to_q", (".lora_B.mine.weight", ".lora_A.mine.weight"), False),
-}  # fmt: skip
+    "an adapter's name": (
+        "transformer.transformer_blocks.0.attn.to_q",
+        (".lora_B.mine.weight", ".lora_A.mine.weight"),
+        False,
+    ),
+}
 
 
 @pytest.mark.parametrize("case", READ_BY_THEMSELVES)
@@ -438,11 +488,23 @@ BESIDE: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
     "the other way round": (low_rank(Q_STEM, 12), low_rank(QKV_STEM, 36, 0.0)),
     "LoHa": (low_rank(QKV_STEM, 36), loha(Q_STEM, 0.0)),
     "a full difference": (low_rank(QKV_STEM, 36), {f"{Q_STEM}.diff": torch.zeros(12, 12)}),
-    "network alpha 0": (low_rank(QKV_STEM, 36), {**low_rank(Q_STEM, 12), f"{Q_STEM}.alpha": torch.tensor(0.0)}),
-    "an empty bias too": (low_rank(QKV_STEM, 36), {**low_rank(Q_STEM, 12, 0.0), f"{Q_STEM}.diff_b": torch.zeros(12)}),
-    "the same place in other names": (low_rank(Q_STEM, 12), low_rank("lycoris_transformer_blocks_0_attn_to_q", 12, 0.0)),
-    "another adapter": (low_rank(Q_STEM, 12), {k.replace(".weight", ".idle.weight"): v for k, v in low_rank(Q_STEM, 12, 0.0).items()}),
-}  # fmt: skip
+    "network alpha 0": (
+        low_rank(QKV_STEM, 36),
+        {**low_rank(Q_STEM, 12), f"{Q_STEM}.alpha": torch.tensor(0.0)},
+    ),
+    "an empty bias too": (
+        low_rank(QKV_STEM, 36),
+        {**low_rank(Q_STEM, 12, 0.0), f"{Q_STEM}.diff_b": torch.zeros(12)},
+    ),
+    "the same place in other names": (
+        low_rank(Q_STEM, 12),
+        low_rank("lycoris_transformer_blocks_0_attn_to_q", 12, 0.0),
+    ),
+    "another adapter": (
+        low_rank(Q_STEM, 12),
+        {k.replace(".weight", ".idle.weight"): v for k, v in low_rank(Q_STEM, 12, 0.0).items()},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BESIDE)
@@ -495,9 +557,18 @@ def nan(*shape: int) -> Tensor:
 
 BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "a text encoder": (wild.kohya(TE, nan(8, 2), torch.ones(2, 8)), f"{TE}.lora_up.weight"),
-    "a text encoder's unscored factor": (wild.kohya(TE, torch.zeros(8, 2), nan(2, 8)), f"{TE}.lora_down.weight"),
-    "a layer that only one file changes": (wild.kohya(FF, nan(8, 2), torch.ones(2, 8)), f"{FF}.lora_up.weight"),
-    "a factor whose partner is zero": (wild.kohya(FF, torch.zeros(8, 2), nan(2, 8)), f"{FF}.lora_down.weight"),
+    "a text encoder's unscored factor": (
+        wild.kohya(TE, torch.zeros(8, 2), nan(2, 8)),
+        f"{TE}.lora_down.weight",
+    ),
+    "a layer that only one file changes": (
+        wild.kohya(FF, nan(8, 2), torch.ones(2, 8)),
+        f"{FF}.lora_up.weight",
+    ),
+    "a factor whose partner is zero": (
+        wild.kohya(FF, torch.zeros(8, 2), nan(2, 8)),
+        f"{FF}.lora_down.weight",
+    ),
     "a norm": ({f"{NORM}.w_norm": nan(32), f"{NORM}.b_norm": torch.zeros(32)}, f"{NORM}.w_norm"),
     "a norm's bias": ({f"{NORM}.w_norm": torch.ones(32), f"{NORM}.b_norm": nan(32)}, f"{NORM}.b_norm"),
     "a bias": ({f"{STEM}.diff_b": nan(32)}, f"{STEM}.diff_b"),
@@ -505,10 +576,13 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "a magnitude": ({f"{STEM}.dora_scale": nan(32, 1)}, f"{STEM}.dora_scale"),
     "infinity": ({f"{STEM}.dora_scale": torch.full((32, 1), float("inf"))}, f"{STEM}.dora_scale"),
     "the factor of the base weights": (
-        {f"{FF}.{role}.weight": nan(8, 8) if role == "a1" else torch.ones(8, 8) for role in ("a1", "a2", "b1", "b2")},
+        {
+            f"{FF}.{role}.weight": nan(8, 8) if role == "a1" else torch.ones(8, 8)
+            for role in ("a1", "a2", "b1", "b2")
+        },
         f"{FF}.a1.weight",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("role", ["subject", "style"])
@@ -550,8 +624,11 @@ def b_lora(which: int, seed: int) -> Wild:
 
 DISJOINT = {
     "B-LoRA's content and style": lambda: (b_lora(0, 1), b_lora(1, 2)),
-    "sd-scripts' train_blocks=double and =single": lambda: (wild.flux_partner(1, singles=()), wild.flux_partner(2, doubles=())),
-}  # fmt: skip
+    "sd-scripts' train_blocks=double and =single": lambda: (
+        wild.flux_partner(1, singles=()),
+        wild.flux_partner(2, doubles=()),
+    ),
+}
 
 
 @pytest.mark.parametrize("case", DISJOINT)

@@ -1,4 +1,4 @@
-"""Base models as records: how their fused matrices are cut, and how the family of a file is found among those of the same names."""
+"""Base models as records: how fused matrices are cut, and how sizes tell families of the same names apart."""
 
 from __future__ import annotations
 
@@ -36,8 +36,17 @@ LINEAR1 = FLUX.fused[SINGLE]
         (LINEAR1, LINEAR1.layers, 21504, None, [3072, 3072, 3072, 12288]),
         (QKV, QKV.layers, 9216, None, [3072, 3072, 3072]),
     ],
-    ids=["thirds", "fewer keys than queries", "FLUX.1", "a higher MLP", "no MLP", "one piece", "a bias", "a bias of thirds"],
-)  # fmt: skip
+    ids=[
+        "thirds",
+        "fewer keys than queries",
+        "FLUX.1",
+        "a higher MLP",
+        "no MLP",
+        "one piece",
+        "a bias",
+        "a bias of thirds",
+    ],
+)
 def test_the_heights_of_pieces_come_from_the_matrix_itself(module, layers, rows, columns, heights):
     assert module.heights(layers, rows, columns) == heights
 
@@ -50,8 +59,10 @@ def twin(monkeypatch):
         return "FLUX.1" if name.endswith(".linear1:mlp") and rows != 6 * columns else None
 
     monkeypatch.setitem(
-        FAMILIES, "twin", replace(FLUX, key="twin", name="FLUX.2", short_name="FLUX.2", other_by_size=other_by_size)
-    )  # fmt: skip
+        FAMILIES,
+        "twin",
+        replace(FLUX, key="twin", name="FLUX.2", short_name="FLUX.2", other_by_size=other_by_size),
+    )
 
 
 def single_block(folder, widths, name=SINGLE, columns=8):

@@ -42,14 +42,18 @@ def at_rest(monkeypatch):
 
 @pytest.fixture
 def no_change_times(monkeypatch):
-    """A file system that keeps neither inodes nor times of change, as FAT, and Windows where a file is overwritten."""
+    """A file system without inodes and change times, such as FAT, or Windows when a file is overwritten."""
     real = Path.stat
 
     def stat(path, **more):
         found = real(path, **more)
         return SimpleNamespace(
-            st_mode=found.st_mode, st_size=found.st_size, st_mtime_ns=found.st_mtime_ns, st_ino=0, st_ctime_ns=1
-        )  # fmt: skip
+            st_mode=found.st_mode,
+            st_size=found.st_size,
+            st_mtime_ns=found.st_mtime_ns,
+            st_ino=0,
+            st_ctime_ns=1,
+        )
 
     monkeypatch.setattr(Path, "stat", stat)
 

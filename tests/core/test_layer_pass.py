@@ -1,4 +1,4 @@
-"""The pass over layers: a worker that cannot start ends it, a GPU without memory hands it to the CPU, and it is given up at once."""
+"""The pass over layers: a worker that cannot start, a GPU out of memory, and a cancellation."""
 
 import threading
 import time

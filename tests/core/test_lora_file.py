@@ -162,7 +162,7 @@ def randoms(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def kron(first: Tensor, second: Tensor) -> Tensor:
-    """⊗ of the first two axes by the definition: entry (i m2 + k, j n2 + l, …) is first[i, j] second[k, l, …]."""
+    """⊗ of the first two axes by definition: entry (i m2 + k, j n2 + l, …) is first[i, j] second[k, l, …]."""
     m1, n1 = first.shape
     m2, n2 = second.shape[:2]
     out = torch.zeros(m1 * m2, n1 * n2, *second.shape[2:], dtype=torch.float64)
@@ -351,10 +351,10 @@ def test_a_fused_magnitude_and_bias_are_cut_with_their_rows(tmp_path: Path) -> N
         assert magnitude is not None
         assert magnitude.values.tolist() == [4, 5, 6, 7]
         assert reader.bias("double_blocks.1.img_attn.qkv:v").tolist() == [8, 9, 10, 11]
-    assert lora.carried == tuple(f"double_blocks.1.img_attn.qkv:{piece}" for piece in "kqv")
+    assert lora.unscored == tuple(f"double_blocks.1.img_attn.qkv:{piece}" for piece in "kqv")
 
 
-def test_norms_and_biases_are_carried(tmp_path: Path) -> None:
+def test_norms_and_biases_are_listed_as_unscored(tmp_path: Path) -> None:
     norm = "lora_unet_input_blocks_4_1_norm"
     lora = read_saved(
         tmp_path,
@@ -365,7 +365,7 @@ def test_norms_and_biases_are_carried(tmp_path: Path) -> None:
             f"{CONV}.diff_b": torch.full((6,), 2.0),
         },
     )
-    assert lora.carried == (LAYER_CONV, "input_blocks.4.1.norm")
+    assert lora.unscored == (LAYER_CONV, "input_blocks.4.1.norm")
     assert list(lora.layers) == [LAYER_Q]
     with lora.open() as reader:
         change = reader.norm("input_blocks.4.1.norm")

@@ -1,4 +1,4 @@
-"""Every file that cannot be used gives one sentence that names the file and, where one is at fault, the tensor."""
+"""Every file that cannot be used gives one sentence that names the file and any tensor at fault."""
 
 from __future__ import annotations
 

@@ -37,7 +37,10 @@ LAYER = "middle_block.1.proj_in"
 
 @contextmanager
 def soon() -> Iterator[None]:
-    """Ends what hangs. Counts this process' own time, so a busy machine does not matter; without POSIX timers it does nothing."""
+    """Ends what hangs, by this process' own time, so that a busy machine does not matter.
+
+    Without POSIX timers it does nothing.
+    """
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -93,10 +96,16 @@ HEADERS = {
     "half a surrogate pair": '{"\\ud800": {"dtype": "F32", "shape": [], "data_offsets": [0, 0]}}',
     "a name with a line break": '{"a\\n\\u0007": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
     "a name of a megabyte": f'{{"{"x" * 2**20}": {{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}}}',
-    "overlapping tensors": json.dumps({key: {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]} for key in (UP, DOWN)}) + "        ",
-    "a shape beyond any memory": json.dumps({UP: {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 0]}}),
-    "a hole before the first": json.dumps({UP: {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}) + "        ",
-}  # fmt: skip
+    "overlapping tensors": json.dumps(
+        {key: {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]} for key in (UP, DOWN)}
+    )
+    + "        ",
+    "a shape beyond any memory": json.dumps(
+        {UP: {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 0]}}
+    ),
+    "a hole before the first": json.dumps({UP: {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}})
+    + "        ",
+}
 
 
 @pytest.mark.parametrize("fault", HEADERS)
@@ -111,19 +120,48 @@ def saved(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
 
 GOOD = {UP: torch.ones(8, 2), DOWN: torch.ones(2, 8)}
 TENSORS = {
-    "two thin factors of a matrix without end": ({UP: torch.ones(2**20, 1), DOWN: torch.ones(1, 2**20)}, "1048576 × 1048576"),
+    "two thin factors of a matrix without end": (
+        {UP: torch.ones(2**20, 1), DOWN: torch.ones(1, 2**20)},
+        "1048576 × 1048576",
+    ),
     "a Tucker core that asks for one on the way": (
-        {UP: torch.ones(1, 2**18), f"{STEM}.lora_mid.weight": torch.ones(2**18, 1, 1, 1), DOWN: torch.ones(1, 2**18)}, "262144 × 262144"),
-    "a Kronecker product of two large ones": ({f"{STEM}.lokr_w1": torch.ones(1024, 1024), f"{STEM}.lokr_w2": torch.ones(1024, 1024)}, "1048576 ×"),
-    "a Tucker core of two dimensions": ({**GOOD, f"{STEM}.lora_mid.weight": torch.ones(2, 2)}, "no Tucker core"),
-    "a bias of another height": ({**GOOD, f"{STEM}.diff_b": torch.ones(3)}, "has 3 numbers where 8 are needed"),
-    "a magnitude of another size": ({**GOOD, f"{STEM}.dora_scale": torch.ones(3)}, "has 3 numbers where 8 are needed"),
+        {
+            UP: torch.ones(1, 2**18),
+            f"{STEM}.lora_mid.weight": torch.ones(2**18, 1, 1, 1),
+            DOWN: torch.ones(1, 2**18),
+        },
+        "262144 × 262144",
+    ),
+    "a Kronecker product of two large ones": (
+        {f"{STEM}.lokr_w1": torch.ones(1024, 1024), f"{STEM}.lokr_w2": torch.ones(1024, 1024)},
+        "1048576 ×",
+    ),
+    "a Tucker core of two dimensions": (
+        {**GOOD, f"{STEM}.lora_mid.weight": torch.ones(2, 2)},
+        "not a Tucker core",
+    ),
+    "a bias of another height": (
+        {**GOOD, f"{STEM}.diff_b": torch.ones(3)},
+        "has 3 numbers where 8 are needed",
+    ),
+    "a magnitude of another size": (
+        {**GOOD, f"{STEM}.dora_scale": torch.ones(3)},
+        "has 3 numbers where 8 are needed",
+    ),
     "a bias of a fused layer that no cut fits": (
-        {**GOOD, "lora_unet_double_blocks_0_img_attn_qkv.diff_b": torch.ones(4), **{f"lora_unet_single_blocks_{i}_linear2.diff": torch.ones(2, 2)
-                                                                                   for i in range(3)}}, "cannot be cut"),
+        {
+            **GOOD,
+            "lora_unet_double_blocks_0_img_attn_qkv.diff_b": torch.ones(4),
+            **{f"lora_unet_single_blocks_{i}_linear2.diff": torch.ones(2, 2) for i in range(3)},
+        },
+        "cannot be cut",
+    ),
     "numbers beyond float64": (
-        {f"{STEM}.hada_w{n}_{x}": torch.full((2, 2), 3e38) for n in "12" for x in "ab"} | {f"{STEM}.alpha": torch.tensor(3e38)}, "too large"),
-}  # fmt: skip
+        {f"{STEM}.hada_w{n}_{x}": torch.full((2, 2), 3e38) for n in "12" for x in "ab"}
+        | {f"{STEM}.alpha": torch.tensor(3e38)},
+        "too large",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", TENSORS)

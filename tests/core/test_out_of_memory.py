@@ -6,7 +6,8 @@ import torch
 from klora.core.out_of_memory import is_out_of_memory
 
 SHORT = [
-    "CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 7.79 GiB total capacity; 5.92 GiB already allocated)",
+    "CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 7.79 GiB total capacity; 5.92 GiB already "
+    "allocated)",
     "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
     "CUDA driver error: out of memory",
     "CUDA_ERROR_OUT_OF_MEMORY: out of memory",
@@ -22,14 +23,17 @@ SHORT = [
     "miopenStatusAllocFailed",
     "MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB, max allowed: 9.07 GB)",
     "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
-    "[enforce fail at alloc_cpu.cpp:83] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes.",
-    "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4194304 bytes.",
+    "[enforce fail at alloc_cpu.cpp:83] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 4194304 bytes.",
+    "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: "
+    "you tried to allocate 4194304 bytes.",
 ]
 OTHER = [
     "CUDA error: an illegal memory access was encountered",
     "CUDA error: device-side assert triggered",
     "CUDA error: misaligned address",
-    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb, m, n, k, &alpha, a, lda, b, ldb, &beta, c, ldc)`",
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling "
+    "`cublasSgemm( handle, opa, opb, m, n, k, &alpha, a, lda, b, ldb, &beta, c, ldc)`",
     "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
     "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)",
     "The size of tensor a (640) must match the size of tensor b (1280) at non-singleton dimension 1",

@@ -18,8 +18,9 @@ from klora.core.scores import LayerScore, PairScores
 
 def layer(name, subject, style, only=None):
     return LayerScore(
-        name=name, k=4, rank_subject=2, rank_style=2, subject_score=subject, style_score=style, subject_abs_sum=2 * subject,
-        style_abs_sum=2 * style, subject_energy=subject**2, style_energy=style**2, only=only,
+        name=name, k=4, rank_subject=2, rank_style=2, subject_score=subject, style_score=style,
+        subject_abs_sum=2 * subject, style_abs_sum=2 * style,
+        subject_energy=subject**2, style_energy=style**2, only=only,
     )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def test_a_layer_switches_at_most_once_under_s_and_twice_under_s_star(scores, co
 
 @given(pairs, steps, st.integers(-20, 20))
 def test_rescaling_one_lora_changes_no_choice(scores, count, exponent):
-    """γ follows the magnitudes, so only the balance between layers counts. A power of two keeps the floats exact."""
+    """γ follows the magnitudes, so only the balance between layers counts. Powers of two are exact."""
     c = 2.0**exponent
     plan = make_plan(pair(*scores, gamma=1.5), steps=count, schedule=S)
     scaled = make_plan(
@@ -120,10 +121,12 @@ def test_json_has_the_promised_fields_and_agrees_with_the_plan(method):
     plan = make_plan(pair((3, 1), (1, 3)), steps=5, schedule=S_STAR, method=method, seed=3)
     data = plan.to_json(["careful"])
     assert set(data) == {
-        "gamma", "steps", "schedule", "alpha", "beta", "method", "layers", "strengths", "subject_share", "warnings",
+        "gamma", "steps", "schedule", "alpha", "beta", "method",
+        "layers", "strengths", "subject_share", "warnings",
     }  # fmt: skip
     assert [set(entry) for entry in data["layers"]] == 2 * [{
-        "name", "k", "rank_subject", "rank_style", "subject_score", "style_score", "subject_abs_sum", "style_abs_sum", "only", "switches",
+        "name", "k", "rank_subject", "rank_style",
+        "subject_score", "style_score", "subject_abs_sum", "style_abs_sum", "only", "switches",
     }]  # fmt: skip
     for column, entry in enumerate(data["layers"]):
         own = [row[column] for row in data["strengths"]]
@@ -159,7 +162,8 @@ def test_changes_say_every_layer_at_the_first_step_that_ran_and_then_what_differ
     }  # fmt: skip
     levels[[0, 2]] = -1
     assert as_changes(levels) == {
-        "steps": 4, "layers": 3, "ran": "1,3", "changes": [[1, [1, 0], "0,2"], [1, [0.5, 1], "1"], [3, [0, 1], "0,2"]],
+        "steps": 4, "layers": 3, "ran": "1,3",
+        "changes": [[1, [1, 0], "0,2"], [1, [0.5, 1], "1"], [3, [0, 1], "0,2"]],
     }  # fmt: skip
     levels[:] = -1
     assert as_changes(levels) == {"steps": 4, "layers": 3, "ran": "", "changes": []}

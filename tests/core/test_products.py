@@ -1,4 +1,4 @@
-"""Products that no switch of the process reaches: on machines that round factors, which are emulated here, the numbers are the oracle's."""
+"""Products are exact whatever the process allows, even on (emulated) machines that round factors."""
 
 import json
 import threading

@@ -1,7 +1,7 @@
-"""One path, two contents of one size and one time stamp: the scores are of the one that is there.
+"""One path, two contents of the same size and time stamp: the scores are those of the content that is there.
 
-Archives with normalised times, object stores and the Nix store give files such stamps. The two files of the subject hold the same
-tensors, and alpha 4 or 8 in the header, where PEFT writes it.
+Archives with normalised times, object stores and the Nix store give files such stamps. The two subject files
+have the same tensors, but alpha 4 or 8 in the header, where PEFT writes it.
 """
 
 import json

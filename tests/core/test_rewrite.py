@@ -37,7 +37,7 @@ def rewritten(path: Path) -> Path:
     assert all(torch.equal(delta, new[name]) for name, delta in deltas_of(before).items())
     assert after.metadata == before.metadata
     assert after.text_encoder_modules == before.text_encoder_modules
-    assert after.carried == before.carried
+    assert after.unscored == before.unscored
     return out
 
 
@@ -136,10 +136,11 @@ def test_every_role_is_copied_bit_for_bit(tmp_path: Path, kind: str, dtype: torc
 
 def test_all_else_goes_along(tmp_path: Path) -> None:
     peft = {"lora_B.weight": torch.randn(4, 2), "lora_A.weight": torch.randn(2, 4)}
+    encoder = "text_model.encoder.layers."
     stems = {
         "unet.mid_block.attentions.0.proj_in": STEM,
-        "text_encoder.text_model.encoder.layers.3.self_attn.q_proj": "lora_te1_text_model_encoder_layers_3_self_attn_q_proj",
-        "text_encoder_2.text_model.encoder.layers.31.mlp.fc2": "lora_te2_text_model_encoder_layers_31_mlp_fc2",
+        f"text_encoder.{encoder}3.self_attn.q_proj": "lora_te1_text_model_encoder_layers_3_self_attn_q_proj",
+        f"text_encoder_2.{encoder}31.mlp.fc2": "lora_te2_text_model_encoder_layers_31_mlp_fc2",
     }
     old = {f"{stem}.{role}": tensor.clone() for stem in stems for role, tensor in peft.items()}
     old |= {

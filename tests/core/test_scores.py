@@ -1,4 +1,4 @@
-"""Scores and γ of a pair, on deltas from memory: K, γ, one-sided layers, errors; and a process left as it was found."""
+"""Scores and γ of a pair, on deltas from memory: K, γ, one-sided layers, errors, and no side effects."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""Files written by PEFT, diffusers and LyCORIS on small modules with real names, against what these say they add."""
+"""Files written by PEFT, diffusers and LyCORIS on small modules with real names, against what these add."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def with_magnitude(reader: LoraReader, name: str, weight: Tensor) -> Tensor:
 
 
 def weight_in_use(module: nn.Module) -> Tensor:
-    """The weight that `module` really applies, read off its answers to unit inputs: whatever trainers add is in it."""
+    """The weight that `module` really applies, additions included, found from its outputs for unit inputs."""
     if isinstance(module, nn.Linear):
         inputs = torch.eye(module.in_features)
         return (module(inputs) - module(torch.zeros_like(inputs))).detach().T
@@ -223,7 +223,8 @@ def lycoris_file(
 ) -> tuple[LoraFile, dict[str, tuple[Tensor, Tensor]]]:
     """A LoRA of random values saved by LyCORIS, and {layer: (original weight, weight in use)}.
 
-    The weights in use are asked of the modules' forward, as LyCORIS 4.1's get_diff_weight scales LoHa and LoKr twice.
+    The weights in use come from the modules' forward, as LyCORIS 4.1's get_diff_weight scales LoHa and LoKr
+    twice.
     """
     lycoris = pytest.importorskip("lycoris")
     lycoris.LycorisNetwork.apply_preset(

@@ -1,6 +1,7 @@
-"""LoRA files as trainers write them and people meet them: real names, shrunken matrices, and what K-LoRA should make of a pair in float64.
+"""LoRA files as trainers write them: real names, small matrices, and the plan that a pair should give.
 
-The expected plan is computed from the numbers that a file was made of, with numpy alone; no reader of ours has a part in it.
+The expected plan is computed in float64 with numpy alone, from the numbers that a file was made of. No reader
+of ours takes part in it.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def some_lora(*stems: str, style: str = "peft") -> Tensors:
 
 
 def aitoolkit_lokr(dtype: torch.dtype, opening: str) -> Wild:
-    """ai-toolkit's LoKr for FLUX at full rank, its default: alpha 9999999999, which fp16 saves as inf and no formula uses."""
+    """ai-toolkit's LoKr for FLUX, at full rank by default: an unused alpha of 9999999999, inf in fp16."""
     make, wild = Maker(1), Wild()
     places = {
         "to_q": "img_attn.qkv:q",
@@ -180,7 +181,7 @@ def aitoolkit_lokr(dtype: torch.dtype, opening: str) -> Wild:
 
 
 def simpletuner_fused(kind: str) -> Wild:
-    """SimpleTuner with fused projections: LyCORIS wraps to_qkv and the unused to_q, to_k, to_v, and saves both; the unused are empty."""
+    """SimpleTuner with fused projections: LyCORIS saves to_qkv, and empty to_q, to_k and to_v beside it."""
     make, wild = Maker(2), Wild()
     alpha = torch.tensor(float(RANK))
     for n in (0, 5):
@@ -189,8 +190,10 @@ def simpletuner_fused(kind: str) -> Wild:
         if kind == "LoKr":
             first, second = make.matrix(6, 2), make.matrix(6, 6)
             wild.tensors |= {
-                f"{stem}qkv.lokr_w1": first, f"{stem}qkv.lokr_w2": second, f"{stem}qkv.alpha": alpha,
-            }  # fmt: skip
+                f"{stem}qkv.lokr_w1": first,
+                f"{stem}qkv.lokr_w2": second,
+                f"{stem}qkv.alpha": alpha,
+            }
             wild.deltas |= cut(layer, np.kron(exact(first), exact(second)), "qkv", None)
         else:
             up, down = make.matrix(3 * WIDTH, RANK), make.matrix(RANK, WIDTH)
@@ -199,15 +202,17 @@ def simpletuner_fused(kind: str) -> Wild:
         for part in "qkv":
             if kind == "LoKr":
                 wild.tensors |= {
-                    f"{stem}{part}.lokr_w1": make.matrix(2, 2), f"{stem}{part}.lokr_w2": torch.zeros(6, 6), f"{stem}{part}.alpha": alpha,
-                }  # fmt: skip
+                    f"{stem}{part}.lokr_w1": make.matrix(2, 2),
+                    f"{stem}{part}.lokr_w2": torch.zeros(6, 6),
+                    f"{stem}{part}.alpha": alpha,
+                }
             else:
                 wild.tensors |= kohya(f"{stem}{part}", torch.zeros(WIDTH, RANK), make.matrix(RANK, WIDTH))
     return wild
 
 
 def control_lora() -> Wild:
-    """Black Forest Labs' FLUX.1 Depth and Canny LoRAs: bare names, lora_B.bias, norm scales that replace, an img_in twice as wide."""
+    """BFL's FLUX.1 Depth and Canny LoRAs: bare names, lora_B.bias, norm scales, a wide img_in."""
     make, wild = Maker(3), Wild()
     for name, rows, columns, pieces in [*flux_matrices(), ("img_in", WIDTH, 16, "")]:
         up, down = make.matrix(rows, RANK), make.matrix(RANK, columns)
@@ -225,7 +230,7 @@ def with_img_in(wild: Wild, columns: int) -> Wild:
 
 
 def alphas_in_the_header(alpha: int) -> Wild:
-    """diffusers' save_lora_adapter: PEFT's settings as JSON in the header, a pattern for one module among them."""
+    """diffusers' save_lora_adapter: PEFT's settings as JSON in the header, with a pattern for one module."""
     odd = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     make = Maker(5)
     settings = f'{{"unet.r": {RANK}, "unet.lora_alpha": {alpha}, "unet.alpha_pattern": {{"{odd}": 2}}}}'
@@ -265,7 +270,7 @@ def hunyuan_video(doubles: int, singles: int, native: bool) -> Tensors:
 
 
 def klein(attention_only: bool = False) -> Tensors:
-    """FLUX.2 Klein 4B by ai-toolkit: BFL's names, 5 double and 20 single blocks, as wide as FLUX.1, with a gated MLP."""
+    """FLUX.2 Klein 4B by ai-toolkit: BFL's names, 5 and 20 blocks, FLUX.1's width, a gated MLP."""
     h, make = WIDTH, Maker(7)
     matrices = [(f"double_blocks.{n}.{s}_attn.qkv", 3 * h, h) for n in range(5) for s in ("img", "txt")]
     matrices += [(f"double_blocks.{n}.{s}_attn.proj", h, h) for n in range(5) for s in ("img", "txt")]
@@ -281,15 +286,23 @@ def klein(attention_only: bool = False) -> Tensors:
 
 
 def aura_flow() -> Tensors:
-    """AuraFlow and Pony V7 in diffusers' names: single blocks as FLUX has, joint_transformer_blocks beside them."""
+    """AuraFlow and Pony V7 in diffusers' names: FLUX's single blocks and joint_transformer_blocks."""
     return some_lora(
-        *(f"transformer.single_transformer_blocks.{n}.attn.{x}" for n in range(32) for x in ("to_q", "to_k", "to_v")),
-        *(f"transformer.joint_transformer_blocks.{n}.attn.{x}" for n in range(4) for x in ("to_q", "to_k", "to_v")),
-    )  # fmt: skip
+        *(
+            f"transformer.single_transformer_blocks.{n}.attn.{x}"
+            for n in range(32)
+            for x in ("to_q", "to_k", "to_v")
+        ),
+        *(
+            f"transformer.joint_transformer_blocks.{n}.attn.{x}"
+            for n in range(4)
+            for x in ("to_q", "to_k", "to_v")
+        ),
+    )
 
 
 def chroma(opening: str) -> Tensors:
-    """OneTrainer's and ai-toolkit's Chroma: FLUX.1's blocks and a guidance layer that FLUX.1 does not have."""
+    """OneTrainer's and ai-toolkit's Chroma: FLUX.1's blocks and a guidance layer that FLUX.1 lacks."""
     guidance = [
         f"{opening}.distilled_guidance_layer.layers.{n}.{side}"
         for n in range(5)
@@ -299,12 +312,15 @@ def chroma(opening: str) -> Tensors:
 
 
 def onetrainer_internal() -> Tensors:
-    """lora/lora.safetensors of a OneTrainer backup: OMI names, FLUX's q, k, v and MLP numbered, clip_l. and t5."""
+    """lora/lora.safetensors of a OneTrainer backup: OMI names, numbered q, k, v and MLP, clip_l. and t5."""
     numbered = [f"transformer.double_blocks.0.img_attn.qkv.{i}" for i in range(3)]
     numbered += [f"transformer.single_blocks.0.linear1.{i}" for i in range(4)]
     return some_lora(
-        *numbered, "transformer.double_blocks.0.img_attn.proj", "clip_l.text_model.encoder.layers.0.mlp.fc1", style="kohya",
-    )  # fmt: skip
+        *numbered,
+        "transformer.double_blocks.0.img_attn.proj",
+        "clip_l.text_model.encoder.layers.0.mlp.fc1",
+        style="kohya",
+    )
 
 
 # What should come of a pair

@@ -1,4 +1,4 @@
-"""DoRA's magnitudes (arXiv 2402.09353), which any kind of LoRA may have beside its delta."""
+"""DoRA's magnitudes (arXiv 2402.09353), which any kind of LoRA may have in addition to its delta."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SUFFIXES = {
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class DoraMagnitude:
     """DoRA's magnitude m of a layer: the weight becomes m · (W + ΔW) / ‖W + ΔW‖.
 
     Attributes:
-        values: float32; one number an output row (axis 0) or an input column or channel (axis 1).
-        axis: 0 if the norm runs over everything but the rows (PEFT, LyCORIS' wd_on_out); 1 if over everything but the
-            inputs (the older LyCORIS). In a fused module the norm of axis 1 runs over the rows of all its pieces.
+        values: float32, one number per output row (axis 0) or per input column or channel (axis 1).
+        axis: 0 if there is one norm per row (PEFT, LyCORIS' wd_on_out), 1 if there is one per input (older
+            LyCORIS). In a fused module, a norm of axis 1 includes the rows of all its pieces.
     """
 
     values: Tensor
@@ -34,10 +34,10 @@ class Magnitude:
 
 
 def is_of_inputs(role: str, shape: Shape) -> bool:
-    """Whether a magnitude of this shape has one number an input."""
+    """Whether a magnitude of this shape has one number per input."""
     return role == LYCORIS and len(shape) > 1 and shape[0] == 1 and shape[1] > 1
 
 
 def has_rows(role: str, shape: Shape) -> bool:
-    """Whether a magnitude of this shape is to be cut with the rows of its layer."""
+    """Whether a magnitude of this shape must be cut along with the rows of its layer."""
     return role == PEFT or (role == LYCORIS and max(shape[:1], default=1) > 1)

@@ -1,4 +1,4 @@
-"""GLoRA (arXiv 2306.07967, as LyCORIS has it)."""
+"""GLoRA (arXiv 2306.07967), as LyCORIS implements it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from klora.core.products import second_axis_product
 
 
 class GLoRA(Adapter):
-    """B = b1 @ b2 of ΔW = W a1 a2 + b1 b2: the part that needs no base weights, as DoRA is scored before its magnitude.
+    """The delta is B = b1 @ b2 of ΔW = W a1 a2 + b1 b2, the part that needs no base weights.
 
-    Scale is alpha / rank as in LyCORIS and Forge (A1111 leaves it out, which no comparison within one file notices).
+    The scale is alpha / rank, as in LyCORIS and Forge. A1111 does not apply it, which makes no difference to
+    a comparison within one file.
     """
 
     name = "GLoRA"
@@ -60,13 +61,13 @@ class GLoRA(Adapter):
         return LowRank(flat(get(up)), right, scale, rank or 0)
 
     def input_factor(self, get: Tensors, shapes: Shapes, scale: float) -> LowRank:
-        """A = a1 @ a2; W is (out, in), and (out, in, kh, kw) is multiplied along `in`."""
+        """A = a1 @ a2, by which a weight (out, in) or (out, in, kh, kw) is multiplied along `in`."""
         left, right = ("a1", "a2") if _order(shapes) == ("b1", "b2") else ("a2", "a1")
         return LowRank(flat(get(left)), flat(get(right)), scale, shapes[right][0])
 
 
 def _order(shapes: Shapes) -> tuple[str, str]:
-    """The roles (up, down) of the b pair: (b1, b2) as LyCORIS has it, (b2, b1) in its first files, which A1111 reads."""
+    """The roles (up, down): (b1, b2) in LyCORIS today, but (b2, b1) in its first files, which A1111 reads."""
     b1, b2 = matrix(shapes, "b1"), matrix(shapes, "b2")
     today, first = columns_of(b1) == b2[0], b2[1] == b1[0] and columns_of(b2) == b1[0]
     if today and (not first or b2[0] <= b1[0]):

@@ -56,7 +56,10 @@ class Hadamard(Delta):
 
 
 class LoHa(Adapter):
-    """ΔW = (w1_a @ w1_b) ∘ (w2_a @ w2_b); with cores t1 and t2, (w_a)ᵀ ×₁ core ×₂ w_b takes the place of a product."""
+    """ΔW = (w1_a @ w1_b) ∘ (w2_a @ w2_b).
+
+    With a Tucker core t1 or t2, (w_a)ᵀ ×₁ core ×₂ w_b takes the place of a product.
+    """
 
     name = "LoHa"
     suffixes: ClassVar[Mapping[str, str]] = {

@@ -32,9 +32,10 @@ class Kronecker(Delta):
     """ΔW = scale · first ⊗ second.
 
     Attributes:
-        first: (m1, n1).
-        second: (m2, n2, spatial): the spatial positions of a convolution stay innermost; spatial is 1 for a linear layer.
-        rank: of the factorised factor, None if both factors are stored full.
+        first: shape (m1, n1).
+        second: shape (m2, n2, spatial), where `spatial` is kh * kw for a convolution, whose positions stay
+            innermost, and 1 for a linear layer.
+        rank: the rank of a factor that is itself a product; None if both factors are stored in full.
     """
 
     first: Tensor
@@ -54,17 +55,17 @@ class Kronecker(Delta):
         return (first[:, :, None, None] * second[:, None]).flatten(1)
 
     def row_slice(self, start: int, stop: int) -> Delta:
-        """The piece of a fused layer in rows start..stop; it stays a Kronecker product where whole blocks of rows are cut."""
+        """The piece of a fused layer in rows start..stop; a Kronecker product if it is whole blocks."""
         block = self.second.shape[0]
         if start % block == 0 and stop % block == 0:
             return Kronecker(self.first[start // block : stop // block], self.second, self.scale, self.rank)
         return super().row_slice(start, stop)
 
     def scan(self, k: int) -> Scan:
-        """Sums and norms of a Kronecker product are products of its factors' own.
+        """Sums and norms of a Kronecker product are the products of those of its factors.
 
-        With both |factors| sorted falling, (i + 1)(j + 1) products are no smaller than the one at (i, j): the k largest are
-        among those with (i + 1)(j + 1) <= k.
+        With the entries of both |factors| in descending order, (i + 1)(j + 1) products are no smaller than
+        the one at (i, j), so the k largest are among those with (i + 1)(j + 1) <= k.
         """
         factors = sorted((self.first, self.second), key=Tensor.numel)
         few, many = (np.sort(factor.abs().double().cpu().numpy(), axis=None)[::-1] for factor in factors)
@@ -77,7 +78,11 @@ class Kronecker(Delta):
 
 
 class LoKr(Adapter):
-    """ΔW = w1 ⊗ w2, each full or a product of two. Scale is alpha / rank of the factorised factor (w2's first), else 1."""
+    """ΔW = w1 ⊗ w2, each stored in full or as a product.
+
+    The scale is alpha / rank, with the rank of w2 if that is a product, else of w1; it is 1 if both are
+    stored in full.
+    """
 
     name = "LoKr"
     suffixes: ClassVar[Mapping[str, str]] = {

@@ -22,8 +22,8 @@ from klora.core.deltas import LowRank
 from klora.core.products import second_axis_product
 
 
-class Lora(Adapter):
-    """ΔW = up @ down; with LoCon's mid, the Tucker core, (mid ×₂ down) takes the place of down."""
+class LoRA(Adapter):
+    """ΔW = up @ down; with LoCon's `mid`, a Tucker core, (mid ×₂ down) takes the place of down."""
 
     name = "LoRA"
     suffixes: ClassVar[Mapping[str, str]] = {
@@ -31,7 +31,8 @@ class Lora(Adapter):
         ".lora_B.weight": "up", ".lora_A.weight": "down", ".lora_B.bias": "up_bias",
         "_lora.up.weight": "up", "_lora.down.weight": "down", "_lora.alpha": "alpha",
         ".lora.up.weight": "up", ".lora.down.weight": "down", ".lora.alpha": "alpha",
-        ".lora_linear_layer.up.weight": "up", ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.alpha": "alpha",
+        ".lora_linear_layer.up.weight": "up", ".lora_linear_layer.down.weight": "down",
+        ".lora_linear_layer.alpha": "alpha",
         ".up.weight": "up", ".down.weight": "down",
     }  # fmt: skip
     marks = ("up", "down", "mid")

@@ -13,21 +13,21 @@ FAMILIES: Mapping[str, Family] = {family.key: family for family in (SDXL, FLUX)}
 
 
 def listed(word: str, short: bool = False) -> str:
-    """The names of all families for a sentence, `word` before the last: "SDXL and FLUX.1"."""
+    """The names of all families as part of a sentence, with `word` before the last: "SDXL and FLUX.1"."""
     *names, last = [family.short_name if short else family.name for family in FAMILIES.values()]
     return f"{', '.join(names)} {word} {last}" if names else last
 
 
 def of_checkpoint(model: Any, denoiser: Any) -> str | None:
-    """The key of a WebUI's loaded checkpoint's family, None if it is of none.
+    """The key of the family of a WebUI's loaded checkpoint, None if it belongs to none.
 
     Args:
-        model: the WebUI's record of it.
-        denoiser: its network.
+        model: the WebUI's record of the checkpoint.
+        denoiser: the network that is sampled.
     """
     return next((family.key for family in FAMILIES.values() if family.is_checkpoint(model, denoiser)), None)
 
 
 def of_pipeline(pipeline: Any) -> str | None:
-    """The key of a diffusers pipeline's family, None if it is of none."""
+    """The key of a diffusers pipeline's family, None if it belongs to none."""
     return next((family.key for family in FAMILIES.values() if family.is_pipeline(pipeline)), None)

@@ -1,4 +1,4 @@
-"""What K-LoRA has to know of a base model, as one record, and the words that such records are made of."""
+"""What K-LoRA has to know of a base model, as one record, and the parts that such a record is made of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ DIFFUSERS_FUSED, SHORT = "diffusers, fused", "without text_model"
 
 @dataclass(frozen=True)
 class Prefix:
-    """How a dialect opens its keys: `text`, the separator inside module names, and what it tells."""
+    """What keys start with in a dialect.
+
+    Attributes:
+        text: the prefix itself.
+        separator: what separates the parts of a module's name after it, "." or "_".
+        dialect: what the prefix says about how the key is written.
+    """
 
     text: str
     separator: str
@@ -37,17 +43,17 @@ DENOISER_PREFIXES = (
     Prefix("transformer.", ".", "diffusers"),
     Prefix("", ".", "bare"),
 )
-"""Trainers write these before the names of any denoiser's modules."""
+"""What trainers write before the module names of any denoiser."""
 
 
 class Alias(NamedTuple):
     """One more name of a module, or of some of its pieces, in the files of some trainers.
 
     Attributes:
-        name: dotted.
-        module: what it names.
-        layers: the canonical layers whose rows the matrix under this name holds, top first.
-        naming: NATIVE, DIFFUSERS, … or a name of the convention for people.
+        name: the dotted name.
+        module: the module that it names.
+        layers: the canonical layers whose rows are in the matrix of this name, top first.
+        naming: NATIVE, DIFFUSERS, …, or the convention's name for people.
     """
 
     name: str
@@ -57,7 +63,12 @@ class Alias(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What the map calls the blocks of one part of the network; `numbered` if it has several, by the next part of a layer's name."""
+    """What the selection map calls the blocks of one part of the network.
+
+    Attributes:
+        group: the part's name.
+        numbered: whether it has several blocks, numbered by the next part of a layer's name.
+    """
 
     group: str
     numbered: bool = False
@@ -72,23 +83,26 @@ class Family:
     """A base model: all checkpoints whose networks are built alike.
 
     Attributes:
-        key: what stands for it in code.
-        name: as people write it, precisely.
-        short_name: as people call it, where no other model of nearly the same name is meant.
-        words: of its name, as they stand in names of files, in lower case.
+        key: its name in code.
+        name: its exact name for people.
+        short_name: its usual name, for places where it cannot be confused with a similar model.
+        words: parts of its name as they occur in file names, in lower case.
         list_modules: makes all modules of its denoiser.
         list_aliases: makes their further names.
         blocks: {first part of a canonical layer's name: its block}, in the order of the forward pass.
         component: the denoiser's name in diffusers' pipelines.
         text_encoders: {key of `text_encoders.TEXT_ENCODERS`: its name in diffusers' pipelines}.
-        readable: the dialects that the Forge family's loaders read as they are.
-        is_checkpoint: told the WebUI's record of a loaded checkpoint and its denoiser, whether it is of this family.
-        is_pipeline: whether a diffusers pipeline is.
-        other_by_size: told a layer's name, rows and columns, which other model of the same names has that size, None if this one may.
-        namesakes: (pattern, name) of models of the same names, as files give themselves in their headers, in lower case.
-        is_control: told the keys of a file that nobody knows and the shapes of its layers, whether it is a control LoRA.
-        schedule: the one that the paper's authors recommend.
-        prefixes: how dialects open the keys of its denoiser.
+        readable: the dialects that the loaders of Forge and its relatives read as they are.
+        is_checkpoint: (WebUI's record of a loaded checkpoint, its denoiser) -> whether it is of this family.
+        is_pipeline: (diffusers pipeline) -> whether it is of this family.
+        other_by_size: (layer, rows, columns) -> the other model with the same module names in which the layer
+            has this size; None if it may be this family's.
+        namesakes: (pattern, name) of models with the same module names; the pattern, in lower case, matches
+            what a file's header says of its base model.
+        is_control: (keys of a file that belong to no dialect, shapes of its layers) -> whether it is a
+            control LoRA.
+        schedule: the schedule that the paper's authors recommend for it.
+        prefixes: what the keys of its denoiser start with in each dialect.
     """
 
     key: str
@@ -111,7 +125,7 @@ class Family:
 
     @property
     def diffusers_is_read(self) -> bool:
-        """Whether the Forge family's loaders read the keys that diffusers itself writes, which open with `component`."""
+        """Whether Forge and its relatives load the keys that diffusers itself writes (`component`.…)."""
         return "diffusers PEFT" in self.readable
 
     @cached_property
@@ -121,11 +135,11 @@ class Family:
 
     @cached_property
     def fused(self) -> Mapping[str, Module]:
-        """{native path: module} of those that hold several layers."""
+        """{native path: module} of the modules that fuse several layers."""
         return {module.native: module for module in self.modules if module.pieces}
 
     def other_by_sizes(self, layers: LayerShapes) -> str | None:
-        """The other model of the same names that these layers' sizes tell, None if they may be this one's."""
+        """The other model that these sizes belong to; None if they may be this family's."""
         return next(
             (other for name, shape in layers.items() if (other := self.other_by_size(name, *shape))), None
         )

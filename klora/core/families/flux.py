@@ -1,7 +1,8 @@
 """FLUX.1: dev, schnell, Krea, Kontext and Fill.
 
-Native names are Black Forest Labs' (black-forest-labs/flux, model.py), which keep q, k, v (and the MLP input of a single block) in one
-matrix where diffusers has one module for each. The others are those of diffusers' conversion script.
+Native names are Black Forest Labs' (black-forest-labs/flux, model.py), where one matrix contains q, k, v (and
+the MLP input of a single block), while diffusers has one module for each. The other names are those of
+diffusers' conversion script.
 """
 
 from __future__ import annotations
@@ -106,11 +107,11 @@ _WIDTHS = {
     4096: "FLUX.2 Klein 9B",
     6144: "FLUX.2",
 }
-"""Columns of an attention projection, where FLUX.1 has 3072."""
+"""{columns of an attention projection: model}; FLUX.1 has 3072."""
 
 
 def _other_by_size(name: str, rows: int, columns: int) -> str | None:
-    """FLUX.2's gated MLP is 3 widths wide inside and has 6 in its first matrix; FLUX.1's has 4 and 4."""
+    """FLUX.2's gated MLP is 3 widths wide inside, its first matrix 6 widths high; FLUX.1 has 4 and 4."""
     if name.endswith((".linear1:mlp", "_mlp.0")):
         return "FLUX.2" if rows == 6 * columns else None
     if name.endswith("_mlp.2"):

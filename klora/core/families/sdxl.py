@@ -1,6 +1,7 @@
-"""SDXL, and all that is trained from it: Pony, Illustrious, NoobAI.
+"""SDXL, and the models trained from it, such as Pony, Illustrious and NoobAI.
 
-Native names are SGM's: sgm/modules/diffusionmodules/openaimodel.py with sd_xl_base.yaml. The others are those of diffusers' conversion script.
+Native names are SGM's (sgm/modules/diffusionmodules/openaimodel.py with sd_xl_base.yaml). The other names are
+those of diffusers' conversion script.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from klora.core.topology import CONV, LINEAR, NORM, Module
 
 
 def sdxl_modules() -> Iterator[Module]:
-    """All modules of SDXL's UNet: 3 levels of 320, 640 and 1280 channels with 0, 2 and 10 transformer blocks."""
+    """All modules of SDXL's UNet: 320, 640 and 1280 channels with 0, 2 and 10 transformer blocks."""
     pairs = [
         ("time_embed.0", "time_embedding.linear_1", LINEAR),
         ("time_embed.2", "time_embedding.linear_2", LINEAR),
@@ -93,7 +94,7 @@ def _transformer(native: str, diffusers: str, depth: int) -> _Pairs:
 
 
 def _aliases() -> Iterator[Alias]:
-    """Attention as diffusers wrote it before PEFT: `attn1.processor.to_q_lora.up.weight`, `attn1.to_out_lora…`."""
+    """Attention as diffusers wrote it before PEFT: `attn1.processor.to_q_lora.up.weight`, `to_out_lora.…`."""
     for module in SDXL.modules:
         for name, naming in ((module.diffusers[0], DIFFUSERS), (module.native, NATIVE)):
             block, dot, projection = name.rpartition(".to_")
@@ -106,7 +107,7 @@ def _aliases() -> Iterator[Alias]:
 
 
 _CONTEXTS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner"}
-"""Columns of a key projection of cross-attention, where SDXL has 2048."""
+"""{columns of a key projection in cross-attention: model}; SDXL has 2048."""
 
 
 def _other_by_size(name: str, rows: int, columns: int) -> str | None:
