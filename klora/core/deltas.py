@@ -1,9 +1,9 @@
 """The change ΔW that one LoRA makes to one layer, kept in factors and evaluated in blocks of rows.
 
-A delta is a matrix of shape (rows, columns). A convolution of shape (out, in, kh, kw) is the matrix (out, in
-* kh * kw), as K-LoRA only looks at the magnitudes of the entries. All factors are float32 on one device.
-`scale` multiplies every entry; for an up/down pair it is network_alpha / rank. Forms that only one kind of
-LoRA has are in that kind's file in `adapters`.
+A delta is a matrix of shape (rows, columns). A convolution (out, in, kh, kw) is treated as the matrix
+(out, in * kh * kw), as K-LoRA only looks at the magnitudes of the entries. All factors are float32 on one
+device. `scale` multiplies every entry; for an up/down pair it is network_alpha / rank. Forms that only one
+kind of LoRA has are in that kind's file in `adapters`.
 """
 
 from __future__ import annotations

@@ -128,10 +128,10 @@ class DiskStore:
         for used, size, path in files:
             age = newest - used  # by the clock of the file system, which may differ from ours
             if _TEMPORARY in (path.suffix, path.name[: len(_TEMPORARY)]):
-                goes = age > STALE_TEMPORARY_SECONDS
+                doomed = age > STALE_TEMPORARY_SECONDS
             else:
-                goes = not self._is_current(path.name) or (total > limit and age >= self._in_use_seconds)
-            if goes and path != keep and _delete(path):
+                doomed = not self._is_current(path.name) or (total > limit and age >= self._in_use_seconds)
+            if doomed and path != keep and _delete(path):
                 total -= size
 
     def _files(self) -> list[tuple[float, int, Path]]:

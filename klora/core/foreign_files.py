@@ -63,9 +63,8 @@ _FOREIGN_LORAS = tuple(
         ),
         (
             r"((_attn\.qkv|\.linear1)\.[0-3]|^(clip_[lg]\.text_model|t5\.encoder)\..+)\.(lora_|alpha$|lokr_|hada_)",
-            "is OneTrainer's internal copy of a LoRA, with key names that no WebUI knows: choose the LoRA "
-            "that "
-            "OneTrainer saved at its output path",
+            "is OneTrainer's internal copy of a LoRA, with key names that no WebUI knows: "
+            "choose the LoRA that OneTrainer saved at its output path",
         ),
     )
 )

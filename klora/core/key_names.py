@@ -231,12 +231,12 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
     if prefix.dialect != "diffusers":
         return prefix.dialect
     if family is None:
-        plain, said = TEXT_ENCODERS[target.base].diffusers_is_read, ""
+        plain, naming = TEXT_ENCODERS[target.base].diffusers_is_read, ""
     else:
         own = (prefix.text, target.naming) == (f"{family.component}.", DIFFUSERS)
         plain = own or not family.diffusers_is_read
-        said = target.naming
-    return "diffusers PEFT" if plain else f"diffusers PEFT ({prefix.text}{said})"
+        naming = target.naming
+    return "diffusers PEFT" if plain else f"diffusers PEFT ({prefix.text}{naming})"
 
 
 @cache

@@ -177,7 +177,7 @@ def _thread_count_is_per_thread() -> bool:
 
 
 def _use_one_torch_thread() -> None:
-    """Limits torch to one thread when it is called from the current thread, which must be a new one.
+    """Limits torch to one thread for calls from the current thread, which must be a new one.
 
     With OpenMP, `torch.set_num_threads` applies to the calling thread and to every thread that first uses
     torch afterwards. A short-lived second thread sets the old number again, so that those others keep it.

@@ -126,7 +126,7 @@ class LoraFile:
 
 
 def read_lora(path: str | PathLike[str]) -> LoraFile:
-    """Reads a LoRA file, but for the tensors of its deltas (see `LoraFile.open`).
+    """Reads what a LoRA file contains, without its deltas; `LoraFile.open` gives these.
 
     Raises:
         LoraFileError: the file is missing, damaged, not a LoRA, made for another base model or incomplete, or

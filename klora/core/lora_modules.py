@@ -164,19 +164,19 @@ def _module(
         given = _scalar(file, tensors, keys.get("scale"))
         counts = given is None and delta_shape.divisor
         alpha = _scalar(file, tensors, keys.get("alpha")) if counts else None
-        said = None
+        in_header = None
         if given is None and alpha is None and kind.scale_in_header and delta_shape.divisor:
-            said = config.scale(target.base, path, delta_shape.divisor)
+            in_header = config.scale(target.base, path, delta_shape.divisor)
         if given is not None:
             scale = given
         elif alpha is not None and delta_shape.divisor:
             scale = alpha / delta_shape.divisor
         else:
-            scale = 1.0 if said is None else said
+            scale = 1.0 if in_header is None else in_header
     except ShapeMismatch as mismatch:
         raise _mismatched(file, keys, mismatch) from None
     module = FileModule(
-        target, keys, shapes, path, dialects, adapter, kind, delta_shape, alpha, scale, said is not None
+        target, keys, shapes, path, dialects, adapter, kind, delta_shape, alpha, scale, in_header is not None
     )
     return _whole(file, module)
 

@@ -87,8 +87,8 @@ def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, .
         too.
 
     Raises:
-        LoraFileError: a tensor cannot be read, has a type that hosts cannot load, or cannot be cut for their
-            layers.
+        LoraFileError: a tensor cannot be read, has a number type that hosts do not know, or cannot be cut
+            into the layers that they load.
         OSError: the destination cannot be written.
     """
     entries = {key: entry for module in lora.modules for key, entry in _entries(lora, module)}

@@ -173,7 +173,7 @@ class _ScoringJob:
             check=self._check,
         )
 
-    def raise_if_given_up(self) -> None:
+    def raise_if_cancelled(self) -> None:
         """Raises Cancelled after a cancellation; for worker threads, which must not call `cancelled`."""
         if self._given_up.is_set():
             raise Cancelled
@@ -240,7 +240,7 @@ class _Side:
                 sums = job.over(
                     self.lora,
                     list(ks),
-                    lambda name, delta, buffer: top_sum(delta, ks[name], buffer, job.raise_if_given_up),
+                    lambda name, delta, buffer: top_sum(delta, ks[name], buffer, job.raise_if_cancelled),
                 )
             extra = {**self.known.extra_sums, **{(name, ks[name]): value for name, value in sums.items()}}
             self._learn(FileProfile(self.known.layers, extra))
@@ -278,12 +278,12 @@ def _profile(lora: LoraSource, job: _ScoringJob) -> dict[str, LayerProfile]:
     found = job.over(
         lora,
         list(lora.layers),
-        lambda name, delta, buffer: profile(delta, buffer, job.raise_if_given_up),
+        lambda name, delta, buffer: profile(delta, buffer, job.raise_if_cancelled),
     )
     for name, layer in found.items():
         if not math.isfinite(layer.abs_sum) or not math.isfinite(layer.squared_sum):
             raise LoraFileError(
-                f"The numbers of “{lora.path.name}” in layer {name} are too large to be summed: "
+                f'The numbers of "{lora.path.name}" in layer {name} are too large to be summed: '
                 "take another file in its place."
             )
     return dict(sorted(found.items()))
@@ -294,7 +294,7 @@ def _shared_layers(subject: LoraSource, style: LoraSource) -> list[str]:
     shared = sorted(subject.layers.keys() & style.layers.keys())
     if not shared:
         raise PairError(
-            f"“{subject.path.name}” and “{style.path.name}” change different parts of the model and have no "
+            f'"{subject.path.name}" and "{style.path.name}" change different parts of the model and have no '
             "layer in common, so there is nothing to choose between: put both into the prompt, where each "
             "applies in full to its own part."
         )
@@ -302,14 +302,14 @@ def _shared_layers(subject: LoraSource, style: LoraSource) -> list[str]:
         ours, theirs = subject.layers[name].shape, style.layers[name].shape
         if name == "img_in" and ours != theirs:
             raise PairError(
-                f"“{subject.path.name}” and “{style.path.name}” were made for different inputs (img_in is "
+                f'"{subject.path.name}" and "{style.path.name}" were made for different inputs (img_in is '
                 f"{ours[0]}×{ours[1]} in the first and {theirs[0]}×{theirs[1]} in the second): one of them "
                 "is a control LoRA (FLUX.1 Depth or Canny) or was made for FLUX.1 Fill. Take another LoRA in "
                 "its place."
             )
         if ours != theirs:
             raise PairError(
-                f"“{subject.path.name}” and “{style.path.name}” were made for different base models: layer "
+                f'"{subject.path.name}" and "{style.path.name}" were made for different base models: layer '
                 f"{name} is {ours[0]}×{ours[1]} in the first and {theirs[0]}×{theirs[1]} in the second. Take "
                 "two LoRAs for the same base model."
             )
@@ -337,14 +337,14 @@ def _gamma(subject: _Side, style: _Side, shared: Sequence[str]) -> float:
     for side, other, total in ((subject, style, totals[0]), (style, subject, totals[1])):
         if total == 0:
             raise PairError(
-                f"“{side.lora.path.name}” changes nothing on the layers it shares with "
-                f"“{other.lora.path.name}” (all its values there are zero), so the two cannot be balanced: "
+                f'"{side.lora.path.name}" changes nothing on the layers it shares with '
+                f'"{other.lora.path.name}" (all its values there are zero), so the two cannot be balanced: '
                 "take another file in its place."
             )
     gamma = totals[0] / totals[1]
     if not 0 < gamma < math.inf:
         raise PairError(
-            f"“{subject.lora.path.name}” and “{style.lora.path.name}” differ so much in magnitude "
+            f'"{subject.lora.path.name}" and "{style.lora.path.name}" differ so much in magnitude '
             f"({totals[0]:.1g} and {totals[1]:.1g}) that they cannot be balanced: take another file in place "
             "of one."
         )

@@ -107,8 +107,8 @@ def _check_container(path: Path, size: int) -> None:
     pickled = path.suffix.lower() in _PICKLED
     if start.startswith(_LFS_POINTER):
         raise LoraFileError(
-            f'"{path.name}" is a git-lfs pointer of {size} bytes, not the LoRA itself: fetch it with "git '
-            'lfs pull", or download it.'
+            f'"{path.name}" is a git-lfs pointer of {size} bytes, not the LoRA itself: '
+            'fetch it with "git lfs pull", or download it.'
         )
     if pickled and start[8:9] == b"{" and 2 <= struct.unpack("<Q", start[:8])[0] <= size - 8:
         raise LoraFileError(

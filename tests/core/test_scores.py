@@ -144,13 +144,13 @@ def test_a_file_with_itself():
         (
             {"a": low_rank(3, 3, 1)},
             {"a": low_rank(3, 3, 1, scale=0.0)},
-            ["“style.safetensors” changes nothing", "another file"],
+            ['"style.safetensors" changes nothing', "another file"],
         ),
         ({"a": full(3, 3), "b": full(3, 3)}, {"a": low_rank(3, 3, 1)}, None),
         (
             {"a": Dense(torch.zeros(3, 3), 1.0, None)},
             {"a": full(3, 3)},
-            ["“subject.safetensors” changes nothing"],
+            ['"subject.safetensors" changes nothing'],
         ),
     ],
 )
@@ -160,7 +160,7 @@ def test_pairs_that_do_not_fit(subject, style, words):
         return
     with pytest.raises(PairError) as caught:
         score_pair(*pair(subject, style))
-    for word in ["“subject.safetensors”", "“style.safetensors”", *words]:
+    for word in ['"subject.safetensors"', '"style.safetensors"', *words]:
         assert word in str(caught.value)
 
 

@@ -39,7 +39,7 @@ class DeltaShape:
     Attributes:
         shape: (rows, columns).
         rank: the rank that enters K in eq. (5); None for a delta that has none.
-        divisor: what network alpha is divided by; None if the scale is 1 whatever alpha is.
+        divisor: what network alpha is divided by to get the scale; None if alpha is not used.
     """
 
     shape: tuple[int, int]
