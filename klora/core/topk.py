@@ -21,7 +21,6 @@ from klora.core.deltas import Delta, LowRank, Scan
 from klora.core.products import product
 from klora.core.profiles import TABLE_LENGTH, LayerProfile, table_k
 
-Magnitudes = NDArray[Any]
 Check = Callable[[], object]
 """Called repeatedly during long work; an exception from it ends the work."""
 
@@ -190,10 +189,10 @@ class RunningTopK:
         self.bound = np.float32(0)
         self._k = k
         self._kept = np.empty(0, np.float32)
-        self._new: list[Magnitudes] = []
+        self._new: list[NDArray[Any]] = []
         self._new_count = 0
 
-    def add(self, block: Magnitudes) -> None:
+    def add(self, block: NDArray[Any]) -> None:
         """Takes the next magnitudes of the stream, float32, shape (n,), and keeps no reference to them."""
         if not self.bound:
             self._guess_bound(block)
@@ -203,13 +202,13 @@ class RunningTopK:
         if self._new_count >= self._k:
             self._raise_bound()
 
-    def descending(self) -> Magnitudes:
+    def descending(self) -> NDArray[Any]:
         """The k largest in descending order, float32, shape (k,)."""
         self._raise_bound()
         missing = np.full(self._k - self._kept.size, self.bound)
         return np.concatenate([np.sort(self._kept)[::-1], missing])
 
-    def _guess_bound(self, block: Magnitudes) -> None:
+    def _guess_bound(self, block: NDArray[Any]) -> None:
         """Takes a bound from a sample of the block, if at least k entries of the whole block reach it."""
         sample = block[:: block.size // SAMPLE_NUMEL | 1]
         for margin in (1.3, 2.0, 4.0):
