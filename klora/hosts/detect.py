@@ -97,5 +97,5 @@ def find_adapter(networks: Any, model: Any) -> Adapter:
         return A1111(networks)
     looked_for = ", ".join((A1111.MARK, *(kind.MARK for kind in FORGES)))
     raise UnknownHost(
-        f"K-LoRA does not know this WebUI, so the picture is made without it. Looked for and not found: {looked_for}."
+        f"K-LoRA does not know this WebUI, so the image is made without it. Looked for and not found: {looked_for}."
     )

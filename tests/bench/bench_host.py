@@ -44,10 +44,10 @@ def measure(host, options):
     common = {"steps": options.steps, "width": options.size, "height": options.size}
 
     def tags():
-        host.picture(prompt=f"a cat<lora:{host.subject}:1><lora:{host.style}:1>", **common)
+        host.image(prompt=f"a cat<lora:{host.subject}:1><lora:{host.style}:1>", **common)
 
     def fused():
-        host.picture(host.pair, **common)
+        host.image(host.pair, **common)
 
     fused()
     first, again = [], []

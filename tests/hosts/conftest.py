@@ -88,13 +88,13 @@ def storage(any_storage, host):
 
 @pytest.fixture(scope="module")
 def plain(host):
-    """A picture without K-LoRA, before anything else."""
-    return host.picture()
+    """An image without K-LoRA, before anything else."""
+    return host.image()
 
 
 @pytest.fixture(scope="module")
 def fused(host, plain):
-    return host.picture(host.pair)
+    return host.image(host.pair)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,6 @@ def references(host):
 
 @pytest.fixture(autouse=True)
 def off_is_the_host_bit_for_bit(host, plain):
-    """After every single test a picture without K-LoRA is what it was before the first."""
+    """After every single test an image without K-LoRA is what it was before the first."""
     yield
-    assert same(host.picture(), plain)
+    assert same(host.image(), plain)

@@ -90,13 +90,13 @@ class Host(ABC):
         assert status == 200, answer
         return {**answer, "info": json.loads(answer["info"])}
 
-    def pictures(self, klora=None, **fields):
+    def images(self, klora=None, **fields):
         """(pixel arrays, infotext of the first) of a request that works."""
         answer = self.answer(klora, **fields)
         return [pixels(image) for image in answer["images"]], answer["info"]["infotexts"][0]
 
-    def picture(self, klora=None, **fields):
-        return self.pictures(klora, **fields)[0][0]
+    def image(self, klora=None, **fields):
+        return self.images(klora, **fields)[0][0]
 
     def plot(self):
         """What the host tells of its script X/Y/Z plot."""
@@ -107,7 +107,7 @@ class Host(ABC):
         )
 
     def grid(self, x, x_values, y="Nothing", y_values=""):
-        """Fields of a plot whose answer ends with the single pictures; what else it asks for is left as the host's page has it."""
+        """Fields of a plot whose answer ends with the single images; what else it asks for is left as the host's page has it."""
         controls = self.plot()["args"]
         axes, others = controls[:9], controls[9:]
         labels = axes[0]["choices"]
@@ -125,7 +125,7 @@ class Host(ABC):
     def weights(self, klora=None, **fields):
         """Checksums of all weights of the denoiser, at every evaluation of a request that works."""
         self.call("/klora-probe/v1/weights")
-        self.pictures(klora, **fields)
+        self.images(klora, **fields)
         status, calls = self.call("/klora-probe/v1/weights")
         assert status == 200, PROBE_MISSING
         return calls
@@ -227,7 +227,7 @@ class Host(ABC):
             self.call("/sdapi/v1/refresh-checkpoints", {})
 
     def reload(self):
-        """As the button "Reload UI"; ends when pictures can be made again."""
+        """As the button "Reload UI"; ends when images can be made again."""
 
         def started():
             try:
@@ -334,7 +334,7 @@ def terminated_as_interrupted():
 
 
 def pixels(image):
-    """A picture of an answer (base64) as an array."""
+    """An image of an answer (base64) as an array."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
 
 

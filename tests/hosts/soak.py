@@ -1,4 +1,4 @@
-"""What users and accidents do to a WebUI, in any order; after every one a plain picture is what it was first.
+"""What users and accidents do to a WebUI, in any order; after every one a plain image is what it was first.
 
     KLORA_HOST_URL=… KLORA_HOST_FOLDER=… python tests/hosts/soak.py 200 [seed]
 
@@ -174,16 +174,16 @@ ACTIONS = {
 
 
 def prepare(host):
-    """Remember the first pictures, as `act` needs them; A1111's very first load of a checkpoint differs from later ones by a grey level."""
+    """Remember the first images, as `act` needs them; A1111's very first load of a checkpoint differs from later ones by a grey level."""
     other_checkpoint(host, random.Random(0))
-    host.first, host.first_fused = host.picture(), host.picture(host.pair)
+    host.first, host.first_fused = host.image(), host.image(host.pair)
 
 
 def act(host, name, seed):
     """One action, and what must hold after it."""
     ACTIONS[name](host, random.Random(seed))
-    assert same(host.picture(), host.first), f"after {name} ({seed}) a plain picture differs"
-    assert same(host.picture(host.pair), host.first_fused), f"after {name} ({seed}) a K-LoRA picture differs"
+    assert same(host.image(), host.first), f"after {name} ({seed}) a plain image differs"
+    assert same(host.image(host.pair), host.first_fused), f"after {name} ({seed}) a K-LoRA image differs"
 
 
 def tensors(host):
@@ -206,7 +206,7 @@ def soak(host, count, seed):
             warm = {what: max(most, last[what]) for what, most in warm.items()}
     assert last["count"] <= warm["count"] * 1.02, (warm, last)
     assert last["bytes"] <= warm["bytes"] * 1.02, (warm, last)
-    print(f"at most {warm} in the first fifth, at the end {last}: all pictures bit for bit as at first")
+    print(f"at most {warm} in the first fifth, at the end {last}: all images bit for bit as at first")
 
 
 def main():

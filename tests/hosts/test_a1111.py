@@ -17,17 +17,17 @@ def only_there(host):
 def test_functional_mode_keeps_the_promises(host, plain):
     """The option lora_functional: networks are added to the outputs of the layers instead of to their weights."""
     with host.options(lora_functional=True):
-        expected = host.picture(prompt="a cat" + tag(host.subject))
-        assert same(host.picture({**host.pair, "method": "Subject only"}), expected)
+        expected = host.image(prompt="a cat" + tag(host.subject))
+        assert same(host.image({**host.pair, "method": "Subject only"}), expected)
         assert same(
-            host.picture({**host.pair, "method": "Direct merge"}),
-            host.picture(prompt="a cat" + tag(host.subject) + tag(host.style)),
+            host.image({**host.pair, "method": "Direct merge"}),
+            host.image(prompt="a cat" + tag(host.subject) + tag(host.style)),
         )
-        functional = host.picture(host.pair)
-        assert same(host.picture(host.pair), functional)
+        functional = host.image(host.pair)
+        assert same(host.image(host.pair), functional)
         assert not same(functional, expected)
         assert not same(functional, plain)
-        assert same(host.picture(), plain)
+        assert same(host.image(), plain)
 
 
 def assert_applied(host, calls, plan, clock):
@@ -46,9 +46,9 @@ def assert_applied(host, calls, plan, clock):
 def test_layers_bear_the_names_of_the_plan_and_are_rewritten_only_when_they_switch(
     host, sampler, steps, schedule
 ):
-    host.picture()
+    host.image()
     host.applied()
-    host.picture({**host.pair, "schedule": schedule}, sampler_name=sampler, steps=steps)
+    host.image({**host.pair, "schedule": schedule}, sampler_name=sampler, steps=steps)
     calls, applies = host.applied()
     plan = plan_of(host, steps, schedule=schedule)
     assert_applied(host, calls, plan, host.clocks[sampler, steps])

@@ -81,17 +81,17 @@ def test_the_gallery_shows_no_map_by_default(host):
     assert len(host.answer(host.pair, n_iter=2)["images"]) == len(host.answer(n_iter=2)["images"])
 
 
-def test_the_gallery_shows_the_map_behind_the_pictures_if_the_user_wants_it(host):
+def test_the_gallery_shows_the_map_behind_the_images_if_the_user_wants_it(host):
     without = host.answer(host.pair, n_iter=2, batch_size=2)
     with host.options(klora_map_in_gallery=True):
         answer = host.answer(host.pair, n_iter=2, batch_size=2)
         assert len(host.answer(n_iter=2)["images"]) == len(without["images"]) - 2
-    *pictures, drawn = answer["images"]
-    assert all(same(pixels(a), pixels(b)) for a, b in zip(pictures, without["images"], strict=True))
+    *images, drawn = answer["images"]
+    assert all(same(pixels(a), pixels(b)) for a, b in zip(images, without["images"], strict=True))
     assert (pixels(drawn)[..., :3] == SUBJECT).all(axis=-1).any()
     assert answer["info"]["index_of_first_image"] == without["info"]["index_of_first_image"]
     infotexts = [text.split("Version")[0] for text in answer["info"]["infotexts"]]
-    assert infotexts[: len(pictures)] == [text.split("Version")[0] for text in without["info"]["infotexts"]]
+    assert infotexts[: len(images)] == [text.split("Version")[0] for text in without["info"]["infotexts"]]
 
 
 def test_a_plot_is_left_without_maps(host):
@@ -102,7 +102,7 @@ def test_a_plot_is_left_without_maps(host):
     assert all(same(pixels(a), pixels(b)) for a, b in zip(answer["images"], without["images"], strict=True))
 
 
-def test_the_map_is_saved_beside_each_picture_if_the_user_wants_it(host, tmp_path):
+def test_the_map_is_saved_beside_each_image_if_the_user_wants_it(host, tmp_path):
     with host.options(samples_save=True, outdir_txt2img_samples=str(tmp_path), klora_map_saved=True):
         host.answer(host.pair, batch_size=2, save_images=True)
         host.answer(save_images=True)
@@ -130,23 +130,23 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("said", FAULTS)
-def test_told_to_go_on_it_makes_the_hosts_own_picture_and_says_why(host, said):
+def test_told_to_go_on_it_makes_the_hosts_own_image_and_says_why(host, said):
     wrong = FAULTS[said](host)
     prompt = "a cat" + tag(host.other, 0.7)
-    expected = host.picture(prompt=prompt)
+    expected = host.image(prompt=prompt)
     with host.options(klora_on_error=GO_ON):
-        arrays, infotext = host.pictures({**host.pair, **wrong}, prompt=prompt)
+        arrays, infotext = host.images({**host.pair, **wrong}, prompt=prompt)
     assert same(arrays[0], expected)
     assert "K-LoRA stopped: " in infotext
     assert said in infotext
     assert host.request({**host.pair, **wrong})[0] == 422
 
 
-def test_told_to_go_on_when_the_host_cannot_load_a_lora_it_makes_the_hosts_own_pictures(host):
-    expected = [host.picture(seed=seed) for seed in (42, 43)]
-    host.picture(prompt="a cat" + tag(host.other))
+def test_told_to_go_on_when_the_host_cannot_load_a_lora_it_makes_the_hosts_own_images(host):
+    expected = [host.image(seed=seed) for seed in (42, 43)]
+    host.image(prompt="a cat" + tag(host.other))
     with host.options(klora_on_error=GO_ON), host.fault("load", 1, "RuntimeError", host.facts.places["load"]):
-        arrays, infotext = host.pictures(host.pair, n_iter=2)
+        arrays, infotext = host.images(host.pair, n_iter=2)
     assert all(same(a, b) for a, b in zip(arrays[-2:], expected, strict=True))
     assert "K-LoRA stopped: " in infotext
     assert any(said in infotext for said in ("did not load the subject LoRA", "a fault of the test in load"))
@@ -162,11 +162,11 @@ def test_told_to_go_on_it_stops_all_the_same_once_sampling_runs(host):
 
 
 def test_the_rules_of_the_options_hold_for_what_a_request_leaves_out_and_are_in_the_infotext(host):
-    expected, infotext = host.pictures({**host.pair, "text_encoder": "none"})
+    expected, infotext = host.images({**host.pair, "text_encoder": "none"})
     with host.options(klora_text_encoder="none"):
-        arrays, by_option = host.pictures(host.pair)
+        arrays, by_option = host.images(host.pair)
         assert host.call("/klora/v1/schema")[1]["properties"]["text_encoder"]["default"] == "none"
-        _, chosen = host.pictures({**host.pair, "text_encoder": "both"})
+        _, chosen = host.images({**host.pair, "text_encoder": "both"})
     assert same(arrays[0], expected[0])
     assert "K-LoRA text encoder: none" in by_option
     assert by_option == infotext

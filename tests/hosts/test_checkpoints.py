@@ -28,51 +28,51 @@ def second_checkpoint(request, host):
 @pytest.fixture(scope="module")
 def plain(host, second_checkpoint):
     """Of the checkpoint loaded anew: its very first load differs from any later one by a grey level in A1111, without K-LoRA too."""
-    host.picture(override_settings={"sd_model_checkpoint": second_checkpoint})
-    return host.picture()
+    host.image(override_settings={"sd_model_checkpoint": second_checkpoint})
+    return host.image()
 
 
 def test_the_refiner_stops_klora_at_the_model_change(host, fused, second_checkpoint):
     refiner = {"refiner_checkpoint": second_checkpoint, **REFINER_AT}
     without = host.weights(**refiner)
     calls = host.weights(host.pair, **refiner)
-    arrays, info = host.pictures(host.pair, **refiner)
+    arrays, info = host.images(host.pair, **refiner)
     first = int(re.search(r"K-LoRA stopped: in the first pass before step (\d)", info)[1]) - 1
     assert 0 < first < 4
     assert_follows(calls[:first], plan_of(host, 4), list(range(first)), references_of(host))
     assert calls[first:] == without[first:]
     assert without[0] != without[-1]
-    assert same(arrays[0], host.picture(host.pair, **refiner))
+    assert same(arrays[0], host.image(host.pair, **refiner))
     assert not same(arrays[0], fused)
-    assert same(host.picture(host.pair), fused)
+    assert same(host.image(host.pair), fused)
 
 
-def test_after_a_refiner_the_next_picture_of_the_batch_starts_with_klora_again(host, second_checkpoint):
+def test_after_a_refiner_the_next_image_of_the_batch_starts_with_klora_again(host, second_checkpoint):
     refiner = {"refiner_checkpoint": second_checkpoint, **REFINER_AT}
-    first, second = host.pictures(host.pair, n_iter=2, **refiner)[0][-2:]
-    assert same(first, host.picture(host.pair, **refiner))
-    assert same(second, host.picture(host.pair, **refiner, seed=43))
+    first, second = host.images(host.pair, n_iter=2, **refiner)[0][-2:]
+    assert same(first, host.image(host.pair, **refiner))
+    assert same(second, host.image(host.pair, **refiner, seed=43))
 
 
 def test_a_refiners_conditioning_is_not_taken_for_that_of_a_run_on_its_checkpoint(host, second_checkpoint):
     elsewhere = {"override_settings": {"sd_model_checkpoint": second_checkpoint}}
-    expected = host.picture(host.pair, **elsewhere)
-    host.picture(host.pair, refiner_checkpoint=second_checkpoint, **REFINER_AT)
-    assert same(host.picture(host.pair, **elsewhere), expected)
+    expected = host.image(host.pair, **elsewhere)
+    host.image(host.pair, refiner_checkpoint=second_checkpoint, **REFINER_AT)
+    assert same(host.image(host.pair, **elsewhere), expected)
 
 
 def test_another_checkpoint_between_runs_changes_nothing_for_the_first(host, plain, fused, second_checkpoint):
     elsewhere = {"override_settings": {"sd_model_checkpoint": second_checkpoint}}
-    other = host.picture(**elsewhere)
+    other = host.image(**elsewhere)
     assert not same(other, plain)
-    other_fused = host.picture(host.pair, **elsewhere)
+    other_fused = host.image(host.pair, **elsewhere)
     assert not same(other_fused, other)
-    assert same(host.picture(host.pair), fused)
-    assert same(host.picture(), plain)
+    assert same(host.image(host.pair), fused)
+    assert same(host.image(), plain)
     with host.options(sd_model_checkpoint=second_checkpoint):
-        assert same(host.picture(), other)
-        assert same(host.picture(host.pair), other_fused)
-    assert same(host.picture(host.pair), fused)
+        assert same(host.image(), other)
+        assert same(host.image(host.pair), other_fused)
+    assert same(host.image(host.pair), fused)
 
 
 def test_a_hires_pass_on_another_checkpoint_has_the_pair_as_the_hosts_tags_would(
@@ -80,13 +80,13 @@ def test_a_hires_pass_on_another_checkpoint_has_the_pair_as_the_hosts_tags_would
 ):
     fields = {**HIRES, "hr_checkpoint_name": second_checkpoint}
     prompt, alone = "a cat" + tag(host.other, 0.5), {**host.pair, "method": "Subject only"}
-    expected = host.picture(prompt=prompt + tag(host.subject), **fields)
-    assert same(host.picture(alone, prompt=prompt, **fields), expected)
-    assert not same(host.picture(alone, prompt=prompt, **HIRES), expected)
+    expected = host.image(prompt=prompt + tag(host.subject), **fields)
+    assert same(host.image(alone, prompt=prompt, **fields), expected)
+    assert not same(host.image(alone, prompt=prompt, **HIRES), expected)
     for rule in ("subject", "none"):
         weight = "1" if rule == "subject" else "0:1"
-        by_tag = host.picture(prompt=f"a cat<lora:{host.subject}:{weight}>", **fields)
-        assert same(host.picture({**alone, "text_encoder": rule}, **fields), by_tag)
+        by_tag = host.image(prompt=f"a cat<lora:{host.subject}:{weight}>", **fields)
+        assert same(host.image({**alone, "text_encoder": rule}, **fields), by_tag)
 
 
 def test_a_hires_pass_on_another_checkpoint_follows_the_plan(host, fused, references, second_checkpoint):
@@ -101,8 +101,8 @@ def test_a_hires_pass_on_another_checkpoint_follows_the_plan(host, fused, refere
     answer = host.answer(host.pair, n_iter=2, **fields)
     assert "K-LoRA stopped" not in answer["info"]["infotexts"][0]
     assert "K-LoRA warnings" not in answer["info"]["extra_generation_params"]
-    assert same(pixels(answer["images"][-1]), host.picture(host.pair, seed=43, **fields))
-    assert same(host.picture(host.pair), fused)
+    assert same(pixels(answer["images"][-1]), host.image(host.pair, seed=43, **fields))
+    assert same(host.image(host.pair), fused)
 
 
 def test_a_hires_pass_on_another_checkpoint_stays_out_if_the_user_wants_that(host, plain, second_checkpoint):
@@ -154,7 +154,7 @@ def test_a_hires_pass_on_another_base_model_goes_without_the_pair_and_that_is_sa
     assert f"load a checkpoint of {BASE_NAMES[host.base]}" in said
     hashes = re.compile(r"Lora hashes: [^\n,]*")
     assert hashes.findall(infotext) == hashes.findall(expected)
-    assert same(host.picture(host.pair), fused)
+    assert same(host.image(host.pair), fused)
 
 
 @pytest.mark.parametrize("passes", ["second pass", "both"])
@@ -165,7 +165,7 @@ def test_the_infotext_says_in_which_pass_a_refiner_took_over(host, plain, second
     with host.options(hires_fix_refiner_pass=passes):
         own = host.weights(**refiner)
         calls = host.weights(host.pair, **refiner)
-        infotext = host.pictures(host.pair, **refiner)[1]
+        infotext = host.images(host.pair, **refiner)[1]
     said = re.search(
         r"K-LoRA stopped: ((?:in the first pass before step (\d) [^;]*; )?)in the hires pass before step (\d)",
         infotext,

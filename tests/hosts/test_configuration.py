@@ -38,7 +38,7 @@ def host(tmp_path):
 
 @pytest.fixture(autouse=True)
 def off_is_the_host_bit_for_bit():
-    """No host makes pictures here."""
+    """No host makes images here."""
 
 
 def is_as_found(host):

@@ -86,11 +86,11 @@ def factors(host):
 
 
 def assert_fuse_alike(host, **files):
-    """Every file with the host's style gives the same picture, made twice, for a copy in other keys is made the first time."""
+    """Every file with the host's style gives the same image, made twice, for a copy in other keys is made the first time."""
     with host.more_loras(**files):
-        pictures = [host.picture({"subject": name, "style": host.style}) for name in files for _ in range(2)]
-        assert all(same(pictures[0], other) for other in pictures[1:])
-        assert not same(pictures[0], host.picture({**host.pair, "method": "Style only"}))
+        images = [host.image({"subject": name, "style": host.style}) for name in files for _ in range(2)]
+        assert all(same(images[0], other) for other in images[1:])
+        assert not same(images[0], host.image({**host.pair, "method": "Style only"}))
 
 
 @pytest.mark.parametrize("dialect", dict.fromkeys([*SDXL, *FLUX]))
@@ -152,10 +152,9 @@ def test_what_is_loaded_is_a_copy_of_the_file_that_is_there(host, in_place, monk
             )
     with host.more_loras(klora_test_before=before, klora_test_after=after):
         first, expected = (
-            host.picture({"subject": f"klora_test_{name}", "style": host.style})
-            for name in ("before", "after")
+            host.image({"subject": f"klora_test_{name}", "style": host.style}) for name in ("before", "after")
         )
         with replaced(host.file("klora_test_before"), after, 0, in_place):
-            assert same(host.picture({"subject": "klora_test_before", "style": host.style}), expected)
-        assert same(host.picture({"subject": "klora_test_before", "style": host.style}), first)
+            assert same(host.image({"subject": "klora_test_before", "style": host.style}), expected)
+        assert same(host.image({"subject": "klora_test_before", "style": host.style}), first)
         assert not same(first, expected)

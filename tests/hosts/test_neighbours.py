@@ -1,4 +1,4 @@
-"""Beside other extensions, as they behave, in the stand-in of a host: they take hold of a picture, change strengths, draw a part of it anew.
+"""Beside other extensions, as they behave, in the stand-in of a host: they take hold of an image, change strengths, draw a part of it anew.
 
 test_other_extensions.py asks the same of those that people run, in a running host.
 """
@@ -37,7 +37,7 @@ def beside(host):
 
 
 class TakesHold:
-    """Overrides `sample` of the picture, as ControlNet does."""
+    """Overrides `sample` of the image, as ControlNet does."""
 
     def __init__(self):
         self.calls = 0
@@ -53,11 +53,11 @@ class TakesHold:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "behind"])
-def test_another_extensions_hold_on_the_picture_stays(host, beside, fused, first):
+def test_another_extensions_hold_on_the_image_stays(host, beside, fused, first):
     neighbour = beside(TakesHold(), first)
-    assert same(host.picture(host.pair, n_iter=2), fused)
+    assert same(host.image(host.pair, n_iter=2), fused)
     assert neighbour.calls == 2
-    host.picture()
+    host.image()
     assert neighbour.calls == 3
 
 
@@ -70,7 +70,7 @@ def test_another_extensions_hold_stays_when_k_lora_goes_and_nothing_of_k_loras_i
         host.options(klora_on_error="go on without K-LoRA"),
         host.fault("networks loaded", 1, "RuntimeError"),
     ):
-        arrays, infotext = host.pictures(host.pair, n_iter=2)
+        arrays, infotext = host.images(host.pair, n_iter=2)
     assert same(arrays[-2], plain)
     assert neighbour.calls == 2
     assert "K-LoRA subject" not in infotext
@@ -95,15 +95,15 @@ def test_strengths_that_another_extension_changes_are_followed_on_every_layer(ho
     try:
         prompt = "a cat" + tag(host.other)
         assert same(
-            host.picture({**host.pair, **ALONE}, prompt=prompt),
-            host.picture(prompt=prompt + tag(host.subject)),
+            host.image({**host.pair, **ALONE}, prompt=prompt),
+            host.image(prompt=prompt + tag(host.subject)),
         )
     finally:
         callbacks.remove(neighbour.at_step)
 
 
 class DrawsAnew:
-    """Makes another picture of each one, with only the scripts listed, and calls the others with a copy of it, as ADetailer does."""
+    """Makes another image of each one, with only the scripts listed, and calls the others with a copy of it, as ADetailer does."""
 
     def __init__(self, listed=(), prompt="a cat"):
         self.listed, self.prompt = listed, prompt
@@ -143,14 +143,14 @@ def test_a_part_drawn_anew_without_the_pair_is_said_and_not_without_klora(host, 
 def test_a_part_drawn_anew_with_the_pair_is_the_hosts_own_tag(host, beside):
     prompt = "a cat" + tag(host.subject)
     beside(DrawsAnew(prompt=prompt))
-    expected, _ = host.pictures(prompt=prompt, n_iter=2)
+    expected, _ = host.images(prompt=prompt, n_iter=2)
     beside(DrawsAnew(listed=("K-LoRA",)))
     answer = host.answer({**host.pair, **ALONE}, n_iter=2)
     assert all(map(same, map(pixels, answer["images"]), expected))
     assert not warnings(answer)
 
 
-def test_a_part_that_cannot_be_drawn_anew_is_said_with_the_picture_that_is_left(host, beside, fused):
+def test_a_part_that_cannot_be_drawn_anew_is_said_with_the_image_that_is_left(host, beside, fused):
     beside(DrawsAnew(listed=("K-LoRA",)))
     host.counts()
     with host.fault("process", 2, "RuntimeError"):

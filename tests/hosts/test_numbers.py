@@ -18,12 +18,12 @@ def test_a_lora_in_few_bits_fuses_as_the_same_numbers_in_float32(host, dtype):
     many = {key: value.float() for key, value in few.items()}
     with host.more_loras(klora_test_few=few, klora_test_many=many):
         fused = [
-            host.picture({"subject": name, "style": host.style})
+            host.image({"subject": name, "style": host.style})
             for name in ("klora_test_few", "klora_test_many")
         ]
         assert same(*fused)
-        alone = host.picture({"subject": "klora_test_few", "style": host.style, "method": "Subject only"})
-        assert same(alone, host.picture(prompt="a cat" + tag("klora_test_few")))
+        alone = host.image({"subject": "klora_test_few", "style": host.style, "method": "Subject only"})
+        assert same(alone, host.image(prompt="a cat" + tag("klora_test_few")))
 
 
 def test_a_lora_of_network_alpha_zero_is_refused_with_a_sentence(host):
@@ -46,8 +46,8 @@ def test_weights_of_nought_and_below_are_the_hosts_own(host, weights, tags):
         "method": "Direct merge",
     }
     assert same(
-        host.picture(settings),
-        host.picture(prompt="a cat" + tag(host.subject, tags[0]) + tag(host.style, tags[1])),
+        host.image(settings),
+        host.image(prompt="a cat" + tag(host.subject, tags[0]) + tag(host.style, tags[1])),
     )
 
 
@@ -60,6 +60,6 @@ def test_weights_never_change_the_choice(host):
 @pytest.mark.parametrize(
     "fields", [{"steps": 150, "sampler_name": "Euler"}, {"batch_size": 8}, {"steps": 1, "cfg_scale": 1}]
 )
-def test_many_steps_many_pictures_and_one_step_without_guidance_follow_the_plan(host, references, fields):
+def test_many_steps_many_images_and_one_step_without_guidance_follow_the_plan(host, references, fields):
     steps = fields.get("steps", 4)
     assert_follows(host.weights(host.pair, **fields), plan_of(host, steps), range(steps), references)

@@ -56,13 +56,13 @@ def adetailer(host, on=True, **settings):
     )
     if DETECTOR not in host.call("/adetailer/v1/ad_model")[1]["ad_model"]:
         pytest.skip(
-            f"ADetailer has no detector {DETECTOR}: name one in KLORA_DETECTOR that finds one thing in any picture"
+            f"ADetailer has no detector {DETECTOR}: name one in KLORA_DETECTOR that finds one thing in any image"
         )
     return fields
 
 
-def controlnet(host, picture, on=True, **unit):
-    unit = {"enabled": on, "image": as_base64(picture), "module": "none", "model": "None", **unit}
+def controlnet(host, image, on=True, **unit):
+    unit = {"enabled": on, "image": as_base64(image), "module": "none", "model": "None", **unit}
     if unit["model"] == "None" and unit["module"] == "none":
         unit["model"] = CONTROL
     elif on and host.facts is not A1111:
@@ -114,8 +114,8 @@ def adding(fields, text):
     return {**fields, "prompt": fields["prompt"] + text}
 
 
-def all_same(pictures, others):
-    return len(pictures) == len(others) and all(map(same, pictures, others))
+def all_same(images, others):
+    return len(images) == len(others) and all(map(same, images, others))
 
 
 def warnings(answer):
@@ -123,34 +123,34 @@ def warnings(answer):
 
 
 def test_installed_and_off_it_changes_nothing(host, off, plain, fused):
-    assert same(host.picture(**off), plain)
-    assert same(host.picture(host.pair, **off), fused)
+    assert same(host.image(**off), plain)
+    assert same(host.image(host.pair, **off), fused)
 
 
 def test_it_does_beside_the_pair_what_it_does_beside_the_hosts_own_tag(host, on, plain):
-    alone, _ = host.pictures(**on)
-    expected, _ = host.pictures(**adding(on, tag(host.subject)))
-    seen, _ = host.pictures({**host.pair, "method": "Subject only"}, **on)
+    alone, _ = host.images(**on)
+    expected, _ = host.images(**adding(on, tag(host.subject)))
+    seen, _ = host.images({**host.pair, "method": "Subject only"}, **on)
     assert all_same(seen, expected)
     assert not same(alone[0], plain)
     assert not same(alone[0], expected[0])
-    assert all_same(host.pictures(**on)[0], alone)
+    assert all_same(host.images(**on)[0], alone)
 
 
 @pytest.mark.parametrize("klora", [False, True], ids=["off", "on"])
 def test_controlnet_tells_the_prompts_side_from_the_negative_ones(host, plain, klora):
-    """It does so in a method of the picture that it overrides; where that is lost, all its modes are alike with reference_only."""
+    """It does so in a method of the image that it overrides; where that is lost, all its modes are alike with reference_only."""
     modes = [
         controlnet(host, plain, module="reference_only", control_mode=mode)
         for mode in ("Balanced", "ControlNet is more important")
     ]
-    balanced, more = (host.picture(host.pair if klora else None, **fields) for fields in modes)
+    balanced, more = (host.image(host.pair if klora else None, **fields) for fields in modes)
     assert not same(balanced, more)
 
 
 def test_a_run_repeats_exactly_with_every_layer_as_planned_at_every_evaluation(host, on):
-    first, _ = host.pictures(host.pair, **on)
-    assert all_same(host.pictures(host.pair, **on)[0], first)
+    first, _ = host.images(host.pair, **on)
+    assert all_same(host.images(host.pair, **on)[0], first)
     references = {
         levels: host.weights(**adding(on, text))
         for levels, text in {STYLE: tag(host.style), SUBJECT: tag(host.subject), None: ""}.items()
@@ -175,13 +175,13 @@ def test_block_weights_in_a_tag_of_the_pair_itself_are_left_out_and_that_is_said
     fields = using(host, "lora block weight", {}, prompt=f"a cat<lora:{host.subject}:1:{word}>")
     answer = host.answer(host.pair, **fields)
     assert "the rest of its tag is ignored" in warnings(answer)
-    assert same(host.picture(host.pair, **fields), fused)
+    assert same(host.image(host.pair, **fields), fused)
 
 
 @pytest.fixture
 def detailed(host, plain):
     fields = adetailer(host)
-    assert not same(host.picture(**fields), plain)
+    assert not same(host.image(**fields), plain)
     return fields
 
 
@@ -198,8 +198,8 @@ BATCHES = [{}, {"batch_size": 2, "n_iter": 2}]
 
 def split(calls, batches):
     """(evaluations of the first passes, of ADetailer's)."""
-    pictures, rounds = batches.get("batch_size", 1), batches.get("n_iter", 1)
-    one = len(STEPS) + pictures * len(CONTINUED)
+    images, rounds = batches.get("batch_size", 1), batches.get("n_iter", 1)
+    one = len(STEPS) + images * len(CONTINUED)
     assert len(calls) == rounds * one
     own = [call for first in range(0, len(calls), one) for call in calls[first : first + len(STEPS)]]
     return own, [
@@ -234,12 +234,12 @@ def test_with_the_script_listed_adetailers_pass_continues_the_schedule(host, lis
 
 @pytest.mark.parametrize("batches", BATCHES, ids=["one", "four"])
 def test_with_the_script_listed_one_lora_alone_is_the_hosts_own_tag_in_both_passes(host, listed, batches):
-    expected, _ = host.pictures(**listed, **batches, prompt="a cat" + tag(host.subject))
-    assert all_same(host.pictures({**host.pair, "method": "Subject only"}, **listed, **batches)[0], expected)
+    expected, _ = host.images(**listed, **batches, prompt="a cat" + tag(host.subject))
+    assert all_same(host.images({**host.pair, "method": "Subject only"}, **listed, **batches)[0], expected)
 
 
 @pytest.mark.parametrize("hook", ["process", "begin pass"])
-def test_what_goes_wrong_in_adetailers_pass_is_said_with_the_picture_it_leaves_as_it_was(
+def test_what_goes_wrong_in_adetailers_pass_is_said_with_the_image_it_leaves_as_it_was(
     host, listed, fused, hook
 ):
     host.counts()

@@ -18,28 +18,28 @@ from klora.core import file_state
 
 @pytest.mark.parametrize("weight", [1, 0.8, -0.5, 0])
 def test_one_lora_alone_is_the_hosts_own_tag(host, weight):
-    expected = host.picture(prompt="a cat" + tag(host.subject, weight))
-    assert same(host.picture({**host.pair, "method": "Subject only", "subject_weight": weight}), expected)
-    expected = host.picture(prompt="a cat" + tag(host.style, weight))
-    assert same(host.picture({**host.pair, "method": "Style only", "style_weight": weight}), expected)
+    expected = host.image(prompt="a cat" + tag(host.subject, weight))
+    assert same(host.image({**host.pair, "method": "Subject only", "subject_weight": weight}), expected)
+    expected = host.image(prompt="a cat" + tag(host.style, weight))
+    assert same(host.image({**host.pair, "method": "Style only", "style_weight": weight}), expected)
 
 
 def test_direct_merge_is_both_tags(host):
-    expected = host.picture(prompt="a cat" + tag(host.subject) + tag(host.style))
-    assert same(host.picture({**host.pair, "method": "Direct merge"}), expected)
+    expected = host.image(prompt="a cat" + tag(host.subject) + tag(host.style))
+    assert same(host.image({**host.pair, "method": "Direct merge"}), expected)
 
 
 def test_klora_repeats_exactly_and_is_none_of_the_others(host, plain, fused):
-    assert same(fused, host.picture(host.pair))
+    assert same(fused, host.image(host.pair))
     for method in ("Subject only", "Style only", "Direct merge", "Random", "LoRA Switch"):
-        assert not same(fused, host.picture({**host.pair, "method": method}))
+        assert not same(fused, host.image({**host.pair, "method": method}))
     assert not same(fused, plain)
 
 
 def test_other_tags_of_the_prompt_apply_on_all_layers_beside_the_pair(host):
-    expected = host.picture(prompt="a cat" + tag(host.other, 0.5) + tag(host.subject))
+    expected = host.image(prompt="a cat" + tag(host.other, 0.5) + tag(host.subject))
     assert same(
-        host.picture({**host.pair, "method": "Subject only"}, prompt="a cat" + tag(host.other, 0.5)),
+        host.image({**host.pair, "method": "Subject only"}, prompt="a cat" + tag(host.other, 0.5)),
         expected,
     )
 
@@ -68,7 +68,7 @@ def test_an_accelerator_as_a_style_is_said(host, word):
 
 
 def test_infotext_names_both_with_their_hashes_and_what_is_not_default_and_nothing_else(host):
-    _, info = host.pictures({**host.pair, "alpha": 2, "gamma": "off"})
+    _, info = host.images({**host.pair, "alpha": 2, "gamma": "off"})
     prompt, parameters = info.split("\n", 1)
     assert prompt == "a cat"
     assert f"K-LoRA subject: {host.subject}, K-LoRA subject hash: " in parameters
@@ -78,8 +78,8 @@ def test_infotext_names_both_with_their_hashes_and_what_is_not_default_and_nothi
     assert parameters.count("K-LoRA") == 6
 
 
-def test_infotext_given_to_the_api_makes_the_same_picture(host):
-    arrays, info = host.pictures(
+def test_infotext_given_to_the_api_makes_the_same_image(host):
+    arrays, info = host.images(
         {
             **host.pair,
             "schedule": "s*",
@@ -117,9 +117,9 @@ def test_a_name_with_a_tab_is_found_as_it_is_listed(host):
         listed = next(
             lora["name"] for lora in host.call("/klora/v1/loras")[1] if "test\\ttab" in lora["name"]
         )
-        expected = host.picture(host.pair)
-        assert same(host.picture({**host.pair, "style": listed}), expected)
-        arrays, info = host.pictures({**host.pair, "style": "klora test\ttab"})
+        expected = host.image(host.pair)
+        assert same(host.image({**host.pair, "style": listed}), expected)
+        arrays, info = host.images({**host.pair, "style": "klora test\ttab"})
         assert same(arrays[0], expected)
         assert "K-LoRA style: klora test%09tab" in info
 
@@ -167,7 +167,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("settings", "sentence"), REFUSED)
-def test_a_wrong_request_answers_4xx_with_the_sentence_and_no_picture(host, settings, sentence):
+def test_a_wrong_request_answers_4xx_with_the_sentence_and_no_image(host, settings, sentence):
     status, answer = host.request({**host.pair, **settings})
     assert status == 422
     assert sentence in answer["detail"]
@@ -182,8 +182,8 @@ def test_one_lora_as_both_is_refused(host):
 
 def test_positional_arguments_equal_the_dict(host):
     assert same(
-        host.picture([True, host.subject, host.style, 0.8]),
-        host.picture({**host.pair, "subject_weight": 0.8}),
+        host.image([True, host.subject, host.style, 0.8]),
+        host.image({**host.pair, "subject_weight": 0.8}),
     )
 
 
@@ -196,35 +196,33 @@ def test_a_file_that_was_replaced_between_two_runs_is_the_one_applied(host, when
     after = {key: -value if "up" in key or "lora_B" in key else value for key, value in before.items()}
     names = ("klora_test_replaced", "klora_test_after")
     with host.more_loras(**dict(zip(names, (before, after), strict=True))):
-        first = host.picture({"subject": names[0], "style": host.style})
-        expected = host.picture({"subject": names[1], "style": host.style})
-        assert same(host.picture({"subject": names[0], "style": host.style}), first)
+        first = host.image({"subject": names[0], "style": host.style})
+        expected = host.image({"subject": names[1], "style": host.style})
+        assert same(host.image({"subject": names[0], "style": host.style}), first)
         with replaced(host.file(names[0]), after, when, in_place):
-            assert same(host.picture({"subject": names[0], "style": host.style}), expected)
-        assert same(host.picture({"subject": names[0], "style": host.style}), first)
+            assert same(host.image({"subject": names[0], "style": host.style}), expected)
+        assert same(host.image({"subject": names[0], "style": host.style}), first)
         assert not same(first, expected)
 
 
-def test_xyz_over_method_gives_the_pictures_of_the_methods(host):
+def test_xyz_over_method_gives_the_images_of_the_methods(host):
     methods = ["K-LoRA", "Subject only", "Style only"]
-    arrays, _ = host.pictures(host.pair, **host.grid("[K-LoRA] Method", methods, "Seed", "42,43"))
-    singles = [
-        host.picture({**host.pair, "method": name}, seed=seed) for seed in (42, 43) for name in methods
-    ]
+    arrays, _ = host.images(host.pair, **host.grid("[K-LoRA] Method", methods, "Seed", "42,43"))
+    singles = [host.image({**host.pair, "method": name}, seed=seed) for seed in (42, 43) for name in methods]
     assert all(same(a, b) for a, b in zip(arrays[-6:], singles, strict=True))
 
 
 def test_a_lora_of_the_prompt_applies_beside_the_pair_after_an_image_with_it_alone(host, fused):
     """The Forge family loads nothing where the prompt's LoRAs are those of the image before."""
     prompt = "a cat" + tag(host.other, 0.5)
-    host.picture(host.pair)
-    expected = host.picture(host.pair, prompt=prompt)
-    host.picture(prompt=prompt)
-    assert same(host.picture(host.pair, prompt=prompt), expected)
+    host.image(host.pair)
+    expected = host.image(host.pair, prompt=prompt)
+    host.image(prompt=prompt)
+    assert same(host.image(host.pair, prompt=prompt), expected)
     assert not same(expected, fused)
 
 
-def test_xyz_refuses_all_bad_values_before_the_first_picture(host):
+def test_xyz_refuses_all_bad_values_before_the_first_image(host):
     status, answer = host.request(host.pair, **host.grid("[K-LoRA] γ", "auto,high"))
     assert status >= 400
     assert "'gamma' (γ) must be auto or off or a number" in complaint(answer)
@@ -262,26 +260,26 @@ def test_schema_and_list_are_in_the_hosts_openapi_page(host):
 
 
 def test_two_clients_at_once_each_get_what_they_would_alone(host, plain, fused):
-    pictures = {"K-LoRA": [], "plain": []}
+    images = {"K-LoRA": [], "plain": []}
 
     def client(first):
-        for name in (first, *pictures) * 2:
-            pictures[name].append(host.picture(host.pair if name == "K-LoRA" else None))
+        for name in (first, *images) * 2:
+            images[name].append(host.image(host.pair if name == "K-LoRA" else None))
 
-    clients = [threading.Thread(target=client, args=[first]) for first in pictures]
+    clients = [threading.Thread(target=client, args=[first]) for first in images]
     for thread in clients:
         thread.start()
     for thread in clients:
         thread.join()
-    assert len(pictures["K-LoRA"]) == len(pictures["plain"]) == 6
-    assert all(same(picture, fused) for picture in pictures["K-LoRA"])
-    assert all(same(picture, plain) for picture in pictures["plain"])
+    assert len(images["K-LoRA"]) == len(images["plain"]) == 6
+    assert all(same(image, fused) for image in images["K-LoRA"])
+    assert all(same(image, plain) for image in images["plain"])
 
 
 def test_after_reload_ui_all_is_as_before(host, plain, fused):
     host.reload()
-    assert same(host.picture(host.pair), fused)
-    assert same(host.picture(), plain)
+    assert same(host.image(host.pair), fused)
+    assert same(host.image(), plain)
     labels = host.plot()["args"][0]["choices"]
     assert len(labels) == len(set(labels))
     assert "[K-LoRA] Method" in labels

@@ -26,12 +26,12 @@ def hashes_in(infotext):
 @pytest.mark.parametrize(
     ("step", "call"), [("process", 1), ("warnings", 1), ("override", 1), ("override", 3)]
 )
-def test_an_error_while_a_run_is_set_up_leaves_the_picture_to_the_host(host, step, call):
+def test_an_error_while_a_run_is_set_up_leaves_the_image_to_the_host(host, step, call):
     """With the prompt's own LoRAs, one of the pair among them, and nothing in the infotext but why."""
     prompt = "a cat" + tag(host.other, 0.7) + tag(host.subject, 0.5)
-    expected, infotext = host.pictures(prompt=prompt)
+    expected, infotext = host.images(prompt=prompt)
     with host.options(klora_on_error=GO_ON), host.fault(step, call, "RuntimeError"):
-        arrays, told = host.pictures(host.pair, prompt=prompt)
+        arrays, told = host.images(host.pair, prompt=prompt)
     assert same(arrays[0], expected[0])
     assert f"a fault of the test in {step}" in told
     assert re.sub(r'K-LoRA stopped: "[^"]*", ', "", told) == infotext
@@ -39,13 +39,13 @@ def test_an_error_while_a_run_is_set_up_leaves_the_picture_to_the_host(host, ste
 
 def test_when_the_host_cannot_load_a_lora_the_prompts_own_tag_of_it_counts_again(host):
     prompt = "a cat" + tag(host.other, 0.7) + tag(host.style, 0.5)
-    expected, infotext = host.pictures(prompt=prompt)
-    host.picture(prompt="a cat" + tag(host.style))
+    expected, infotext = host.images(prompt=prompt)
+    host.image(prompt="a cat" + tag(host.style))
     with (
         host.options(klora_on_error=GO_ON),
         host.fault("networks loaded", 1, "RuntimeError"),
     ):
-        arrays, told = host.pictures(host.pair, prompt=prompt, n_iter=2)
+        arrays, told = host.images(host.pair, prompt=prompt, n_iter=2)
     assert same(arrays[-2], expected[0])
     assert hashes_in(told) == hashes_in(infotext)
     assert "K-LoRA stopped: " in told
@@ -95,7 +95,7 @@ def test_runs_go_on_while_the_host_reads_its_lora_folders_again_and_again(host, 
 
 def test_with_the_hosts_option_off_no_hash_of_a_lora_is_written(host):
     with host.options(lora_add_hashes_to_infotext=False):
-        _, infotext = host.pictures(host.pair, prompt="a cat" + tag(host.subject) + tag(host.other))
+        _, infotext = host.images(host.pair, prompt="a cat" + tag(host.subject) + tag(host.other))
     assert f"K-LoRA subject: {host.subject}, K-LoRA style: {host.style}" in infotext
     assert "hash" not in infotext.replace("Model hash", "").replace("VAE hash", "")
 
@@ -148,18 +148,18 @@ def test_a_tag_of_the_pairs_file_under_another_name_is_the_pairs(host, fused, ki
 def adding_to_every_prompt(host, name):
     """With the host's option "Add network to prompt", which its cache of encoded prompts knows nothing of: so it is filled anew."""
     with host.options(sd_lora=name):
-        host.picture(prompt="a dog", negative_prompt="a bird")
+        host.image(prompt="a dog", negative_prompt="a bird")
         yield
         assert host.values_of(["sd_lora"]) == {"sd_lora": name}
-    host.picture(prompt="a dog", negative_prompt="a bird")
+    host.image(prompt="a dog", negative_prompt="a bird")
 
 
 def test_a_lora_of_the_pair_that_an_option_adds_to_every_prompt_applies_once_and_that_is_said(host, fused):
-    by_tag = host.picture(prompt="a cat" + tag(host.subject))
+    by_tag = host.image(prompt="a cat" + tag(host.subject))
     with adding_to_every_prompt(host, host.subject):
         answer = host.answer(host.pair, n_iter=2)
         infotext = answer["info"]["infotexts"][0]
-        assert same(host.picture(), by_tag)
+        assert same(host.image(), by_tag)
     assert same(pixels(answer["images"][-2]), fused)
     assert "is applied once, by K-LoRA" in warnings(answer)
     assert infotext.startswith("a cat\n")
@@ -167,7 +167,7 @@ def test_a_lora_of_the_pair_that_an_option_adds_to_every_prompt_applies_once_and
 
 
 def test_another_lora_that_an_option_adds_to_every_prompt_applies_beside_the_pair(host):
-    expected = host.picture(host.pair, prompt="a cat" + tag(host.other, 1.0))
+    expected = host.image(host.pair, prompt="a cat" + tag(host.other, 1.0))
     with adding_to_every_prompt(host, host.other):
         answer = host.answer(host.pair)
     assert same(pixels(answer["images"][0]), expected)
@@ -175,13 +175,13 @@ def test_another_lora_that_an_option_adds_to_every_prompt_applies_beside_the_pai
 
 
 def test_told_to_go_on_the_option_adds_its_lora_again(host):
-    expected = host.picture(prompt="a cat" + tag(host.subject))
+    expected = host.image(prompt="a cat" + tag(host.subject))
     with (
         adding_to_every_prompt(host, host.subject),
         host.options(klora_on_error=GO_ON),
         host.fault("process", 1, "RuntimeError"),
     ):
-        assert same(host.picture(host.pair), expected)
+        assert same(host.image(host.pair), expected)
 
 
 def test_an_option_that_cannot_be_set_for_one_run_is_refused_with_the_way_out(host):
@@ -194,7 +194,7 @@ def test_an_option_that_cannot_be_set_for_one_run_is_refused_with_the_way_out(ho
 @pytest.mark.parametrize("name", ["klora_test_a=b", "klora_test_a=b=c", "klora_test_a,b", "klora_test_(a)"])
 def test_a_name_that_a_tag_could_not_carry_is_loaded(host, fused, name):
     with host.more_loras(**{name: load_file(host.file(host.subject))}):
-        arrays, infotext = host.pictures({"subject": name, "style": host.style})
+        arrays, infotext = host.images({"subject": name, "style": host.style})
     assert same(arrays[0], fused)
     assert not hashes_in(infotext)
 
@@ -202,7 +202,7 @@ def test_a_name_that_a_tag_could_not_carry_is_loaded(host, fused, name):
 def test_a_file_called_none_is_chosen_by_its_file_name_as_lists_and_infotexts_say(host, fused):
     with host.more_loras(**{"None": load_file(host.file(host.subject))}):
         listed = {lora["name"] for lora in host.call("/klora/v1/loras")[1]}
-        arrays, infotext = host.pictures({"subject": "None.safetensors", "style": host.style})
+        arrays, infotext = host.images({"subject": "None.safetensors", "style": host.style})
         status, answer = host.call("/sdapi/v1/txt2img", {"infotext": infotext, **LISTS})
     assert "None.safetensors" in listed
     assert "None" not in listed
@@ -229,8 +229,8 @@ def test_what_a_tag_of_the_pair_names_keeps_its_hash_under_that_name(host, fused
     with with_an_alias(host, "klora_test_alias") as name:
         for word in (name, "klora_test_alias"):
             prompt = "a cat" + form.format(word)
-            expected = hashes_in(host.pictures(prompt=prompt)[1])
-            arrays, infotext = host.pictures({"subject": name, "style": host.style}, prompt=prompt)
+            expected = hashes_in(host.images(prompt=prompt)[1])
+            arrays, infotext = host.images({"subject": name, "style": host.style}, prompt=prompt)
             assert list(expected) == [word]
             assert hashes_in(infotext) == expected
             assert same(arrays[0], fused)
@@ -241,6 +241,6 @@ HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upsc
 
 def test_a_tag_of_the_hires_prompt_alone_keeps_its_hash_too(host):
     fields = {**HIRES, "hr_prompt": "a cat" + tag(host.subject)}
-    expected = hashes_in(host.pictures(**fields)[1])
+    expected = hashes_in(host.images(**fields)[1])
     for rule in ("continue", "off"):
-        assert hashes_in(host.pictures({**host.pair, "hires": rule}, **fields)[1]) == expected
+        assert hashes_in(host.images({**host.pair, "hires": rule}, **fields)[1]) == expected

@@ -40,7 +40,7 @@ def test_the_share_done_rises_while_a_pair_is_scored(host, monkeypatch):
         return real(*args, progress=progress, **kwargs)
 
     monkeypatch.setattr(preparation, "score_pair", score_pair)
-    host.picture(host.pair)
+    host.image(host.pair)
     shares = [answer["progress"] for answer in seen]
     assert shares == sorted(shares)
     assert 0 < shares[0] < 0.5 < shares[-1] <= 1

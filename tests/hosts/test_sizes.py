@@ -73,10 +73,8 @@ def test_a_1x1_convolution_is_the_linear_layer_of_its_channels(host):
         for key, value in linear.items()
     }
     with host.more_loras(klora_test_convolution=convolution):
-        pictures = [
-            host.picture({**host.pair, "style": name}) for name in (host.style, "klora_test_convolution")
-        ]
-    assert same(*pictures)
+        images = [host.image({**host.pair, "style": name}) for name in (host.style, "klora_test_convolution")]
+    assert same(*images)
 
 
 def missing_layer(host):

@@ -1,4 +1,4 @@
-"""Whatever was done to the WebUI before, in whatever order, the next picture is what it would have been alone."""
+"""Whatever was done to the WebUI before, in whatever order, the next image is what it would have been alone."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +21,7 @@ def prepared(host, standin):
         st.tuples(st.sampled_from(sorted(ACTIONS)), st.integers(0, 2**31)), min_size=2, max_size=6
     )
 )
-def test_no_order_of_actions_changes_a_later_picture(prepared, actions):
+def test_no_order_of_actions_changes_a_later_image(prepared, actions):
     for name, seed in actions:
         act(prepared, name, seed)
 

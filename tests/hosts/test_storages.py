@@ -10,7 +10,7 @@ def plain(host):
     """Of the checkpoint loaded anew: its very first load differs from any later one by a grey level in A1111, without K-LoRA too."""
     with host.storing(next(iter(host.facts.storages))):
         pass
-    return host.picture()
+    return host.image()
 
 
 def image_of_the_host_alone(host):
@@ -18,7 +18,7 @@ def image_of_the_host_alone(host):
     status, answer = host.request()
     if status == 500 and "attn_mask dtype" in str(answer):
         pytest.skip("this host makes no image in this storage, without K-LoRA either")
-    return host.picture()
+    return host.image()
 
 
 def test_every_storage_keeps_the_promises(host, plain, fused, storage):
@@ -27,10 +27,10 @@ def test_every_storage_keeps_the_promises(host, plain, fused, storage):
         subject, style = tag(host.subject), tag(host.style)
         tags = {"Style only": style, "Subject only": subject, "Direct merge": subject + style}
         for method, text in tags.items():
-            assert same(host.picture({**host.pair, "method": method}), host.picture(prompt="a cat" + text))
-        fused_there = host.picture(host.pair)
-        assert same(host.picture(host.pair), fused_there)
-        assert same(host.picture(), plain_there)
+            assert same(host.image({**host.pair, "method": method}), host.image(prompt="a cat" + text))
+        fused_there = host.image(host.pair)
+        assert same(host.image(host.pair), fused_there)
+        assert same(host.image(), plain_there)
         references = references_of(host)
         for schedule in ("s", "s*"):
             assert_follows(
@@ -40,11 +40,11 @@ def test_every_storage_keeps_the_promises(host, plain, fused, storage):
                 references,
             )
         assert all(call == references[None] for call in host.weights())
-    assert same(host.picture(host.pair), fused)
+    assert same(host.image(host.pair), fused)
 
 
-def test_fewer_bits_make_another_picture(host, plain, storage):
-    """The check that the option was in force; without fewer bits it cannot be seen in a picture without LoRAs."""
+def test_fewer_bits_make_another_image(host, plain, storage):
+    """The check that the option was in force; without fewer bits it cannot be seen in an image without LoRAs."""
     if "fp8" not in storage and "float8" not in storage:
         pytest.skip("it does not round")
     with host.storing(storage):

@@ -49,11 +49,11 @@ def test_they_apply_as_the_setting_says(host, encoder):
     with host.more_loras(**{name: with_part(host, encoder)}):
         klora = {"subject": name, "style": host.style, "method": "Subject only"}
         tags = {"both": f"<lora:{name}:1>", "none": f"<lora:{name}:0:1>"}
-        expected = {rule: host.picture(prompt="a cat" + tag) for rule, tag in tags.items()}
+        expected = {rule: host.image(prompt="a cat" + tag) for rule, tag in tags.items()}
         assert not same(expected["both"], expected["none"])
         for rule in (*tags, "both"):
-            assert same(host.picture({**klora, "text_encoder": rule}), expected[rule])
-        pictures = [
-            host.picture({**klora, "method": "K-LoRA", "text_encoder": rule}) for rule in ("subject", "none")
+            assert same(host.image({**klora, "text_encoder": rule}), expected[rule])
+        images = [
+            host.image({**klora, "method": "K-LoRA", "text_encoder": rule}) for rule in ("subject", "none")
         ]
-        assert not same(*pictures)
+        assert not same(*images)

@@ -35,7 +35,7 @@ def test_the_hires_pass_follows_its_rule(host, upscaler, rule, steps, clock, ref
     calls = host.weights(klora, **hires)
     assert_follows(calls[:4], plan_of(host, 4), FOUR, references)
     assert_follows(calls[4:], plan_of(host, steps), clock, references)
-    assert same(host.picture(klora, **hires), host.picture(klora, **hires))
+    assert same(host.image(klora, **hires), host.image(klora, **hires))
 
 
 def test_hires_off_leaves_both_out_of_the_second_pass(host, upscaler, references):

@@ -1,6 +1,6 @@
 """The A1111 adapter on a stand-in of the host's `networks`, which keeps its rules: what a layer has is remembered on the layer.
 
-tests/hosts holds the promises of whole pictures against a stand-in and against running hosts.
+tests/hosts holds the promises of whole images against a stand-in and against running hosts.
 """
 
 import os

@@ -49,7 +49,7 @@ class Bench:
             )
         return self._analyses[key]
 
-    def picture(self, settings=None, steps=STEPS, **more):
+    def image(self, settings=None, steps=STEPS, **more):
         settings = settings or Settings()
         request = Request("a cat", seed=3, steps=steps, size=(64, 64))
         return np.asarray(
@@ -108,19 +108,19 @@ def test_subject_only_equals_the_pipeline_with_that_lora_fused_by_diffusers(benc
     assert np.abs(alone - np.asarray(own, np.int16)).mean() < 0.2
 
 
-def test_methods_make_their_own_pictures_and_repeat_exactly(bench):
-    pictures = {
-        name: bench.picture(Settings(method=name))
+def test_methods_make_their_own_images_and_repeat_exactly(bench):
+    images = {
+        name: bench.image(Settings(method=name))
         for name in ("K-LoRA", "Subject only", "Style only", "Direct merge")
     }
-    assert (pictures["K-LoRA"] == bench.picture()).all()
+    assert (images["K-LoRA"] == bench.image()).all()
     for name in ("Subject only", "Style only", "Direct merge"):
-        assert (pictures["K-LoRA"] != pictures[name]).any()
+        assert (images["K-LoRA"] != images[name]).any()
 
 
 def test_pipeline_is_bit_identical_afterwards(bench):
     weights = bench.weights()
-    bench.picture()
+    bench.image()
     assert_untouched(weights)
 
 
@@ -136,7 +136,7 @@ def test_pipeline_is_bit_identical_after_a_broken_run(sdxl, monkeypatch, error):
 
     monkeypatch.setattr(Session, "step", failing)
     with pytest.raises(error):
-        sdxl.picture()
+        sdxl.image()
     assert_untouched(weights)
 
 
@@ -151,7 +151,7 @@ def test_pipeline_is_bit_identical_when_a_merge_runs_out_of_memory(sdxl, monkeyp
 
     monkeypatch.setattr("klora.hosts.diffusers.weight_change", failing)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        sdxl.picture()
+        sdxl.image()
     assert_untouched(weights)
 
 
@@ -204,7 +204,7 @@ def test_every_model_evaluation_runs_on_the_plan_of_its_step(
 
     hook = bench.denoiser.register_forward_pre_hook(probe)
     try:
-        bench.picture(steps=steps)
+        bench.image(steps=steps)
     finally:
         hook.remove()
         pipeline.scheduler = before
@@ -235,7 +235,7 @@ def test_work_is_one_merge_a_layer_and_one_a_switch(sdxl, monkeypatch):
     monkeypatch.setattr(
         "klora.hosts.diffusers.weight_change", lambda *a: merges.append(a[1]) or weight_change(*a)
     )
-    sdxl.picture(steps=6)
+    sdxl.image(steps=6)
     plan = sdxl.analysis(steps=6).plan
     assert len(merges) == len(plan.layer_names) + sum(map(len, plan.switches()))
 
@@ -262,19 +262,19 @@ def test_text_encoder_rule(sdxl, tmp_path):
     with_text = Bench("sdxl", sdxl.pipeline, tmp_path)
     save_file(tensors, with_text.style)
     assert dict(with_text.analysis().style.text_encoder_layers) == {"te2": 1}
-    pictures = {
-        rule: with_text.picture(Settings(text_encoder=rule)) for rule in ("both", "subject", "style", "none")
+    images = {
+        rule: with_text.image(Settings(text_encoder=rule)) for rule in ("both", "subject", "style", "none")
     }
-    assert (pictures["both"] == pictures["style"]).all()
-    assert (pictures["subject"] == pictures["none"]).all()
-    assert (pictures["both"] != pictures["none"]).any()
+    assert (images["both"] == images["style"]).all()
+    assert (images["subject"] == images["none"]).all()
+    assert (images["both"] != images["none"]).any()
 
 
-def test_weights_of_zero_give_the_plain_picture(bench):
+def test_weights_of_zero_give_the_plain_image(bench):
     plain = bench.pipeline(
         "a cat", num_inference_steps=STEPS, width=64, height=64, generator=torch.Generator().manual_seed(3)
     ).images[0]
-    assert (bench.picture(Settings(subject_weight=0.0, style_weight=0.0)) == np.asarray(plain)).all()
+    assert (bench.image(Settings(subject_weight=0.0, style_weight=0.0)) == np.asarray(plain)).all()
 
 
 def test_loras_of_another_base_are_refused_in_one_sentence(sdxl, flux):

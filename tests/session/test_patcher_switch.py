@@ -290,7 +290,7 @@ def test_a_fault_gets_out_at_the_next_evaluation(host):
         gate(1, 2)
 
 
-def test_a_unet_that_is_not_ours_any_more_is_an_error_and_no_silent_picture(host):
+def test_a_unet_that_is_not_ours_any_more_is_an_error_and_no_silent_image(host):
     host.begin()
     host.model.forge_objects.unet = host.model.forge_objects_original.unet.clone()
     with pytest.raises(HostError, match="Another extension has put a UNet"):

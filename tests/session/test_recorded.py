@@ -47,8 +47,8 @@ def test_only_steps_that_ran_are_recorded_and_preparing_is_no_step():
     assert (session.recorded()[~ran] == -1).all()
 
 
-def blank_pixels(picture):
-    return int((np.asarray(picture) == NOT_RUN).all(-1).sum())
+def blank_pixels(image):
+    return int((np.asarray(image) == NOT_RUN).all(-1).sum())
 
 
 def test_the_map_of_what_ran_is_blank_elsewhere():

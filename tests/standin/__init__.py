@@ -1,7 +1,7 @@
 """A stand-in of AUTOMATIC1111 for machines without one, driven by the same tests as a running one (tests/hosts).
 
 `webui/` has the modules, under the host's names, that the extension and the probe import: written from what was measured on a running
-host, nothing of it is the host's code. The pictures are computed from the weights in force at every evaluation, bit by bit, so what an
+host, nothing of it is the host's code. The images are computed from the weights in force at every evaluation, bit by bit, so what an
 extension leaves behind shows.
 """
 

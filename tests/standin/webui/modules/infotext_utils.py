@@ -1,4 +1,4 @@
-"""The last line of a picture's parameters."""
+"""The last line of an image's parameters."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""One request from its fields to pictures, in the order in which the host calls scripts and extra networks."""
+"""One request from its fields to images, in the order in which the host calls scripts and extra networks."""
 
 import json
 import re
@@ -86,7 +86,7 @@ class StableDiffusionProcessing:
         )
 
     def rng(self, shape=None):
-        """Noise for the whole batch, one generator a picture."""
+        """Noise for the whole batch, one generator an image."""
         if shape:
             self.noise_shape, self.generators = (
                 shape,

@@ -1,4 +1,4 @@
-"""A plot over the values of three axes: one picture for each combination."""
+"""A plot over the values of three axes: one image for each combination."""
 
 from copy import copy
 
