@@ -1,4 +1,4 @@
-"""One sampling pass: attach to a host, at each step switch the layers whose strengths change, give everything back."""
+"""One sampling pass: attach to a host, switch at each step the layers whose strengths change, and detach."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from klora.hosts.base import LayerSwitch
 
 
 class Session:
-    """Runs one plan on one host. A context manager: leaving it, in whatever way, detaches.
+    """Runs one plan on one host. As a context manager it detaches from the host however it is left.
 
     Attributes:
-        plan: of the whole schedule.
-        applied: the levels on the layers at the steps that ran, {step: uint8 of shape (layers, 2)}.
+        plan: for the whole schedule.
+        applied: {step that ran: the levels of subject and style, uint8 of shape (layers, 2)}.
     """
 
     def __init__(self, plan: Plan, switch: LayerSwitch) -> None:
@@ -36,25 +36,34 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Detach; harmless when it was done before."""
+        """Detach from the host. May be called more than once."""
         self._current = None
         self._switch.detach()
 
     def prepare(self, index: int) -> None:
-        """Make the layers what the first step to run, `index`, wants: cheapest before the host loads the denoiser."""
+        """Set the strengths of the first step that will run, before the host loads the denoiser.
+
+        They are then part of the host's own merge, and the step itself finds nothing to switch.
+
+        Args:
+            index: of that step in the whole schedule (0-based); beyond its end it means the last step.
+        """
         self._put(self.plan.strengths[min(index, self.plan.steps - 1)])
 
     def step(self, index: int) -> None:
-        """Step `index` runs (0-based in the whole schedule; the last step beyond its end): make the layers what the plan says for it.
+        """Set the strengths of the step that is about to run.
 
-        Several model evaluations of one step may each call it: only the first can find something to switch.
+        Each evaluation of the denoiser may call it: only the first of a step can find something to switch.
+
+        Args:
+            index: of the step in the whole schedule (0-based); beyond its end it means the last step.
         """
         index = min(index, self.plan.steps - 1)
         self._put(self.plan.strengths[index])
         self.applied[index] = self.plan.strengths[index]
 
     def recorded(self) -> np.ndarray:
-        """`applied` as an int8 array of shape (steps, layers, 2), -1 where a step did not run."""
+        """`applied` as an int8 array of shape (steps, layers, 2), with -1 for steps that did not run."""
         rows = np.full(self.plan.strengths.shape, -1, np.int8)
         for index, row in self.applied.items():
             rows[index] = row

@@ -1,9 +1,11 @@
-"""AUTOMATIC1111 1.10: the Lora extension's own per-layer apply, given the chosen network of each layer.
+"""AUTOMATIC1111 1.10: its Lora extension applies networks layer by layer, and K-LoRA tells it which ones.
 
-The patched layer forwards look `networks.network_apply_weights` up at every call and apply whatever `networks.loaded_networks` holds. While
-attached, that function is ours: a layer is handed to the host's with just the networks it should have, once at the start and once
-a switch; in between it costs one set look-up a layer. Each layer remembers what it has (`network_current_names`), so whatever runs next puts
-it right by itself.
+The host's Lora extension patches the forward of every layer so that it calls
+`networks.network_apply_weights`, which applies everything in `networks.loaded_networks`. While a switch is
+attached it takes the place of that function. It calls the host's own with only the networks that the layer
+should have, once at the start and once for each switch; otherwise it costs one set look-up per layer. Each
+layer remembers which networks it has (`network_current_names`), so nothing has to be undone: whatever runs
+next makes the host correct the layer.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
 from klora.errors import HostError
-from klora.hosts.base import Member, Pair, Strengths, present, still_loaded
+from klora.hosts.base import Pair, PairLora, Strengths, not_loaded, present, still_loaded
 from klora.hosts.sizes import Padded, Sizes, native_sizes
 
-DENOISER = "diffusion_model"
+UNET_NETWORK_NAME = "diffusion_model_"
+"""What the names that the host gives to the layers of the UNet begin with; those of text encoders do not."""
 LATENT_CHANNELS, INPAINTING_CHANNELS = 4, 9
 
 
@@ -41,7 +44,10 @@ class A1111:
 
     @staticmethod
     def drives(networks: Any) -> bool:
-        """Whether this Lora extension is A1111's, unless there is a patcher: reForge has these functions too, and they do nothing."""
+        """Whether this is A1111's Lora extension, if the host has no patcher.
+
+        reForge has these functions as well, but there they do nothing.
+        """
         return hasattr(networks, "network_apply_weights") and hasattr(
             networks, "network_restore_weights_from_backup"
         )
@@ -63,12 +69,12 @@ class A1111:
 
 
 class A1111Switch:
-    """`PairSwitch` of A1111's UNet; its text encoders get the members that are told to be on them."""
+    """`PairSwitch` for A1111's UNet. Its text encoders get the LoRAs that have `on_text_encoder`."""
 
     def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
         self._networks = networks
         self._loaded_model = ref(model)
-        self._members = pair.members
+        self._loras = pair.loras
         self._readable = pair.readable
         self._layer_of = {_network_name(name): name for name in pair.layers}
         for name in pair.unscored:
@@ -91,46 +97,53 @@ class A1111Switch:
     def _model(self) -> Any:
         return still_loaded(self._loaded_model)
 
-    def tags(self) -> Sequence[tuple[str, float]]:
-        """Name and weight of what the host is to load, which it will do anew where it keeps an earlier content of the file."""
-        named = [member for member in self._members if host_reads(member.file)]
-        self._versions = {_place(member.file.path): version_of(member.file.path) for member in named}
+    def expire_loaded(self) -> None:
+        """Expire every network in the host's memory that may not have the present content of its file."""
+        paths = [lora.file.path for lora in self._loaded_by_tag()]
+        self._versions = {_place(path): version_of(path) for path in paths}
         for net in (*self._networks.loaded_networks, *self._networks.networks_in_memory.values()):
             version = self._versions.get(_place(net.network_on_disk.filename))
             if version is not None and getattr(net, "klora_version", None) != version:
-                net.mtime = float("-inf")  # the host loads a network anew whose file is younger than this
-        return [(member.name, member.weight) for member in named]
+                net.mtime = float("-inf")  # the host reloads a network whose file is newer than this
+
+    def tags(self) -> Sequence[tuple[str, float]]:
+        return [(lora.name, lora.weight) for lora in self._loaded_by_tag()]
 
     def networks_loaded(self) -> None:
         loaded = {_place(net.network_on_disk.filename): net for net in self._networks.loaded_networks}
         self._others = self._of_the_prompt()
-        self._pair = {member.role: self._network(member, loaded) for member in self._members}
-        chosen = [self._pair[member.role] for member in self._members if member.on_text_encoder]
+        self._pair = {lora.role: self._network(lora, loaded) for lora in self._loras}
+        chosen = [self._pair[lora.role] for lora in self._loras if lora.on_text_encoder]
         self._on_text_encoder = [
-            net for net in chosen if not all(key.startswith(DENOISER) for key in net.modules)
+            net for net in chosen if not all(key.startswith(UNET_NETWORK_NAME) for key in net.modules)
         ]
         self._networks.loaded_networks[:] = [*self._others, *self._pair.values()]
         self._forget_earlier_files()
         self._settled.clear()
 
     def _of_the_prompt(self) -> list[Any]:
-        """What the host has loaded beside the pair."""
-        own_files = {_place(member.file.path) for member in self._members}
+        """The networks that the host has loaded besides the pair."""
+        own_files = {_place(lora.file.path) for lora in self._loras}
         return [
             net
             for net in self._networks.loaded_networks
             if _place(net.network_on_disk.filename) not in own_files
         ]
 
-    def _network(self, member: Member, loaded: Mapping[str, Any]) -> Any:
-        """The host's network of a member: loaded by the host, or by its loader from a copy that it can read.
+    def _loaded_by_tag(self) -> list[PairLora]:
+        """The LoRAs whose files the host's loader understands as they are."""
+        return [lora for lora in self._loras if host_reads(lora.file)]
 
-        The host may also have passed over the file's tag: it finds LoRAs in a list that any client may have it make anew meanwhile.
+    def _network(self, lora: PairLora, loaded: Mapping[str, Any]) -> Any:
+        """The host's network for a LoRA: the one that it has loaded, or one made from a readable copy.
+
+        The loader also steps in for a tag that the host ignored: it looks LoRAs up in a list that it may have
+        been rebuilding at that moment, because some client asked it to.
         """
-        path, name = member.file.path, member.name
-        if not host_reads(member.file):
-            path = self._readable(member.file)
-            name = f"K-LoRA {name} {path.name[:12]}"  # the host remembers metadata and merged layers by this name
+        path, name = lora.file.path, lora.name
+        if not host_reads(lora.file):
+            path = self._readable(lora.file)
+            name = f"K-LoRA {name} {path.name[:12]}"  # under this name the host remembers metadata and layers
         elif _place(path) in loaded:
             net = loaded[_place(path)]
             net.klora_version = self._versions.get(_place(path))
@@ -138,19 +151,18 @@ class A1111Switch:
         try:
             net = self._networks.load_network(name, self._networks.network.NetworkOnDisk(name, str(path)))
         except Exception as error:
-            raise HostError(
-                f"The WebUI did not load the {member.role} LoRA {member.file.path}: {str(error) or type(error).__name__}"
-            ) from error
-        net.network_on_disk.filename = str(member.file.path)
-        net.te_multiplier = net.unet_multiplier = member.weight
+            raise not_loaded(lora, str(error) or type(error).__name__) from error
+        net.network_on_disk.filename = str(lora.file.path)
+        net.te_multiplier = net.unet_multiplier = lora.weight
         net.dyn_dim = None
         net.mentioned_name = None
         return net
 
     def _forget_earlier_files(self) -> None:
-        """Put back the layers that may hold an earlier file under the name of one of the pair.
+        """Restore the layers that may still have an earlier file's network under the name of one of the pair.
 
-        A layer remembers its networks by name only. The model remembers which objects of these names its layers have been given.
+        A layer remembers its networks only by name. So the model keeps, in an attribute of ours, the network
+        that each of these names last stood for.
         """
         known = self._model.__dict__.setdefault("klora_networks", {})
         new = {
@@ -164,7 +176,7 @@ class A1111Switch:
         known.update(new)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def attached(self) -> Iterator[None]:
         self.attach()
         try:
             yield
@@ -187,7 +199,10 @@ class A1111Switch:
             self._watch = denoiser.register_forward_pre_hook(self._follow_other_networks)
 
     def apply(self, strengths: Mapping[str, Strengths]) -> None:
-        """The layers take their new networks at their next forward, where the host itself applies (its memory modes move them)."""
+        """Each layer takes its new networks in its next forward.
+
+        The host applies networks there too, because its memory modes move layers between devices.
+        """
         self._on_layers.update(strengths)
         for layer in strengths:
             self._settled.difference_update(self._names_of[layer])
@@ -226,14 +241,16 @@ class A1111Switch:
             self._undo(module)
             failed = ", ".join(sorted(net for net in errors if errors[net] != before.get(net)))
             raise HostError(
-                f"The WebUI could not apply the LoRA {failed} to the layer {name}: it does not fit this checkpoint, or memory ran out."
+                f"The WebUI could not apply the LoRA {failed} to the layer {name}: it does not fit this "
+                "checkpoint, or memory ran out."
             )
         self._settled.add(name)
 
     def _follow_other_networks(self, _denoiser: Any, _inputs: Any) -> None:
-        """Other extensions change the strengths of the prompt's networks from step to step: then every layer is to be applied anew.
+        """Have every layer applied again if the multipliers of the prompt's networks have changed.
 
-        Looked at when the denoiser is called, once all callbacks of the step are done.
+        Some extensions change them from step to step. The denoiser is called after all callbacks of the step,
+        so their changes are seen here.
         """
         strengths = [(net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in self._others]
         if strengths != self._strengths_of_others:
@@ -241,20 +258,20 @@ class A1111Switch:
             self._settled.clear()
 
     def _forward(self, module: Any, values: Any, original_forward: Callable) -> Any:
-        """The same for the host's option to add networks to the outputs instead of the weights (`lora_functional`)."""
+        """As `_apply`, for the host's option `lora_functional`, which adds networks to a layer's outputs."""
         if self._failure is not None:
             raise self._failure
         with self._loaded(self._wanted(getattr(module, "network_layer_name", None))):
             return self._originals["network_forward"](module, values, original_forward)
 
     def _undo(self, module: Any) -> None:
-        """The host marks a layer as done even when it failed; take that back."""
+        """Restore a layer's weight and clear its list of networks, which the host writes even on failure."""
         self._networks.network_restore_weights_from_backup(module)
         module.network_current_names = ()
 
     def _wanted(self, name: str | None) -> list[tuple[Any, float]]:
-        """The networks that a module is to have, each with its strength."""
-        if name is None or not name.startswith(DENOISER):
+        """The networks that a module should have, each with its strength."""
+        if name is None or not name.startswith(UNET_NETWORK_NAME):
             return [(net, 1.0) for net in (*self._others, *self._on_text_encoder)]
         strengths = self._on_layers.get(self._layer_of.get(name, ""), (0.0, 0.0))
         return [
@@ -264,10 +281,10 @@ class A1111Switch:
 
     @contextmanager
     def _loaded(self, wanted: list[tuple[Any, float]]) -> Iterator[None]:
-        """These networks alone are loaded, with multipliers that are scaled by their strengths.
+        """A context in which only these networks are loaded, with their multipliers scaled by the strengths.
 
-        The host reads a multiplier whenever it computes a layer, from the one network that all its modules know: a copy of the
-        network would leave them at the old one.
+        The multipliers of the networks themselves are changed and restored: the modules of a network refer to
+        it, and a copy of it would leave them at the old multiplier.
         """
         loaded = self._networks.loaded_networks
         before = list(loaded)
@@ -285,19 +302,22 @@ class A1111Switch:
 
 
 def host_reads(lora: LoraFile) -> bool:
-    """Whether A1111's loader understands a file's keys as they are: it knows kohya's underscore names."""
+    """Whether A1111's loader understands a file's keys as they are: those with kohya's underscores."""
     return is_in(lora, ("kohya", "kohya with diffusers names"))
 
 
 def _padded_for_inpainting(shape: tuple[int, ...]) -> Padded:
-    """The host gives a change of the 4 latent channels the 5 more that an inpainting model's first layer has (network_apply_weights)."""
+    """The first layer of an inpainting model has 9 input channels, 4 of them latents.
+
+    The host pads a change for 4 channels with zeros to fit it (network_apply_weights).
+    """
     if len(shape) != 4 or shape[1] != INPAINTING_CHANNELS:
         return {}
     return dict.fromkeys(("LoCon", "full diff"), (LATENT_CHANNELS * shape[2] * shape[3],))
 
 
 def _network_name(layer: str) -> str:
-    return f"{DENOISER}_{layer.replace('.', '_')}"
+    return UNET_NETWORK_NAME + layer.replace(".", "_")
 
 
 def _place(path: Any) -> str:

@@ -1,7 +1,8 @@
 """The boundary between K-LoRA and its hosts.
 
-`LayerSwitch` is what every host offers. A WebUI offers the pair as well (`PairSwitch`, by the `Adapter` of its kind), and all else that K-LoRA
-asks of it (`Host`). hosts/webui.py has the one that runs, tests/standin/in_memory.py another.
+Every host offers a `LayerSwitch`. A WebUI also offers a `PairSwitch`, through the `Adapter` for its kind, and
+everything else that K-LoRA asks of it, as a `Host`. hosts/webui.py implements `Host` for the WebUI that is
+running, tests/standin/in_memory.py for tests.
 """
 
 from __future__ import annotations
@@ -20,45 +21,50 @@ from klora.errors import HostError
 from klora.hosts.sizes import Sizes
 
 Strengths = tuple[float, float]
-"""How strongly the subject and the style are on a layer: each multiplies the user's multiplier of that LoRA."""
+"""(subject, style): factors of 0, 0.5 or 1 for the multipliers that the user gave the two LoRAs."""
 
 
 def present(strengths: Strengths) -> list[tuple[str, float]]:
-    """(role, strength) of the LoRAs that are on a layer, in the order in which both are applied."""
+    """(role, strength) of each LoRA that is on a layer at all, in the order in which they are applied."""
     return [
         (role, strength) for role, strength in zip(("subject", "style"), strengths, strict=True) if strength
     ]
 
 
 class LayerSwitch(Protocol):
-    """Puts the two LoRAs of the pair on single layers of a host's denoiser, each as strongly as it is told.
+    """Applies the two LoRAs of the pair to single layers of a host's denoiser, each at its own strength.
 
-    An object serves one run. `detach` gives back exactly what `attach` found, may be called at any time and more than once.
+    One object serves one run. `detach` restores exactly what `attach` found; it may be called at any time,
+    and more than once.
     """
 
     def attach(self) -> None:
-        """Take hold of the denoiser; first undo what an earlier run that died may have left."""
+        """Start switching layers. Undoes first whatever a crashed run may have left behind."""
 
     def apply(self, strengths: Mapping[str, Strengths]) -> None:
-        """Put the pair on each named layer (canonical names) at these strengths; leave all other layers as they are.
+        """Set the pair's strengths on the given layers and leave all other layers as they are.
 
-        A layer is bit for bit what the host's own <lora:name:weight> makes of it, at the user's multiplier times the strength;
-        a LoRA of strength 0 is not on it at all.
+        Each layer becomes, bit for bit, what the host's own <lora:name:weight> tags make of it when each
+        weight is the user's multiplier times the strength. A LoRA with strength 0 is not applied at all.
+
+        Args:
+            strengths: {canonical layer: strengths}.
         """
 
     def detach(self) -> None:
-        """Give the denoiser back bit for bit."""
+        """Stop switching layers and restore the denoiser bit for bit."""
 
 
 @dataclass(frozen=True)
-class Member:
-    """One LoRA of the pair as a WebUI is to load it.
+class PairLora:
+    """One LoRA of the pair, as a WebUI has to load it.
 
     Attributes:
         role: "subject" or "style".
-        name: what the WebUI calls it.
+        name: the WebUI's name for it.
+        file: as K-LoRA has read it.
         weight: the user's multiplier.
-        on_text_encoder: whether its text-encoder part applies.
+        on_text_encoder: whether its text-encoder part is applied.
     """
 
     role: str
@@ -68,75 +74,95 @@ class Member:
     on_text_encoder: bool
 
 
+def not_loaded(lora: PairLora, reason: str) -> HostError:
+    """The error for a LoRA of the pair that the WebUI's loader could not load."""
+    return HostError(f"The WebUI did not load the {lora.role} LoRA {lora.file.path}: {reason}")
+
+
 class PairSwitch(LayerSwitch, Protocol):
-    """The pair in one generation of a WebUI, from loading to sampling."""
+    """Handles the pair during one generation of a WebUI, from loading to sampling."""
 
-    def tags(self) -> Sequence[tuple[str, float]]:
-        """Name and weight of what the WebUI itself is to load, as by <lora:name:weight>, after the prompt's own networks."""
+    def expire_loaded(self) -> None:
+        """Make the WebUI's next loading of networks a real one where it would keep what it has loaded before.
 
-    def networks_loaded(self) -> None:
-        """The WebUI has loaded, perhaps again, the prompt's networks and `tags`: add the pair to them.
-
-        Raises:
-            HostError: the WebUI did not load one of the two.
+        To be called before every such loading of a run, in which `tags` join the prompt's own.
         """
 
-    def held(self) -> AbstractContextManager[None]:
-        """Around the WebUI's text encoding, and around its sampling."""
+    def tags(self) -> Sequence[tuple[str, float]]:
+        """(name, weight) of what the WebUI itself has to load, as if the prompt ended in these tags."""
+
+    def networks_loaded(self) -> None:
+        """Add the pair to the prompt's networks, which the WebUI has just loaded together with `tags`.
+
+        Raises:
+            HostError: the WebUI did not load one of the two LoRAs.
+        """
+
+    def attached(self) -> AbstractContextManager[None]:
+        """A context for the WebUI's text encoding, and for its sampling of a batch.
+
+        The pair stays attached in it where the WebUI applies networks outside a sampling pass, too.
+        """
 
     def leave(self) -> None:
-        """Give what is left of the run to the prompt's own networks alone."""
+        """Continue the generation with the prompt's own networks only."""
 
     def fail(self, error: BaseException) -> None:
-        """Stop the run with `error` at the next evaluation: what is raised inside a WebUI's callbacks never gets out."""
+        """Raise `error` from the next evaluation of the denoiser.
+
+        A WebUI catches what its callbacks raise, so that raising it there would not stop the run.
+        """
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What a WebUI's adapter is told of a run.
+    """What a WebUI's adapter needs to know about the pair of a run.
 
     Attributes:
-        members: subject and style, in the order in which both are applied.
+        loras: subject and style, in the order in which they are applied.
         layers: the canonical layers of the plan.
-        unscored: norms and lone biases of either file; each follows its leading layer.
-        readable: a copy of a file that the WebUI's loader understands.
+        unscored: norms and lone biases that either file changes; each has the strengths of its leading layer.
+        readable: makes a copy of a file that the WebUI's loader understands, and returns its path.
     """
 
-    members: tuple[Member, ...]
+    loras: tuple[PairLora, ...]
     layers: Sequence[str]
     unscored: Collection[str]
     readable: Callable[[LoraFile], Path]
 
 
 class Adapter(Protocol):
-    """What differs between the kinds of WebUI: their checkpoints. Found by what a WebUI can do (hosts/detect.py)."""
+    """How one kind of WebUI handles checkpoints. hosts/detect.py finds the adapter that fits a WebUI."""
 
     def base_of(self, model: Any) -> str | None:
-        """The key of the checkpoint's family, None for a checkpoint of any other kind."""
+        """The key of the family that a loaded checkpoint belongs to, None if K-LoRA knows no such family."""
 
     def sizes_of(self, model: Any) -> Sizes:
-        """The sizes of the layers of a checkpoint's denoiser, none if it is of no family, without any LoRA.
+        """The layer sizes of a loaded checkpoint's denoiser without any LoRA; empty if `base_of` is None.
 
         Raises:
-            HostError: as `switch`.
+            HostError: the checkpoint is stored in a format that cannot take LoRAs layer by layer.
         """
 
     def switch(self, model: Any, pair: Pair) -> PairSwitch:
-        """The pair's hold on the loaded checkpoint, which it does not keep alive.
+        """A switch for the pair on a loaded checkpoint, to which it keeps only a weak reference.
 
         Raises:
-            HostError: this checkpoint's storage cannot take LoRAs layer by layer.
+            HostError: the checkpoint is stored in a format that cannot take LoRAs layer by layer.
         """
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint that a WebUI has loaded. It keeps that alive, so nobody keeps it.
+    """The checkpoint that a WebUI has loaded.
+
+    It keeps `model` in memory, so do not store it beyond a call.
 
     Attributes:
-        model: the WebUI's object. Another checkpoint may be loaded into the same one.
-        file: tells one checkpoint from another; None where the WebUI does not say.
+        model: the WebUI's object. The WebUI may later load another checkpoint into the same object.
+        file: path of the checkpoint, which tells it from any other; None if the WebUI does not give one.
         name: as the WebUI's list of checkpoints shows it.
+        adapter: for this kind of WebUI.
     """
 
     model: Any
@@ -146,23 +172,23 @@ class Checkpoint:
 
     @property
     def base(self) -> str | None:
-        """As `Adapter.base_of`."""
+        """See `Adapter.base_of`."""
         return self.adapter.base_of(self.model)
 
     def sizes(self) -> Sizes:
-        """As `Adapter.sizes_of`."""
+        """See `Adapter.sizes_of`."""
         return self.adapter.sizes_of(self.model)
 
     def switch(self, pair: Pair) -> PairSwitch:
-        """As `Adapter.switch`."""
+        """See `Adapter.switch`."""
         return self.adapter.switch(self.model, pair)
 
 
 def still_loaded(model: ReferenceType[Any]) -> Any:
-    """The checkpoint of a run: the WebUI alone keeps it alive, so that a run that dies and is never ended does not.
+    """The checkpoint of a run, which refers to it weakly: a run that crashes must not keep it in memory.
 
     Raises:
-        HostError: it is gone.
+        HostError: the WebUI has unloaded it.
     """
     found = model()
     if found is None:
@@ -178,18 +204,19 @@ class LoraEntry(Protocol):
     shorthash: str | None
 
     def read_hash(self) -> None:
-        """Fill in `shorthash`, from the file if need be."""
+        """Fill in `shorthash`, from the file if necessary."""
 
 
 @dataclass(frozen=True)
 class HostLora:
-    """One LoRA file of the host.
+    """One LoRA file that the host lists.
 
     Attributes:
         name: as the host's LoRA tab shows it.
-        alias: the name that its trainer wrote into the file; the name where there is none.
-        shorthash: first digits of the host's hash of it; "" while the host has not hashed it.
-        entry: the host's record of the file, good for as long as it is held, whatever the host lists by then.
+        alias: the name that its trainer wrote into the file, or else `name`.
+        path: of the file.
+        shorthash: first digits of the host's hash of it; "" until the host has hashed it.
+        entry: the host's own record of the file, which stays valid even when the host lists its files again.
     """
 
     name: str
@@ -205,11 +232,14 @@ class HostLora:
 
     @property
     def chosen_as(self) -> str:
-        """What stands for it in a control, a request and an infotext: its name, but for "None", which means no LoRA there."""
+        """What controls, requests and infotexts call it: its name, or the file's name if that is "None".
+
+        "None" in these places means no LoRA.
+        """
         return self.path.name if self.name == "None" else self.name
 
     def hash(self) -> str:
-        """The host's short hash of it, read from the file if need be; "" where the host does no hashing."""
+        """The host's short hash of it, computed from the file if necessary; "" if it hashes no files."""
         self.entry.read_hash()
         return self.entry.shorthash or ""
 
@@ -218,36 +248,36 @@ class LoraLibrary(Protocol):
     """The LoRA files of a WebUI."""
 
     def loras(self) -> list[HostLora]:
-        """All that it lists, by name."""
+        """All LoRAs that it lists, sorted by name."""
 
     def refresh_loras(self) -> None:
-        """Have it read its LoRA folders again."""
+        """Make it read its LoRA folders again."""
 
     def lora_of_tag(self, name: str) -> HostLora | None:
-        """The LoRA that it takes for <lora:name>: that of this name or, unless several share it, of this alias."""
+        """The LoRA that <lora:name> loads: the one of this name, or of this alias unless several share it."""
 
     def lora_folders(self) -> list[Path]:
-        """Where it looks for LoRA files, subfolders included."""
+        """The folders in which it looks for LoRA files, including their subfolders."""
 
     def preview_of(self, lora: HostLora) -> str | None:
-        """Address of the image on its card of a LoRA."""
+        """URL of the image on the LoRA's card in the WebUI, None if it has none."""
 
 
 class Checkpoints(Protocol):
     """The checkpoint of a WebUI."""
 
     def checkpoint(self) -> Checkpoint:
-        """The one that is loaded; while none is, the WebUI loads it.
+        """The loaded checkpoint. If none is loaded, the WebUI loads the chosen one first.
 
         Raises:
-            UnknownHost: this WebUI is of no kind that K-LoRA knows.
+            UnknownHost: K-LoRA does not know this kind of WebUI.
         """
 
     def checkpoint_at_rest(self) -> Checkpoint | None:
-        """The same, but None while none is loaded, or another is to take its place.
+        """The loaded checkpoint; None if none is loaded, or if the WebUI will load another one first.
 
         Raises:
-            UnknownHost: as `checkpoint`.
+            UnknownHost: K-LoRA does not know this kind of WebUI.
         """
 
 
@@ -255,9 +285,9 @@ class PassSchedule(NamedTuple):
     """The steps of one sampling pass.
 
     Attributes:
-        steps: of the whole schedule.
-        first: the first one that runs.
-        runs: how many of them run.
+        steps: number of steps in the whole schedule.
+        first: index of the first step that runs (0-based).
+        runs: number of steps that run.
     """
 
     steps: int
@@ -266,68 +296,77 @@ class PassSchedule(NamedTuple):
 
 
 class Generations(Protocol):
-    """What a WebUI does with its processing object `p`, one of which is one generation."""
+    """What a WebUI does during one generation, which its processing object `p` stands for."""
 
     def schedule_of_pass(self, p: Any) -> PassSchedule:
-        """Of the pass that is about to start, as its samplers count: img2img and the hires pass run the end of their schedule."""
+        """The steps of the pass that is about to start, as the WebUI's samplers count them.
+
+        img2img and the hires pass run only the end of their schedule.
+        """
 
     def tag_words(self) -> list[str]:
-        """The words before the colon in tags of LoRAs."""
+        """The words that may stand before the first colon in a LoRA tag."""
 
     def tag(self, name: str, weight: float) -> Any:
-        """<lora:name:weight> as its parser makes it of most names; in others it would find a parameter, as in "a=b"."""
+        """What the WebUI's parser makes of <lora:name:weight>.
+
+        It also works for names such as "a=b", which the parser itself would take for a parameter.
+        """
 
     def activate(self, p: Any, tags: Any) -> None:
-        """Have it load what tags of `p` name, anew."""
+        """Make it load again the networks that these tags of `p` name."""
 
 
 class Lock(Protocol):
-    """A lock without a time-out, had in the order of asking."""
+    """A lock without a timeout, which threads get in the order in which they asked for it."""
 
     def acquire(self, blocking: bool = True) -> bool:
-        """Whether it is had now."""
+        """Take the lock, waiting for it if `blocking`. Returns whether the caller now has it."""
 
     def release(self) -> None:
-        """Let the next one have it."""
+        """Give the lock to the next thread that waits for it."""
 
 
 class Machine(Protocol):
-    """What a WebUI does with the machine, and what it shows of that."""
+    """How a WebUI shares the machine, and what progress it shows."""
 
     def queue_lock(self) -> Lock:
-        """Who has it has the machine."""
+        """The lock that whoever computes on the machine has to have."""
 
     def is_awaited(self) -> bool:
-        """Whether somebody waits for the machine."""
+        """Whether a thread waits for the queue lock."""
 
     def is_generating(self) -> bool:
-        """Whether a generation is under way."""
+        """Whether a generation is running."""
 
     def is_interrupted(self) -> bool:
-        """Whether the user wants the generation that is under way to stop."""
+        """Whether the user has asked the running generation to stop."""
 
     def scoring_progress(self) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Within it the WebUI shows how many layers of how many are scored, as it is told; afterwards what it did before."""
+        """A context that yields a function to call with (layers scored, layers in all).
+
+        The WebUI shows these numbers as its progress; afterwards it shows what it showed before.
+        """
 
     def device(self) -> torch.device:
-        """What it computes on."""
+        """The device that the WebUI computes on."""
 
 
 class Preferences(Protocol):
-    """What the user has set."""
+    """What the user has set in a WebUI."""
 
     def option(self, name: str, default: Any) -> Any:
-        """Value of an option; `default` where there is no such one."""
+        """The value of an option, or `default` if there is no such option."""
 
     def set_option(self, name: str, value: Any) -> None:
-        """Until the WebUI itself sets it otherwise; nothing is saved."""
+        """Set an option without saving it; it lasts until the WebUI itself changes it."""
 
     def api_credentials(self) -> dict[str, str]:
-        """{user: password} of its API; empty where anybody may use it."""
+        """{user: password} for its API; empty if anybody may use it."""
 
 
 class Host(LoraLibrary, Checkpoints, Generations, Machine, Preferences, Protocol):
-    """A WebUI, as far as K-LoRA knows any."""
+    """Everything that K-LoRA asks of a WebUI."""
 
     def report(self, message: str) -> None:
-        """Put the error that is being handled into the console, and where else errors are looked for."""
+        """Write `message` and the exception that is being handled where the WebUI writes its own errors."""

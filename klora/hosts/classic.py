@@ -1,6 +1,7 @@
-"""forge-classic: the first Forge's patcher, `patches` = {weight key: [(strength, value, strength of the model)]}.
+"""forge-classic: the first Forge's patcher, with {weight key: [(strength, value, strength of the model)]}.
 
-Every clone has a backup of its own; loading another clone puts the originals back (ldm_patched/modules/model_patcher.py).
+Every clone has a backup of its own; loading another clone puts the originals back
+(ldm_patched/modules/model_patcher.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from klora.hosts.sizes import Padded
 
 
 class ClassicSwitch(OnePatchDict):
-    """`PairSwitch` of forge-classic, which has no FLUX and so no fused weights."""
+    """`PairSwitch` for forge-classic, which has no FLUX and so no fused weights."""
 
     MARK = "unet.calculate_weight (forge-classic)"
 
@@ -32,7 +33,7 @@ class ClassicSwitch(OnePatchDict):
         return False
 
     def _mark(self, unet: Any) -> None:
-        """A clone is merged when it is loaded, and undone when another one is."""
+        """Nothing to do: the host merges every clone that it loads, and undoes that for the next one."""
 
     def _is_merged(self, unet: Any) -> bool:
         return bool(unet.backup)

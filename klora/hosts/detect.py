@@ -1,4 +1,4 @@
-"""Which WebUI this is, told by what it can do: version tags and folder names changed with every fork."""
+"""Tells which WebUI this is by what it can do: every fork has other version tags and folder names."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from klora.hosts.patchers import PatcherSwitch
 from klora.hosts.sizes import Sizes, native_sizes
 
 ENGINES = {
-    "Anima": "Anima", "Chroma": "Chroma", "ErnieImage": "ERNIE-Image", "Flux2": "FLUX.2 Klein", "Krea2": "Krea 2", "Lumina2": "Lumina 2",
-    "PiD": "PiD", "QwenImage": "Qwen-Image", "Wan": "Wan", "ZImage": "Z-Image",
+    "Anima": "Anima", "Chroma": "Chroma", "ErnieImage": "ERNIE-Image", "Flux2": "FLUX.2 Klein",
+    "Krea2": "Krea 2", "Lumina2": "Lumina 2", "PiD": "PiD", "QwenImage": "Qwen-Image", "Wan": "Wan",
+    "ZImage": "Z-Image",
 }  # fmt: skip
-"""Name of the class of a loaded checkpoint in Forge and Forge Neo -> what people call its base model."""
+"""{class of a loaded checkpoint in Forge and Forge Neo: what people call its base model}"""
 
 FLAGS = {
     "is_sd1": "Stable Diffusion 1.x",
     "is_sd2": "Stable Diffusion 2.x",
     "is_sd3": "Stable Diffusion 3",
 }
-"""What every host sets on a checkpoint of one of the older base models."""
+"""{flag that every host sets on a checkpoint of an older base model: what people call that}"""
 
 
 class UnknownHost(HostError):
-    """This WebUI has none of the LoRA mechanisms that K-LoRA knows."""
+    """K-LoRA knows none of the ways in which this WebUI could apply LoRAs."""
 
 
 class ForgeLike:
-    """`Adapter` of Forge and its relatives.
+    """`Adapter` for Forge and its relatives.
 
     Args:
         networks: the module of the host's Lora extension.
-        kind: the switch for this host's patcher.
+        kind: the switch class for this host's patcher.
     """
 
     def __init__(self, networks: Any, kind: type[PatcherSwitch]) -> None:
@@ -64,18 +65,23 @@ class ForgeLike:
     def _refuse_nunchaku(model: Any) -> None:
         if hasattr(model.forge_objects.unet.model.diffusion_model, "loras"):
             raise HostError(
-                "This checkpoint is stored for Nunchaku, which takes LoRAs whole and not layer by layer: load another format of it."
+                "This checkpoint is stored for Nunchaku, which cannot apply LoRAs layer by layer: load the "
+                "checkpoint in another format."
             )
 
 
 def name_of_base(model: Any) -> str | None:
-    """What people call the base model of a loaded checkpoint that `Adapter.base_of` does not know; None if nothing tells."""
+    """What people call the base model of a loaded checkpoint that `Adapter.base_of` does not know.
+
+    Returns:
+        None if nothing in the checkpoint's object tells.
+    """
     flagged = (name for flag, name in FLAGS.items() if getattr(model, flag, False))
     return next(flagged, ENGINES.get(type(model).__name__))
 
 
 FORGES: tuple[type[PatcherSwitch], ...] = (ForgeSwitch, NeoSwitch, ClassicSwitch)
-"""Asked in this order: those made after Forge have some of what tells an earlier one."""
+"""In the order in which to ask them: a later fork may also have what an earlier one is recognised by."""
 
 
 def find_adapter(networks: Any, model: Any) -> Adapter:
@@ -83,10 +89,10 @@ def find_adapter(networks: Any, model: Any) -> Adapter:
 
     Args:
         networks: the module of the host's Lora extension.
-        model: the loaded checkpoint.
+        model: the loaded checkpoint, `shared.sd_model`.
 
     Raises:
-        UnknownHost: saying what was looked for.
+        UnknownHost: no adapter fits; its message names what was looked for.
     """
     objects = getattr(model, "forge_objects", None)
     unet = getattr(objects, "unet", None)
@@ -97,5 +103,6 @@ def find_adapter(networks: Any, model: Any) -> Adapter:
         return A1111(networks)
     looked_for = ", ".join((A1111.MARK, *(kind.MARK for kind in FORGES)))
     raise UnknownHost(
-        f"K-LoRA does not know this WebUI, so the image is made without it. Looked for and not found: {looked_for}."
+        "K-LoRA does not know this WebUI, so the image is made without it. "
+        f"Looked for and not found: {looked_for}."
     )

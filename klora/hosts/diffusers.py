@@ -1,4 +1,4 @@
-"""A diffusers pipeline as a host: its UNet or transformer, merged layer by layer."""
+"""A diffusers pipeline as a host: LoRAs are merged into its UNet or transformer layer by layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from klora.hosts.sizes import LayerSize, check_fit, matrix_of, true_shape
 
 @dataclass(frozen=True)
 class Lora:
-    """One LoRA of a run and the multiplier the user gives it."""
+    """One LoRA of a run, and the multiplier that the user gave it."""
 
     file: LoraFile
     multiplier: float
@@ -32,12 +32,13 @@ def base_of(pipeline: Any) -> str:
     """The key of the pipeline's family.
 
     Raises:
-        HostError: the pipeline is of none.
+        HostError: it belongs to none that K-LoRA knows.
     """
     base = of_pipeline(pipeline)
     if base is None:
         raise HostError(
-            f"K-LoRA knows {listed('and', short=True)} pipelines, not {type(pipeline).__name__}: choose a model of one of these."
+            f"K-LoRA knows {listed('and', short=True)} pipelines, not {type(pipeline).__name__}: choose a "
+            "model of one of these kinds."
         )
     return base
 
@@ -49,17 +50,21 @@ def denoiser_of(pipeline: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class OpenLora:
-    """A LoRA of a run while its file is open."""
+    """One LoRA of a run while its file is open."""
 
     lora: Lora
     reader: LoraReader
 
     def at(self, strength: float) -> OpenLora:
-        """The same with so much of its multiplier."""
+        """The same LoRA with its multiplier times `strength`."""
         return replace(self, lora=replace(self.lora, multiplier=self.lora.multiplier * strength))
 
     def add_weight(self, weight: Tensor, original: Tensor, name: str) -> Tensor:
-        """`weight` plus the multiplier times what this LoRA changes `original` by; float32 where it changes it."""
+        """`weight` plus the multiplier times what this LoRA adds to `original`.
+
+        Returns:
+            float32, or `weight` itself if this LoRA does not change the module.
+        """
         if name in self.lora.file.layers or name in self.lora.file.text_encoder_modules:
             change: Tensor | None = weight_change(self.reader, name, original)
         elif name in self.lora.file.unscored:
@@ -71,7 +76,11 @@ class OpenLora:
         )
 
     def add_bias(self, bias: Tensor, name: str) -> Tensor:
-        """`bias` plus the multiplier times what this LoRA changes it by."""
+        """`bias` plus the multiplier times what this LoRA adds to it.
+
+        Returns:
+            float32, or `bias` itself if this LoRA does not change it.
+        """
         file = self.lora.file
         if name not in file.unscored:
             return bias
@@ -81,9 +90,10 @@ class OpenLora:
 
 
 def weight_change(reader: LoraReader, layer: str, original: Tensor) -> Tensor:
-    """What a LoRA at multiplier 1 adds to the weight `original`, float32 of its shape and device.
+    """What a LoRA with multiplier 1 adds to the weight `original`: float32, of its shape, on its device.
 
-    DoRA makes the weight magnitude · (W + ΔW) / ‖W + ΔW‖ (arXiv 2402.09353); GLoRA adds W A as well.
+    DoRA (arXiv 2402.09353) makes the weight magnitude · (W + ΔW) / ‖W + ΔW‖. GLoRA (arXiv 2306.07967) adds W
+    A to ΔW.
     """
     base = original.float()
     change = dense(reader(layer)).reshape(original.shape).to(original.device)
@@ -101,13 +111,17 @@ def weight_change(reader: LoraReader, layer: str, original: Tensor) -> Tensor:
 
 
 class Merger:
-    """Adds LoRA changes to the parameters of modules, always from the originals, and gives these very tensors back."""
+    """Merges LoRAs into the parameters of modules, always starting from their original tensors."""
 
     def __init__(self) -> None:
         self._originals: dict[nn.Parameter, Tensor] = {}
 
     def put(self, module: nn.Module, name: str, loras: Sequence[OpenLora]) -> None:
-        """Make `module`, canonically called `name`, its original plus what each of `loras` changes, added in this order."""
+        """Set a module's parameters to their originals plus the changes of these LoRAs, added in this order.
+
+        Args:
+            name: canonical name of the module.
+        """
         for kind, parameter in module.named_parameters(recurse=False):
             original = self._originals.get(parameter, parameter.data)
             merged = original
@@ -122,18 +136,22 @@ class Merger:
             parameter.data = merged.to(original.dtype)
 
     def restore(self) -> None:
-        """Put every original tensor back; harmless when there is none."""
+        """Put all original tensors back. May be called more than once."""
         for parameter, original in self._originals.items():
             parameter.data = original
         self._originals.clear()
 
 
 class DiffusersSwitch:
-    """`LayerSwitch` of a diffusers denoiser: a switched layer is merged anew from its original, the others are not touched.
+    """`LayerSwitch` for the denoiser of a diffusers pipeline, which merges each layer again that is switched.
+
+    Args:
+        denoiser: as `denoiser_of` returns it.
+        base: key of its family.
 
     Raises:
-        HostError: the denoiser lacks layers that the LoRAs change.
-        PairError: it has other sizes than they.
+        HostError: the LoRAs change layers that the denoiser does not have.
+        PairError: a layer of the denoiser differs in size from a LoRA.
     """
 
     def __init__(self, denoiser: nn.Module, base: str, subject: Lora, style: Lora) -> None:
@@ -146,8 +164,9 @@ class DiffusersSwitch:
         missing = [name for name in names if name not in self._modules]
         if missing:
             raise HostError(
-                f"The model has no layer {missing[0]} ({len(missing)} of {len(names)} layers are missing), which the LoRAs "
-                f"{subject.file.path.name} and {style.file.path.name} change: choose LoRAs made for this model."
+                f"The model has no layer {missing[0]} ({len(missing)} of {len(names)} layers are missing), "
+                f"which the LoRAs {subject.file.path.name} and {style.file.path.name} change: choose LoRAs "
+                "made for this model."
             )
         sizes = {name: true_shape(getattr(module, "weight", None)) for name, module in self._modules.items()}
         check_fit(
@@ -178,7 +197,7 @@ class DiffusersSwitch:
 
 @contextmanager
 def text_encoders_with(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
-    """Inside the block the text-encoder parts of these LoRAs apply at their multipliers."""
+    """A context in which the text-encoder parts of these LoRAs are applied at their multipliers."""
     merger = Merger()
     encoders = {
         part: getattr(pipeline, name, None)
@@ -203,7 +222,7 @@ def text_encoders_with(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
 
 
 def _layers(denoiser: nn.Module, base: str) -> Iterator[tuple[str, nn.Module]]:
-    """Canonical layer name and the diffusers module that holds it, for all that `denoiser` has."""
+    """(canonical name, diffusers module) of each layer that `denoiser` has."""
     known = dict(denoiser.named_modules())
     for module in FAMILIES[base].modules:
         for layer, path in zip(module.layers, module.diffusers, strict=True):

@@ -6,7 +6,7 @@ from klora.lettering import Font, own_font
 
 
 def host_font(size: int) -> Font:
-    """The host's font, in A1111 and Forge the user's own choice if there is one; Pillow's own where the host has none."""
+    """The host's font, which A1111 and Forge let the user choose, or Pillow's if the host has none."""
     try:
         from modules.images import get_font
     except ImportError:

@@ -1,7 +1,8 @@
-"""Forge (lllyasviel): patches under file names, merged by a loader that all clones of a UNet share.
+"""Forge (lllyasviel): patches are kept by file name and merged by a loader that all clones share.
 
-`unet.lora_patches` is {(file name, strength, strength of the model, online): {weight key: patches}}. The loader merges on its backup of
-the original weights when the list of these names differs from that of the last merge (backend/patcher/lora.py).
+`unet.lora_patches` is {(file name, strength, strength of the model, online): {weight key: patches}}. The
+loader merges on its backup of the original weights when the list of these names differs from that of the last
+merge (backend/patcher/lora.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ MERGED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ForgeSwitch(PatcherSwitch):
-    """`PairSwitch` of Forge. In online mode a layer reads its patches in every forward pass, and switching them is all there is to do."""
+    """`PairSwitch` for Forge.
+
+    In online mode each layer reads its patches in every forward pass, so that they only have to be exchanged.
+    """
 
     MARK = "unet.lora_loader (Forge)"
 
@@ -37,7 +41,10 @@ class ForgeSwitch(PatcherSwitch):
 
     @staticmethod
     def padded(shape: tuple[int, ...]) -> Padded:
-        """Its merge gives a LoRA of a linear layer the inputs it lacks: FLUX Fill's and Control's `img_in` is wider than FLUX's."""
+        """Forge pads a LoRA of a linear layer with zeros for missing inputs.
+
+        FLUX LoRAs need that on Fill and Control checkpoints, whose `img_in` is wider.
+        """
         return {"LoRA": range(1, shape[1])} if len(shape) == 2 else padded_convolution(shape)
 
     @property
@@ -88,9 +95,10 @@ class ForgeSwitch(PatcherSwitch):
             layer.forge_online_loras[name] = added
 
     def _remerge(self, unet: Any, patches: Patches) -> None:
-        """The host's own merge, told that these weights are all there is: it puts their originals back and merges on them.
+        """Run the host's own merge on these weights only: it restores their originals and merges on those.
 
-        What it moves out of the way when memory runs out is then next to nothing, so it is given the whole model to move.
+        When memory runs out, the host makes room by moving the model that it was given. A few weights are not
+        enough, so the second attempt gives it the whole model.
         """
         try:
             self._refresh(unet, _Part(unet.model, patches), patches)
@@ -100,7 +108,11 @@ class ForgeSwitch(PatcherSwitch):
             self._refresh(unet, unet.model, patches)
 
     def _refresh(self, unet: Any, model: Any, patches: Patches) -> None:
-        """Args: model: whose parameters the host moves out of the way when memory runs out, and walks through in any case."""
+        """Run the host's own merge on the weights of `patches`.
+
+        Args:
+            model: lists the parameters that the host goes through, and moves when memory runs out.
+        """
         shared_loader = unet.lora_loader
         part = type(shared_loader)(model)
         part.backup = {key: shared_loader.backup[key] for key in patches if key in shared_loader.backup}
@@ -117,7 +129,7 @@ class ForgeSwitch(PatcherSwitch):
 
 
 class _Part:
-    """A model of which only some parameters are listed."""
+    """A model that lists only some of its parameters."""
 
     def __init__(self, model: Any, names: Iterable[str]) -> None:
         self._model = model
@@ -132,7 +144,10 @@ class _Part:
 
 @contextmanager
 def _cache_kept() -> Iterator[None]:
-    """A merge of a few layers frees next to nothing: no reason to empty the GPU's cache in the next forward pass."""
+    """A context after which the host does not empty the GPU's cache because of what happened in it.
+
+    It would after every merge, but a merge of a few layers frees next to nothing.
+    """
     from backend import memory_management
 
     before = memory_management.signal_empty_cache

@@ -1,4 +1,4 @@
-"""What the host's Lora extension lists, read while any client may have it read its folders again."""
+"""Reads the list of LoRAs in the host's Lora extension, which any client may have rebuilt at any moment."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ Listed = dict[str, LoraEntry]
 
 
 def registry(networks: Any) -> tuple[Listed, Listed]:
-    """What the host lists, {name: entry} and {name or alias: entry}: all of it, also while the host reads its folders again.
+    """All LoRAs that the host lists, even while it rebuilds its list.
 
-    It does so without a lock, in the thread of whoever asks for it: it empties its lists and fills them with new entries. So two looks
-    that see the same entries, with no reading under way between them, have seen everything.
+    The host reads its folders again in the thread of whoever asks for it, without a lock: it empties its
+    lists and fills them with new entries. So a list is complete if two looks at it see the same entries and
+    nothing was being read in between.
 
     Args:
         networks: the module of the host's Lora extension.
+
+    Returns:
+        {name: entry} and {name or alias: entry}. After a minute of waiting, what the host lists by then.
     """
     patience = time.monotonic() + LONGEST_REFRESH_SECONDS
     names = dict(networks.available_networks)
@@ -37,7 +41,7 @@ def registry(networks: Any) -> tuple[Listed, Listed]:
 
 
 def _is_refreshing(networks: Any) -> bool:
-    """Whether another thread is within the host's reading of its LoRA folders."""
+    """Whether another thread is inside the host's function that reads its LoRA folders."""
     reading, own = getattr(networks.list_available_networks, "__code__", None), threading.get_ident()
     for thread, frame in sys._current_frames().items():
         inner: FrameType | None = frame if thread != own else None

@@ -1,8 +1,10 @@
-"""Forge Neo and reForge: ComfyUI's patcher, `patches` = {weight key: [(strength, value, strength of the model, offset, function, …)]}.
+"""Forge Neo and reForge: ComfyUI's patcher.
 
-The host merges a weight by `patch_weight_to_device` on its backup of the original, or, where weights are quantised or offloaded, hangs a
-function on the layer that reads the patcher's dict in every forward pass; both kinds can be present at once. It merges again
-when the patcher's `patches_uuid` differs from that of the last merge (backend/patcher/base.py, ldm_patched/modules/model_patcher.py).
+Its `patches` are {weight key: [(strength, value, strength of the model, offset, function, …)]}. The host
+merges a weight with `patch_weight_to_device` on its backup of the original. If a weight is quantised or
+offloaded, the host instead gives the layer a function that reads the patcher's dict in every forward pass.
+One model may have both kinds of weight. The host merges again when the patcher's `patches_uuid` differs from
+that of the last merge (backend/patcher/base.py, ldm_patched/modules/model_patcher.py).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from klora.hosts.patchers import OnePatchDict, Patches
 
 
 class NeoSwitch(OnePatchDict):
-    """`PairSwitch` of Forge Neo and reForge."""
+    """`PairSwitch` for Forge Neo and reForge."""
 
     MARK = "unet.patch_weight_to_device (Forge Neo, reForge)"
 

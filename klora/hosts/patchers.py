@@ -1,7 +1,9 @@
-"""What Forge and its relatives share: LoRAs are patches on clones of a UNet patcher, which the host merges when it loads the clone.
+"""What Forge and its relatives have in common.
 
-A pass works on a clone of its own, marked so that the host takes whatever it loads next for something else and merges that on the
-original weights: nothing has to be undone, whether a run ends well, is interrupted or dies.
+A LoRA is a set of patches on a clone of the UNet patcher, and the host merges them when it loads the clone.
+Each sampling pass gets a clone of its own. It is marked, so that the host recognises the next clone that it
+loads as a different one and merges that on the original weights. So nothing has to be undone, whether a run
+ends normally, is interrupted or crashes.
 """
 
 from __future__ import annotations
@@ -26,22 +28,28 @@ from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
 from klora.core.topology import Module
 from klora.errors import HostError
-from klora.hosts.base import Member, Pair, Strengths, present, still_loaded
+from klora.hosts.base import Pair, PairLora, Strengths, not_loaded, present, still_loaded
 from klora.hosts.sizes import Padded, matrix_of, true_shape
 
-DENOISER = "diffusion_model."
+DENOISER_KEY = "diffusion_model."
+"""What the host's keys of the denoiser's weights begin with."""
 
 Patches = dict[str, list[Any]]
-"""{weight key of the model: patches in the order in which they are merged}. A patch opens with strength, value, strength of the
-model and, where the host knows fused weights, offset: (0, first row, number of rows) or None for the whole weight."""
+"""{weight key of the model: patches in the order in which they are merged}.
+
+A patch is a sequence that begins with its strength, its value and the strength of the model. If the host
+knows fused weights, the offset follows: (0, first row, number of rows), or None for the whole weight.
+"""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One LoRA as the host's loader understood it, at its weight.
+    """The patches that the host's loader made of one LoRA, at the user's multiplier.
 
     Attributes:
-        version: of the file.
+        version: of the file's content.
+        unet: for the denoiser.
+        clip: for the text encoders.
     """
 
     version: str
@@ -50,15 +58,16 @@ class Loaded:
 
 
 class PatcherSwitch(ABC):
-    """`PairSwitch` on a Forge-like patcher.
+    """`PairSwitch` for a Forge-like patcher.
 
     Args:
         networks: the module of the host's Lora extension.
         model: the loaded checkpoint, `shared.sd_model`.
+        pair: the LoRAs and the layers of the plan.
     """
 
     MARK: ClassVar[str]
-    """What `drives` looks for, and the WebUIs that have it, for people."""
+    """What `drives` looks for and which WebUIs have it, as an error message names it."""
 
     def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
         self._networks = networks
@@ -78,40 +87,42 @@ class PatcherSwitch(ABC):
 
     @property
     def _fused(self) -> Mapping[str, Module]:
-        return FAMILIES[self._pair.members[0].file.base].fused
+        return FAMILIES[self._pair.loras[0].file.base].fused
 
-    def tags(self) -> Sequence[tuple[str, float]]:
-        """Nothing: the pair is added to what the host has loaded.
+    def expire_loaded(self) -> None:
+        """Change the hash by which the host sees that a prompt has the same LoRAs as the last one.
 
-        The host loads nothing where the prompt's LoRAs are those of the image before, and then has none of them
-        on the patchers that the pair is added to. Another name of what is loaded makes it load them.
+        It would then load nothing, and the patchers that the pair is added to would lack the prompt's LoRAs.
         """
         self._model.current_lora_hash = f"K-LoRA {uuid4()}"
+
+    def tags(self) -> Sequence[tuple[str, float]]:
+        """Nothing: `networks_loaded` itself adds the pair to what the host has loaded."""
         return ()
 
-    def held(self) -> AbstractContextManager[None]:
+    def attached(self) -> AbstractContextManager[None]:
+        """Nothing: LoRAs are on the clones, so the pair need only be attached during a sampling pass."""
         return nullcontext()
 
     def leave(self) -> None:
-        """The host takes LoRAs for loaded while this name of them stays the same."""
         self._on_layers.clear()
-        self._model.current_lora_hash = f"K-LoRA {uuid4()}"
+        self.expire_loaded()
 
     def fail(self, error: BaseException) -> None:
         self._failures.append(error)
 
     def networks_loaded(self) -> None:
         if not self._loaded:
-            self._loaded = {member.role: self._load(member) for member in self._pair.members}
+            self._loaded = {lora.role: self._load(lora) for lora in self._pair.loras}
             self._find_layers()
         objects = self._model.forge_objects
-        for member in self._pair.members:
-            loaded = self._loaded[member.role]
-            if member.on_text_encoder and loaded.clip:
+        for lora in self._pair.loras:
+            loaded = self._loaded[lora.role]
+            if lora.on_text_encoder and loaded.clip:
                 objects.clip = objects.clip.clone()
-                self._add(objects.clip.patcher, loaded.version, member.weight, loaded.clip)
+                self._add(objects.clip.patcher, loaded.version, lora.weight, loaded.clip)
         self._model.forge_objects_after_applying_lora = objects.shallow_copy()
-        self._model.current_lora_hash = f"K-LoRA {uuid4()}"
+        self.expire_loaded()
 
     def attach(self) -> None:
         unet = self._model.forge_objects.unet.clone()
@@ -139,15 +150,16 @@ class PatcherSwitch(ABC):
     @staticmethod
     @abstractmethod
     def drives(unet: Any) -> bool:
-        """Whether this is the switch for a UNet patcher, by what that can do."""
+        """Whether this class is for that kind of UNet patcher, which is told by its attributes."""
 
     @staticmethod
     def original_weight(unet: Any, path: str) -> Any:
-        """The checkpoint's own weight of the denoiser's module at `path`, None if it has none.
+        """The checkpoint's own weight for the denoiser's module at `path`, None if there is none.
 
-        What is in the module may have been merged by the last generation, and some LoRAs widen a weight.
+        The weight in the module itself may still have the last generation's LoRAs merged into it, and some
+        LoRAs even widen a weight. The host's backup has the original then.
         """
-        key = f"{DENOISER}{path}.weight"
+        key = f"{DENOISER_KEY}{path}.weight"
         backups = unet.lora_loader.backup if hasattr(unet, "lora_loader") else unet.backup
         if key in backups:
             return getattr(backups[key], "weight", backups[key])
@@ -158,29 +170,29 @@ class PatcherSwitch(ABC):
 
     @staticmethod
     def padded(shape: tuple[int, ...]) -> Padded:
-        """Which narrower LoRAs the host takes for a weight of this shape (`LayerSize.padded`): ComfyUI's merge takes none."""
+        """`LayerSize.padded` of a weight of this shape. ComfyUI's merge accepts no narrower LoRAs."""
         return {}
 
     @property
     @abstractmethod
     def _online(self) -> bool:
-        """Whether the host keeps LoRAs beside the weights and adds them in every forward pass."""
+        """Whether the host adds LoRAs in every forward pass instead of merging them into the weights."""
 
     @abstractmethod
     def _patches_of(self, patcher: Any) -> Patches:
-        """All patches of a patcher, as lists of their own."""
+        """All patches of a patcher, in new lists."""
 
     @abstractmethod
     def _add(self, patcher: Any, filename: str, weight: float, patches: Patches) -> None:
-        """Add one LoRA's patches to a patcher that the host has not loaded, as its own loader does."""
+        """Add one LoRA's patches to a patcher that the host has not loaded yet, as the host's loader does."""
 
     @abstractmethod
     def _mark(self, unet: Any) -> None:
-        """Make the host merge this clone when it loads it, and whatever it loads after it."""
+        """Make the host merge anew when it loads this clone, and again when it loads the next one."""
 
     @abstractmethod
     def _put(self, unet: Any, patches: Patches) -> None:
-        """Make these the pair's patches of a clone that the host has not loaded."""
+        """Set the pair's patches on a clone that the host has not loaded yet."""
 
     @abstractmethod
     def _is_merged(self, unet: Any) -> bool:
@@ -188,40 +200,41 @@ class PatcherSwitch(ABC):
 
     @abstractmethod
     def _merge(self, unet: Any, patches: Patches) -> None:
-        """Make these all patches of the given weights of a loaded clone, and of no other weight."""
+        """Replace all patches of these weights of a loaded clone, and leave its other weights alone."""
 
     def _unet_in_force(self) -> Any:
         unet = self._model.forge_objects.unet
         if self._gate not in unet.model_options.get("conditioning_modifiers", ()):
             raise HostError(
-                "Another extension has put a UNet of its own in the place of K-LoRA's: switch that extension off, or K-LoRA."
+                "Another extension has replaced K-LoRA's UNet with its own: "
+                "switch off that extension, or K-LoRA."
             )
         return unet
 
-    def _load(self, member: Member) -> Loaded:
-        """What the host's loader makes of a file, on patchers without any other LoRA."""
-        version = version_of(member.file.path)
-        path = str(member.file.path if self._host_reads(member.file) else self._pair.readable(member.file))
+    def _load(self, lora: PairLora) -> Loaded:
+        """Have the host's loader read a file, on patchers without any other LoRA.
+
+        Raises:
+            HostError: it cannot read the file, or finds nothing for the UNet in it.
+        """
+        version = version_of(lora.file.path)
+        path = str(lora.file.path if self._host_reads(lora.file) else self._pair.readable(lora.file))
         load, original = self._networks.load_lora_for_models, self._model.forge_objects_original
         mode = {"online_mode": self._online} if "online_mode" in inspect.signature(load).parameters else {}
         tensors = dict(self._read(path))
         try:
             unet, clip = load(
-                original.unet, original.clip, tensors, member.weight, member.weight, filename=path, **mode
+                original.unet, original.clip, tensors, lora.weight, lora.weight, filename=path, **mode
             )
         except Exception as error:
-            raise HostError(
-                f"The WebUI did not load the {member.role} LoRA {member.file.path}: {str(error) or type(error).__name__}"
-            ) from error
+            raise not_loaded(lora, str(error) or type(error).__name__) from error
         loaded = Loaded(version, self._patches_of(unet), self._patches_of(clip.patcher))
-        if not loaded.unet and member.weight:
-            raise HostError(
-                f"The WebUI did not load the {member.role} LoRA {member.file.path}: its console says why."
-            )
+        if not loaded.unet and lora.weight:
+            raise not_loaded(lora, "its console says why.")
         return loaded
 
     def _read(self, path: str) -> Mapping[str, Tensor]:
-        """The host's reading of a file. Forge keeps the last ones by their names, whatever becomes of the files."""
+        """The tensors of a file as the host reads it. Forge caches them by path even if the file changes."""
         read = self._networks.load_lora_state_dict
         if hasattr(read, "cache_clear"):
             versions, version = read.__dict__.setdefault("klora_versions", {}), version_of(Path(path))
@@ -231,14 +244,17 @@ class PatcherSwitch(ABC):
         return read(path)
 
     def _host_reads(self, lora: LoraFile) -> bool:
-        """Whether the host's loader understands a file's keys as they are (backend/patcher/lora.py, model_lora_keys_unet)."""
+        """Whether the host's loader understands a file's keys as they are.
+
+        Source: model_lora_keys_unet in backend/patcher/lora.py.
+        """
         return is_in(lora, FAMILIES[lora.base].readable)
 
     def _find_layers(self) -> None:
-        """Which layers of the plan each weight holds; a norm or a bias goes with its leading layer."""
+        """Note which layers of the plan each weight holds. A norm or a bias belongs to its leading layer."""
         layers = set(self._pair.layers)
         for key in dict.fromkeys(key for loaded in self._loaded.values() for key in loaded.unet):
-            path = key.removeprefix(DENOISER).rpartition(".")[0]
+            path = key.removeprefix(DENOISER_KEY).rpartition(".")[0]
             holds = self._fused[path].layers if path in self._fused else (path,)
             own = tuple(layer for layer in holds if layer in layers)
             self._layers_of[key] = own or (leader_of(path, self._pair.layers),)
@@ -246,7 +262,7 @@ class PatcherSwitch(ABC):
                 self._keys_of.setdefault(layer, []).append(key)
 
     def _chosen(self, key: str) -> list[Any]:
-        """The pair's patches of a weight, whose rows may have the two LoRAs at different strengths."""
+        """The pair's patches for a weight. The layers in a fused weight may differ in strengths."""
         own = {layer: self._on_layers[layer] for layer in self._layers_of[key] if layer in self._on_layers}
         if len(set(own.values())) <= 1:
             whole = present(next(iter(own.values()), (0.0, 0.0)))
@@ -263,7 +279,7 @@ class PatcherSwitch(ABC):
         ]
 
     def _rows_of(self, role: str, key: str, layer: str) -> Iterator[Any]:
-        """A LoRA's patches of the rows of one piece of a fused weight; none where its rows of that piece are all zero."""
+        """One LoRA's patches for one piece of a fused weight; none if the LoRA does not change that piece."""
         info = self._file(role).layers.get(layer)
         if info is None:
             return
@@ -277,17 +293,20 @@ class PatcherSwitch(ABC):
                 yield patch
 
     def _first_row(self, layer: str) -> int:
-        """Where a piece of a fused weight begins."""
+        """Index of the first row of a piece of a fused weight."""
         module = self._fused[layer.partition(":")[0]]
         shape = true_shape(self.original_weight(self._model.forge_objects.unet, module.native))
         assert shape is not None
         return sum(module.heights(module.layers, *matrix_of(shape))[: module.layers.index(layer)])
 
     def _file(self, role: str) -> LoraFile:
-        return next(member.file for member in self._pair.members if member.role == role)
+        return next(lora.file for lora in self._pair.loras if lora.role == role)
 
     def _cut(self, role: str, value: Any, layer: str, rows: slice) -> Any:
-        """The value of a patch for some rows of its weight: of a low-rank pair the rows of `up`, of any other kind the delta's."""
+        """The value of a patch, reduced to some rows of its weight.
+
+        For a low-rank pair these are rows of `up`, for any other kind rows of the delta.
+        """
         adapter = hasattr(value, "weights")
         kind, parts = (
             (value.name, value.weights)
@@ -310,14 +329,18 @@ class PatcherSwitch(ABC):
         with file.open() as reader:
             if reader.magnitude(layer) is not None or reader.input_factor(layer) is not None:
                 raise HostError(
-                    f"The layer {layer} of the {role} LoRA {file.path.name} is a DoRA or GLoRA of a fused weight, whose rows cannot be given to "
-                    "two LoRAs: export it in the split keys of diffusers, or take the method LoRA Switch or Fixed."
+                    f"K-LoRA cannot apply the layer {layer} of the {role} LoRA {file.path.name} on its own, "
+                    "because the file is a DoRA or GLoRA and has that layer in a fused weight: export it "
+                    "with the split keys of diffusers, or choose the method LoRA Switch or Fixed."
                 )
             return dense(reader(layer))
 
 
 def padded_convolution(shape: tuple[int, ...]) -> Padded:
-    """The first Forge's merge and those made after it give a full difference of a convolution the channels it lacks."""
+    """`LayerSize.padded` in Forge's merge and those derived from it.
+
+    They pad a full difference of a convolution with zeros for the input channels that it lacks.
+    """
     if len(shape) != 4:
         return {}
     taps = shape[2] * shape[3]
@@ -325,14 +348,16 @@ def padded_convolution(shape: tuple[int, ...]) -> Padded:
 
 
 def _scaled(patch: Any, strength: float) -> Any:
-    """A patch at so much of its strength."""
+    """A patch with its strength multiplied by `strength`."""
     return patch if strength == 1 else type(patch)((patch[0] * strength, *patch[1:]))
 
 
 def _gate(failures: list[BaseException]) -> Callable[..., tuple]:
-    """A conditioning modifier, which the host calls before every evaluation and lets exceptions out of: it raises the first of `failures`.
+    """A conditioning modifier that raises the first of `failures`.
 
-    A plain function, because clones of a patcher copy their options deeply. The host keeps the last clone: it must not keep the run.
+    The host calls it before every evaluation and does not catch what it raises. It is a plain function
+    because a clone deep-copies its options, and because the host keeps the last clone, which must not keep
+    the run alive.
     """
 
     def gate(*arguments: Any) -> tuple:
@@ -344,7 +369,7 @@ def _gate(failures: list[BaseException]) -> Callable[..., tuple]:
 
 
 class OnePatchDict(PatcherSwitch):
-    """A patcher that keeps the patches of all LoRAs in one dict, `patches`, in the order of the prompt."""
+    """`PatcherSwitch` for a patcher that has one dict `patches` for all LoRAs, in the order of the prompt."""
 
     def _patches_of(self, patcher: Any) -> Patches:
         return {key: list(patches) for key, patches in patcher.patches.items()}

@@ -1,4 +1,4 @@
-"""What the host shows while a pair is scored, before the first step of a run."""
+"""The progress that the host shows while a pair is scored, before the first step of a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SHOWN = (
 
 @contextmanager
 def scoring_progress(state: Any) -> Iterator[Callable[[int, int], None]]:
-    """Gives what `score_pair` is to report to; however it ends, the host then shows what it did before.
+    """A context that yields the progress function for `score_pair`, and then restores what the host showed.
 
     Args:
-        state: `shared.state`. The share of its work done is (job_no + sampling_step / sampling_steps) / job_count, where job_count
-            is -1 until the host has counted its jobs, which it does after this. Of its latent, which is the last image's, the host
-            draws a new preview each time the steps have grown.
+        state: `shared.state`. The host's progress is (job_no + sampling_step / sampling_steps) / job_count.
+            It counts its jobs only after scoring, so job_count may be -1. Its latent is still the last
+            image's, and the host would draw a preview of that each time sampling_step grows.
     """
     found = {name: getattr(state, name) for name in SHOWN}
 

@@ -1,4 +1,4 @@
-"""Whether LoRA files fit the weights of a loaded denoiser: each host tells the sizes of its layers, they are compared here."""
+"""Checks whether LoRA files fit a loaded denoiser, whose layer sizes each host tells."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from klora.core.topology import NORM, Module
 from klora.errors import PairError
 
 Padded = Mapping[str, Container[int]]
-"""{kind of LoRA: numbers of columns that a host itself fills up with zeros}"""
+"""{kind of LoRA: numbers of columns from which a host itself pads it with zeros}"""
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class LayerSize:
     """The size of one layer of a loaded denoiser.
 
     Attributes:
-        shape: (rows, columns) of its weight; a convolution's columns are in * kh * kw.
-        padded: narrower LoRAs that the host takes all the same.
+        shape: (rows, columns) of its weight; a convolution has in · kh · kw columns.
+        padded: narrower LoRAs that the host accepts as well.
     """
 
     shape: tuple[int, int]
     padded: Padded = field(default_factory=dict)
 
     def takes(self, layer: LayerInfo) -> bool:
-        """Whether the host can add a LoRA's delta to this layer."""
+        """Whether the host can add the delta of a LoRA's layer to this layer."""
         rows, columns = layer.shape
         return rows == self.shape[0] and (
             columns == self.shape[1] or columns in self.padded.get(layer.kind, ())
@@ -36,14 +36,14 @@ class LayerSize:
 
 
 Sizes = Mapping[str, LayerSize]
-"""{canonical layer: size} of all layers that a loaded denoiser has."""
+"""{canonical layer: size} for all layers of a loaded denoiser."""
 
 
 def true_shape(weight: Any) -> tuple[int, ...] | None:
-    """The shape of a layer's weight however it is stored, None if it has none.
+    """The shape of a layer's weight, in whatever format it is stored; None if there is no weight.
 
-    bitsandbytes packs a weight of four bits into one column of bytes, comfy_kitchen into rows half as long; both keep what it was beside it.
-    (GGUF's parameters answer with the real shape themselves.)
+    bitsandbytes packs a 4-bit weight into one column of bytes, comfy_kitchen into rows of half the length;
+    both store the original shape beside it. GGUF's parameters themselves give the original shape.
     """
     for beside, name in (("quant_state", "shape"), ("_params", "orig_shape")):
         shape = getattr(getattr(weight, beside, None), name, None)
@@ -53,7 +53,7 @@ def true_shape(weight: Any) -> tuple[int, ...] | None:
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A weight's shape as (rows, columns): a 1x1 convolution is the linear layer of its channels."""
+    """A weight's shape as (rows, columns). A 1×1 convolution counts as a linear layer over its channels."""
     return shape[0], prod(shape[1:])
 
 
@@ -62,12 +62,12 @@ def native_sizes(
     weight_of: Callable[[str], Any],
     padded: Callable[[tuple[int, ...]], Padded] = lambda _shape: {},
 ) -> dict[str, LayerSize]:
-    """The sizes of a denoiser that has its original modules; rows of fused weights are layers of their own.
+    """The layer sizes of a denoiser with the modules of its original code, where weights may be fused.
 
     Args:
-        modules: of its base model.
-        weight_of: the weight of the module at a native path, None if there is none.
-        padded: for a weight of this shape, `LayerSize.padded`.
+        modules: those of its base model.
+        weight_of: returns the weight of the module at a native path, None if there is none.
+        padded: returns `LayerSize.padded` for a weight of a given shape.
     """
     found = {}
     for module in modules:
@@ -85,42 +85,44 @@ def native_sizes(
 
 
 def check_fit(files: Sequence[LoraFile], sizes: Sizes, model: str = "the loaded checkpoint") -> None:
-    """Refuse LoRA files of other sizes than the denoiser's, before anything is scored.
+    """Refuse LoRA files whose layers differ in size from the denoiser's, before anything is scored.
 
     Args:
-        model: what the sentence calls it.
+        model: what the error message calls the model.
 
     Raises:
-        PairError: naming the file, its first layer that does not fit, both sizes, and the way out.
+        PairError: it names the file, its first layer that does not fit, both sizes, and the way out.
     """
     for file in files:
         known = [name for name in file.layers if name in sizes]
         if not known:
             raise PairError(
-                f"The LoRA {file.path.name} changes none of the layers of {model}, which has no {next(iter(file.layers))}: "
-                "choose a LoRA made for this one."
+                f"The LoRA {file.path.name} changes none of the layers of {model}, which has no "
+                f"{next(iter(file.layers))}: choose a LoRA made for this one."
             )
         wrong = [name for name in known if not sizes[name].takes(file.layers[name])]
         if wrong:
             raise PairError(
-                f"The LoRA {file.path.name} does not fit {model}: its layer {wrong[0]} is {_written(file.layers[wrong[0]].shape)} and "
-                f"there it is {_written(sizes[wrong[0]].shape)} (rows × columns; {len(wrong)} of its {len(file.layers)} layers differ): "
-                "load the checkpoint that it was made for, or choose a LoRA made for this one."
+                f"The LoRA {file.path.name} does not fit {model}: its layer {wrong[0]} is "
+                f"{_written(file.layers[wrong[0]].shape)} and there it is {_written(sizes[wrong[0]].shape)} "
+                f"(rows × columns; {len(wrong)} of its {len(file.layers)} layers differ): load the "
+                "checkpoint that it was made for, or choose a LoRA made for this one."
             )
 
 
 def left_out(files: Mapping[str, LoraFile], sizes: Sizes) -> Iterator[str]:
-    """What to tell of files with layers that the denoiser has not: the WebUIs leave such layers out without a word.
+    """A warning for each file with layers that the denoiser does not have, which a WebUI silently ignores.
 
     Args:
-        files: by role.
+        files: {role: file}.
     """
     for role, file in files.items():
         missing = [name for name in file.layers if name not in sizes]
         if missing:
             yield (
-                f"The loaded checkpoint has no layer {missing[0]} ({len(missing)} of {len(file.layers)} layers of the {role} LoRA "
-                f"{file.path.name} are not there): the WebUI leaves them out, as it does under the LoRA's own tag."
+                f"The loaded checkpoint has no layer {missing[0]} ({len(missing)} of {len(file.layers)} "
+                f"layers of the {role} LoRA {file.path.name} are not there): the WebUI leaves them out, as "
+                "it does with the LoRA's own tag."
             )
 
 

@@ -1,7 +1,7 @@
-"""The `Host` that runs: the modules that AUTOMATIC1111 and all Forges share.
+"""The `Host` that runs, through the modules that AUTOMATIC1111 and all Forges share.
 
-They are imported where they are used, as of the host's own import of this extension not all of them are there yet, and the host's own
-objects in them change: a checkpoint, the options.
+They are imported where they are used. When the host imports this extension, some of them do not exist yet,
+and later the host replaces objects in them, such as the checkpoint and the options.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from klora.hosts.progress import scoring_progress
 
 
 class WebUI:
-    """`Host` of the WebUI in whose process this is. It has no state: what there is to know, the host knows."""
+    """`Host` for the WebUI in whose process this code runs. It has no state of its own."""
 
     def loras(self) -> list[HostLora]:
         import networks
@@ -88,7 +88,7 @@ class WebUI:
         return PassSchedule(max(steps, runs), max(steps - runs, 0), runs)
 
     def tag_words(self) -> list[str]:
-        """A1111 takes <lyco:…> for one too."""
+        """A1111 also accepts <lyco:…>."""
         from modules.extra_networks import extra_network_aliases, extra_network_registry
 
         lora = extra_network_registry.get("lora")
@@ -158,7 +158,7 @@ class WebUI:
 
 
 HOST: Host = WebUI()
-"""What K-LoRA's hooks, routes and controls are given."""
+"""The host that K-LoRA's hooks, routes and controls are given."""
 
 
 def _checkpoint(model: Any) -> Checkpoint:

@@ -11,7 +11,7 @@ from klora.core.lora_file import LoraFile
 from klora.core.plan import Plan
 from klora.core.scores import PairScores, score_pair
 from klora.errors import KLoraError
-from klora.hosts.base import Checkpoint, Host, HostLora, Member, Pair
+from klora.hosts.base import Checkpoint, Host, HostLora, Pair, PairLora
 from klora.hosts.sizes import left_out
 from klora.settings import Settings
 from klora.webui import added_network, infotext, loras, options
@@ -43,7 +43,7 @@ class Preparation:
     @property
     def files(self) -> list[LoraFile]:
         """The subject's file and the style's."""
-        return [member.file for member in self.pair.members]
+        return [lora.file for lora in self.pair.loras]
 
     def plan(self, steps: int, seed: int) -> Plan:
         """The plan for a whole schedule of `steps` steps."""
@@ -98,7 +98,7 @@ def _pair(
     on_text_encoder = settings.text_encoder_roles()
     return Pair(
         tuple(
-            Member(role, found[role].name, file, settings.weight(role), role in on_text_encoder)
+            PairLora(role, found[role].name, file, settings.weight(role), role in on_text_encoder)
             for role, file in files.items()
         ),
         [layer.name for layer in scores.layers],

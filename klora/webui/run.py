@@ -53,7 +53,7 @@ class Run:
         self._patches = ProcessingPatches(p)
         self._tags = PromptTags(p, prepared.loras, host)
         self._activated: Any = None
-        self._held = ExitStack()
+        self._attached = ExitStack()
         self._begun: PassName | None = None
         self._pass: SamplingPass | None = None
         self._applied: list[AppliedPass] = []
@@ -210,6 +210,7 @@ class Run:
         result = original(*args, **kwargs)
         self._activated = self.p.extra_network_data
         self._tags.parsed()
+        self._switch.expire_loaded()
         self._put_pair(self.p.extra_network_data)
         if getattr(self.p, "enable_hr", False):
             hires = self.p.hr_extra_network_data
@@ -247,7 +248,7 @@ class Run:
         if self._pass is not None or self.state in WITHOUT or self.state in OVER:
             yield
             return
-        with self._switch.held():
+        with self._switch.attached():
             self._happens(Event.ENCODE)
             try:
                 yield
@@ -261,8 +262,8 @@ class Run:
         Raises:
             GenerationRefused: the error with which the run has failed, if the host has swallowed it.
         """
-        with self._held:
-            self._hold()
+        with self._attached:
+            self._attach()
             self._happens(Event.SAMPLE)
             try:
                 yield
@@ -273,11 +274,11 @@ class Run:
         if self._failure is not None:
             raise self._failure
 
-    def _hold(self) -> None:
-        """Have the switch in force held until the passes of the batch are over."""
-        self._held.close()
+    def _attach(self) -> None:
+        """Keep the present switch attached until the passes of the batch are over."""
+        self._attached.close()
         if self.state not in WITHOUT:
-            self._held.enter_context(self._switch.held())
+            self._attached.enter_context(self._switch.attached())
 
     def _end_pass(self) -> None:
         if self._pass is not None:
@@ -312,7 +313,7 @@ class Run:
             self._model = ref(checkpoint.model)
             self._switch = checkpoint.switch(self._prepared.pair)
         if self.is_sampling:
-            self._hold()
+            self._attach()
         return None
 
     def _lose(self, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Every test here runs against the stand-in, and against the host that KLORA_HOST_URL names if it names one."""
+"""Every test here runs against the stand-in, and against the running host, if KLORA_HOST_URL names one."""
 
 import pytest
 from facts import FACTS
@@ -35,7 +35,7 @@ def host(request):
 
 
 def pytest_generate_tests(metafunc):
-    """Samplers, places of faults and the like are those that the hosts of this run have; what only another one has is skipped."""
+    """Samplers, places of faults and the like are those of the hosts in this run; any others are skipped."""
     of_hosts = {
         "timed": [timed for facts in PRESENT for clocks in facts.clocks.values() for timed in clocks],
         "place": [place for facts in PRESENT for place in facts.places],

@@ -12,7 +12,7 @@ class Facts:
     """One kind of host.
 
     Attributes:
-        clocks: {base model: {(sampler, steps asked for): the step that each evaluation of the denoiser belongs to}}.
+        clocks: {base model: {(sampler, steps asked for): the step of each evaluation of the denoiser}}.
         upscalers: of the hires pass, with and without a way over pixels where the host has both.
         places: of the probe's faults, with the number of faults in a row that no retry gets over.
         storages: {name: options} of checkpoints kept in fewer bits.
@@ -95,8 +95,10 @@ A1111 = Facts(
     storage_needs_reload=False,
     configurations=True,
 )
-"""On a CPU its fp8 computes in bfloat16, of which its live previews cannot be made. It goes on to the next LoRA when it cannot load one,
-and K-LoRA has it load that one once more."""
+"""On a CPU its fp8 computes in bfloat16, of which it cannot make live previews.
+
+If it cannot load a LoRA it goes on to the next one, and K-LoRA makes it load that LoRA once more.
+"""
 
 FORGE = Facts(
     {
@@ -107,7 +109,7 @@ FORGE = Facts(
     places={**FAMILY_PLACES, "merge": 4},
     storages=FAMILY_STORAGES,
 )
-"""It retries a merge that fails, and K-LoRA has it merge once more with the whole model out of the way."""
+"""It retries a merge that fails, and K-LoRA makes it merge once more with the whole model moved away."""
 
 NEO = Facts(
     {

@@ -25,7 +25,7 @@ from klora.webui.options import Options
 
 SMALL = {"prompt": "a cat", "steps": 4, "width": 128, "height": 128, "seed": 42}
 SAME_MODULES = {"hr_additional_modules": ["Use same choices"]}
-"""What Forge must be told for a hires pass; others ignore it."""
+"""What Forge has to be told for a hires pass; other hosts ignore it."""
 LISTS = {**SAME_MODULES, "styles": []}
 """The fields that the API of Forge cannot read from an infotext (TypeError), with or without K-LoRA."""
 OURS = {f"klora_{name}": value for name, value in vars(Options()).items()}
@@ -34,17 +34,19 @@ DECLARED = {
     **OURS,
     "sd_lora": "None",
     "lora_add_hashes_to_infotext": True,
-    "ad_script_names": "dynamic_prompting,dynamic_thresholding,lora_block_weight,negpip,wildcard_recursive,wildcards",
+    "ad_script_names": (
+        "dynamic_prompting,dynamic_thresholding,lora_block_weight,negpip,wildcard_recursive,wildcards"
+    ),
 }
-"""What options of extensions are until they are changed: the APIs of Neo and, for ADetailer, of A1111 do not tell."""
+"""Extensions' options until they are changed, if the API (Neo's, or A1111's for ADetailer) does not tell."""
 PROBE_MISSING = "link tests/hosts/probe into the WebUI's extensions and start it again"
 
 
 class Host(ABC):
-    """Its folder, what is known of its kind, and two LoRAs of its registry that fit its checkpoint."""
+    """Its folder, what is known about its kind, and three LoRAs that it lists and that fit its checkpoint."""
 
     reload_seconds = 0
-    """How long not to ask anything of it after "Reload UI"."""
+    """How long to send it no request after "Reload UI"."""
 
     def __init__(self, kind, folder, subject, style, other, checkpoint):
         self.facts, self.folder = FACTS[kind], Path(folder)
@@ -52,7 +54,7 @@ class Host(ABC):
 
     @abstractmethod
     def call(self, path, body=None):
-        """(status, JSON answer) of one request; a POST if there is a body."""
+        """(status, JSON answer) of one request, which is a POST if it has a body."""
 
     @property
     def pair(self):
@@ -60,7 +62,7 @@ class Host(ABC):
 
     @cached_property
     def base(self):
-        """ "sdxl" or "flux", of its LoRAs and so of its checkpoint."""
+        """ "sdxl" or "flux", as its LoRAs have it and so its checkpoint."""
         return read_lora(self.file(self.subject)).base
 
     @property
@@ -69,7 +71,7 @@ class Host(ABC):
 
     @property
     def configuration(self):
-        """The file of its options."""
+        """The file that it keeps its options in."""
         return self.folder / "config.json"
 
     def file(self, name):
@@ -85,13 +87,13 @@ class Host(ABC):
         return self.call("/sdapi/v1/img2img" if "init_images" in body else "/sdapi/v1/txt2img", body)
 
     def answer(self, klora=None, **fields):
-        """The JSON answer of a request that works, its "info" parsed."""
+        """The JSON answer of a request that succeeds, with its "info" parsed."""
         status, answer = self.request(klora, **fields)
         assert status == 200, answer
         return {**answer, "info": json.loads(answer["info"])}
 
     def images(self, klora=None, **fields):
-        """(pixel arrays, infotext of the first) of a request that works."""
+        """(pixel arrays, infotext of the first image) of a request that succeeds."""
         answer = self.answer(klora, **fields)
         return [pixels(image) for image in answer["images"]], answer["info"]["infotexts"][0]
 
@@ -99,7 +101,7 @@ class Host(ABC):
         return self.images(klora, **fields)[0][0]
 
     def plot(self):
-        """What the host tells of its script X/Y/Z plot."""
+        """What the host tells about its X/Y/Z plot script."""
         return next(
             script
             for script in self.call("/sdapi/v1/script-info")[1]
@@ -107,7 +109,10 @@ class Host(ABC):
         )
 
     def grid(self, x, x_values, y="Nothing", y_values=""):
-        """Fields of a plot whose answer ends with the single images; what else it asks for is left as the host's page has it."""
+        """Fields of a plot whose answer ends with the single images.
+
+        Controls other than its axes are left as on the host's page.
+        """
         controls = self.plot()["args"]
         axes, others = controls[:9], controls[9:]
         labels = axes[0]["choices"]
@@ -117,13 +122,16 @@ class Host(ABC):
         return {"script_name": "x/y/z plot", "script_args": args}
 
     def applied(self):
-        """Where layers keep names: networks of every layer at every evaluation since it was last asked, and the number of layers rewritten."""
+        """(networks of each layer at every evaluation, number of layers rewritten) since it was last asked.
+
+        Only for hosts whose layers keep the names of their networks.
+        """
         status, answer = self.call("/klora-probe/v1/applied")
         assert status == 200, PROBE_MISSING
         return answer["calls"], answer["applies"]
 
     def weights(self, klora=None, **fields):
-        """Checksums of all weights of the denoiser, at every evaluation of a request that works."""
+        """Checksums of all weights of the denoiser, at every evaluation of a request that succeeds."""
         self.call("/klora-probe/v1/weights")
         self.images(klora, **fields)
         status, calls = self.call("/klora-probe/v1/weights")
@@ -131,14 +139,14 @@ class Host(ABC):
         return calls
 
     def counts(self):
-        """{place: how often the host's function there was called since this was last asked}."""
+        """{place: how often the host's function there has been called since this was last asked}."""
         status, counts = self.call("/klora-probe/v1/counts")
         assert status == 200, PROBE_MISSING
         return counts
 
     @contextmanager
     def options(self, **values):
-        """With some of the host's options set otherwise."""
+        """With some of the host's options set to other values."""
         before = self.values_of(values)
         try:
             assert self.call("/sdapi/v1/options", values)[0] == 200
@@ -147,14 +155,14 @@ class Host(ABC):
             self.call("/sdapi/v1/options", before)
 
     def values_of(self, names):
-        """{option: its value}; what the API does not tell is as the file has it, or as it was declared."""
+        """{option: its value}, from the file or from `DECLARED` if the API does not tell it."""
         kept = json.loads(self.configuration.read_bytes()) if self.configuration.exists() else {}
         values = {**DECLARED, **kept, **self.call("/sdapi/v1/options")[1]}
         return {name: values[name] for name in names}
 
     @contextmanager
     def storing(self, storage):
-        """With the checkpoint loaded anew, in one of the storages of `facts`."""
+        """With the checkpoint loaded again, in one of the storages of `facts`."""
         values = self.facts.storages[storage]
         if not self.facts.storage_needs_reload:
             with self.options(**values):
@@ -170,7 +178,10 @@ class Host(ABC):
 
     @contextmanager
     def fault(self, place, call, kind, times=1):
-        """Within it the host's own function at `place` fails at its n-th call, `times` times in a row; the end checks that it has."""
+        """With the host's own function at `place` failing at its n-th call and `times` times in a row.
+
+        Checks at the end that it did.
+        """
         assert (
             self.call("/klora-probe/v1/fault", {"place": place, "call": call, "kind": kind, "times": times})[
                 0
@@ -198,11 +209,11 @@ class Host(ABC):
 
     @contextmanager
     def another_checkpoint(self, of_its_own=True):
-        """With a checkpoint whose weights differ a little; yields its name.
+        """With another checkpoint, whose weights differ a little; yields its name.
 
         Args:
-            of_its_own: whether it has a configuration file of its own, where the host has such: A1111 loads such a checkpoint as a new
-                model, and others into the model that is there.
+            of_its_own: whether it has its own configuration file, if the host has such files. A1111 loads
+                such a checkpoint as a new model, and any other into the model that is already there.
         """
         first = self.folder / "models" / "Stable-diffusion" / self.checkpoint
         path = first.with_name("klora_test_second.safetensors") if of_its_own else first.with_suffix(".ckpt")
@@ -227,7 +238,7 @@ class Host(ABC):
             self.call("/sdapi/v1/refresh-checkpoints", {})
 
     def reload(self):
-        """As the button "Reload UI"; ends when images can be made again."""
+        """Like the button "Reload UI"; returns once images can be made again."""
 
         def started():
             try:
@@ -246,14 +257,17 @@ class Host(ABC):
 
 
 class RunningHost(Host):
-    """One that KLORA_HOST_URL and KLORA_HOST_FOLDER name; KLORA_HOST_KIND says what it is (a1111, the default, forge or neo)."""
+    """The host that KLORA_HOST_URL and KLORA_HOST_FOLDER name.
+
+    KLORA_HOST_KIND says what it is: a1111 (the default), forge or neo.
+    """
 
     reload_seconds = 15
-    """A1111 ends for good when it is asked between the start of its server and that of its API: "Cannot add middleware"."""
+    """A1111 exits ("Cannot add middleware") at a request between the start of its server and of its API."""
 
     @classmethod
     def from_environment(cls):
-        """None without KLORA_HOST_URL."""
+        """The host that the environment names, None without KLORA_HOST_URL."""
         of = os.environ.get
         if not of("KLORA_HOST_URL"):
             return None
@@ -273,7 +287,7 @@ class RunningHost(Host):
 
     @contextmanager
     def ready(self):
-        """With the checkpoint and the options of these tests; in the end its configuration is as it was found."""
+        """With the checkpoint and the options of these tests; its configuration is restored at the end."""
         loaded = (self.call("/sdapi/v1/options")[1]["sd_model_checkpoint"] or "").startswith(self.checkpoint)
         checkpoint = {} if loaded else {"sd_model_checkpoint": self.checkpoint}
         with (
@@ -285,7 +299,9 @@ class RunningHost(Host):
 
     @contextmanager
     def configuration_kept(self):
-        """With a spare copy of its configuration file, which is put back byte for byte: the host writes all options that were ever set.
+        """With a copy of its configuration file, which is put back byte for byte.
+
+        It is needed because the host writes all options that were ever set.
 
         Raises:
             RuntimeError: the run before was killed; its copy has been put back.
@@ -319,7 +335,7 @@ class RunningHost(Host):
 
 @contextmanager
 def terminated_as_interrupted():
-    """With SIGTERM and SIGHUP handled as Ctrl-C, at which everything is put back."""
+    """With SIGTERM and SIGHUP handled like Ctrl-C, after which everything is put back."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -334,12 +350,12 @@ def terminated_as_interrupted():
 
 
 def pixels(image):
-    """An image of an answer (base64) as an array."""
+    """An image of an answer, in base64, as an array."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
 
 
 def complaint(answer):
-    """What an error answer says, under A1111's name or Forge's two."""
+    """What an error answer says, in A1111's field or one of Forge's two."""
     return answer.get("errors") or answer.get("message") or answer["detail"]
 
 
@@ -359,7 +375,12 @@ def tag(name, weight=1):
 
 @contextmanager
 def replaced(path, tensors, when, in_place):
-    """With another file in the place of one, changed at this time (seconds after the one before); in place: written into the same file."""
+    """With another file in place of the one at `path`.
+
+    Args:
+        when: its modification time, in seconds after that of the file before.
+        in_place: whether it is written into the same file.
+    """
     before, changed = path.read_bytes(), path.stat().st_mtime
     try:
         new = path.with_suffix(".new")

@@ -21,7 +21,10 @@ def planned(subject, style, steps, seed, settings):
 
 
 def references_of(host, subject=1, style=1):
-    """{levels: checksums of all layers}, of the host's own tags at these weights: style alone, subject alone, both; and None for neither."""
+    """{levels: checksums of all layers} under the host's own tags at these weights.
+
+    The levels are those of style alone, subject alone and both; None stands for neither.
+    """
     subjects, styles = tag(host.subject, subject), tag(host.style, style)
     tags = {STYLE: styles, SUBJECT: subjects, BOTH: subjects + styles, None: ""}
     return {levels: host.weights(prompt="a cat" + text, steps=1)[0] for levels, text in tags.items()}
@@ -33,11 +36,16 @@ def checksum(weights, layer):
 
 
 def assert_follows(calls, plan, clock, references):
-    """Every weight is, at every evaluation, what the host's own tag of the chosen LoRA makes of it; see `references_of`."""
+    """At every evaluation every weight is what the host's own tags make of it at the planned strengths.
+
+    Args:
+        references: as `references_of` returns them.
+    """
     assert len(calls) == len(clock)
     for seen, step in zip(calls, clock, strict=True):
         wrong = [
-            layer for layer, levels in zip(plan.layer_names, map(tuple, plan.strengths[step].tolist()), strict=True)
+            layer
+            for layer, levels in zip(plan.layer_names, map(tuple, plan.strengths[step].tolist()), strict=True)
             if checksum(seen, layer) != checksum(references[levels], layer)
         ]  # fmt: skip
         assert not wrong, f"step {step}: {len(wrong)} layers, {wrong[:3]}"

@@ -33,8 +33,10 @@ def pair_of(host, chance):
 
 def settings_of(host, chance):
     return {
-        **pair_of(host, chance), "method": chance.choice(list(METHODS)), "schedule": chance.choice(["s", "s*"]),
-        "subject_weight": chance.choice([1, 0, -0.5]), "text_encoder": chance.choice(["both", "style", "none"]),
+        **pair_of(host, chance), "method": chance.choice(list(METHODS)),
+        "schedule": chance.choice(["s", "s*"]),
+        "subject_weight": chance.choice([1, 0, -0.5]),
+        "text_encoder": chance.choice(["both", "style", "none"]),
     }  # fmt: skip
 
 
@@ -144,7 +146,7 @@ def plotted(host, chance):
 
 
 def other_checkpoint(host, chance):
-    """A run on another checkpoint of the host's, with and without K-LoRA, which refuses one of another base model."""
+    """Runs on another checkpoint, with and without K-LoRA, which refuses another base model."""
     others = [
         name
         for model in host.call("/sdapi/v1/sd-models")[1]
@@ -167,14 +169,18 @@ def reloaded(host, chance):
 
 ACTIONS = {
     action.__name__: action for action in (
-        plain_with_tags, fused, hires, img2img, batch, refused, cut_short, fault, file_replaced, two_clients, plotted,
+        plain_with_tags, fused, hires, img2img, batch, refused, cut_short, fault, file_replaced, two_clients,
+        plotted,
         other_checkpoint, analyzed, reloaded,
     )
 }  # fmt: skip
 
 
 def prepare(host):
-    """Remember the first images, as `act` needs them; A1111's very first load of a checkpoint differs from later ones by a grey level."""
+    """Remember the first images, which `act` compares with.
+
+    A1111's very first load of a checkpoint differs from later ones by a grey level.
+    """
     other_checkpoint(host, random.Random(0))
     host.first, host.first_fused = host.image(), host.image(host.pair)
 
@@ -191,7 +197,9 @@ def tensors(host):
 
 
 def soak(host, count, seed):
-    """`count` actions in random order; the tensors alive at the end are at most 2 % more than they ever were in the first fifth.
+    """Do `count` actions in random order.
+
+    At the end at most 2 % more tensors are alive than the maximum in the first fifth.
 
     A host holds the file of one LoRA or of two, as the last action left it: one moment alone says nothing.
     """

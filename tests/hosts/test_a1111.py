@@ -15,7 +15,7 @@ def only_there(host):
 
 
 def test_functional_mode_keeps_the_promises(host, plain):
-    """The option lora_functional: networks are added to the outputs of the layers instead of to their weights."""
+    """The option lora_functional adds networks to the outputs of the layers instead of to their weights."""
     with host.options(lora_functional=True):
         expected = host.image(prompt="a cat" + tag(host.subject))
         assert same(host.image({**host.pair, "method": "Subject only"}), expected)

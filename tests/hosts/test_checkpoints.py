@@ -27,7 +27,10 @@ def second_checkpoint(request, host):
 
 @pytest.fixture(scope="module")
 def plain(host, second_checkpoint):
-    """Of the checkpoint loaded anew: its very first load differs from any later one by a grey level in A1111, without K-LoRA too."""
+    """An image of the checkpoint after it was loaded again.
+
+    In A1111 its very first load differs from later ones by a grey level, without K-LoRA too.
+    """
     host.image(override_settings={"sd_model_checkpoint": second_checkpoint})
     return host.image()
 
@@ -167,7 +170,8 @@ def test_the_infotext_says_in_which_pass_a_refiner_took_over(host, plain, second
         calls = host.weights(host.pair, **refiner)
         infotext = host.images(host.pair, **refiner)[1]
     said = re.search(
-        r"K-LoRA stopped: ((?:in the first pass before step (\d) [^;]*; )?)in the hires pass before step (\d)",
+        r"K-LoRA stopped: ((?:in the first pass before step (\d) [^;]*; )?)"
+        r"in the hires pass before step (\d)",
         infotext,
     )
     assert bool(said[1]) == (passes == "both")

@@ -1,4 +1,7 @@
-"""What these tests ask of a running WebUI's options is put back, however they end. Without a WebUI: the files and the signals alone."""
+"""What these tests change in a running WebUI's options is put back, however they end.
+
+Tested without a WebUI: only the files and the signals.
+"""
 
 import json
 import os
@@ -16,7 +19,7 @@ FOUND = b'{\r\n  "sd_model_checkpoint": "mine.safetensors",\n "samples_save": tr
 
 
 class Remembering(RunningHost):
-    """A host whose API tells of no extension's options, as Neo's, and writes all that were ever set, as all do."""
+    """A host whose API, like Neo's, tells no extension's options. Its file has all that were ever set."""
 
     def __init__(self, folder):
         super().__init__("neo", folder, "subject", "style", "other", "tiny.safetensors")

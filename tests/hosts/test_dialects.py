@@ -1,4 +1,7 @@
-"""LoRA files in the keys of other trainers, most of which the host's own loader refuses, fuse as the same LoRA in the host's own keys."""
+"""LoRA files with other trainers' keys give the same images as the same LoRA with the host's own keys.
+
+The host's own loader refuses most of them.
+"""
 
 import pytest
 import torch
@@ -86,7 +89,10 @@ def factors(host):
 
 
 def assert_fuse_alike(host, **files):
-    """Every file with the host's style gives the same image, made twice, for a copy in other keys is made the first time."""
+    """Every file gives the same image beside the host's style, twice.
+
+    The first of the two makes a copy of the file with other keys.
+    """
     with host.more_loras(**files):
         images = [host.image({"subject": name, "style": host.style}) for name in files for _ in range(2)]
         assert all(same(images[0], other) for other in images[1:])

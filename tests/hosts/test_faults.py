@@ -1,4 +1,4 @@
-"""A run that ends early, at the user's wish or by a fault of the host's own functions, leaves nothing behind."""
+"""A run that the user ends early, or that fails in one of the host's own functions, leaves nothing behind."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Beside other extensions, as they behave, in the stand-in of a host: they take hold of an image, change strengths, draw a part of it anew.
+"""Beside other extensions in the stand-in. They take over an image, change strengths, or redraw a part.
 
 test_other_extensions.py asks the same of those that people run, in a running host.
 """
@@ -103,7 +103,10 @@ def test_strengths_that_another_extension_changes_are_followed_on_every_layer(ho
 
 
 class DrawsAnew:
-    """Makes another image of each one, with only the scripts listed, and calls the others with a copy of it, as ADetailer does."""
+    """As ADetailer: makes another image from each one, with only the listed scripts.
+
+    It calls the other scripts with a copy of the processing object.
+    """
 
     def __init__(self, listed=(), prompt="a cat"):
         self.listed, self.prompt = listed, prompt

@@ -39,7 +39,10 @@ def script(host, name):
 
 
 def using(host, name, changes, **fields):
-    """Fields of a request with the extension's controls as its page has them, but for `changes` by label or, unlabelled ones, by place."""
+    """Fields of a request with the extension's controls as its page has them, except for `changes`.
+
+    These name a control by its label, or by its place if it has none.
+    """
     of_host = script(host, name)
     args = [
         changes.get(control["label"] or place, control["value"])
@@ -56,7 +59,8 @@ def adetailer(host, on=True, **settings):
     )
     if DETECTOR not in host.call("/adetailer/v1/ad_model")[1]["ad_model"]:
         pytest.skip(
-            f"ADetailer has no detector {DETECTOR}: name one in KLORA_DETECTOR that finds one thing in any image"
+            f"ADetailer has no detector {DETECTOR}: name one in KLORA_DETECTOR that finds one thing in any "
+            "image"
         )
     return fields
 
@@ -85,11 +89,14 @@ OFF = {
 }
 ON = {
     "controlnet with a model": lambda host, plain: controlnet(host, plain),
-    "controlnet on the prompt's side only": lambda host, plain: controlnet(host, plain, control_mode="ControlNet is more important"),
+    "controlnet on the prompt's side only": lambda host, plain: controlnet(
+        host, plain, control_mode="ControlNet is more important",
+    ),
     "controlnet's reference_only": lambda host, plain: controlnet(host, plain, module="reference_only"),
     "dynamic prompts": lambda host, plain: using(host, "dynamic prompts", {}, prompt="a {dog|bird}"),
     "dynamic prompts with a LoRA": lambda host, plain: using(
-        host, "dynamic prompts", {"Combinatorial generation": True}, prompt=f"a {{cat{tag(host.other)}|dog{tag(host.other, 0.5)}}}",
+        host, "dynamic prompts", {"Combinatorial generation": True},
+        prompt=f"a {{cat{tag(host.other)}|dog{tag(host.other, 0.5)}}}",
     ),
     **{
         f"lora block weight {word}": lambda host, plain, word=word: using(
@@ -139,7 +146,10 @@ def test_it_does_beside_the_pair_what_it_does_beside_the_hosts_own_tag(host, on,
 
 @pytest.mark.parametrize("klora", [False, True], ids=["off", "on"])
 def test_controlnet_tells_the_prompts_side_from_the_negative_ones(host, plain, klora):
-    """It does so in a method of the image that it overrides; where that is lost, all its modes are alike with reference_only."""
+    """It does so in a method of the processing object, which it overrides.
+
+    If that is lost, all its modes give the same image with reference_only.
+    """
     modes = [
         controlnet(host, plain, module="reference_only", control_mode=mode)
         for mode in ("Balanced", "ControlNet is more important")

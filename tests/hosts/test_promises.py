@@ -1,4 +1,6 @@
-"""The promises of K-LoRA in a WebUI, through its HTTP API. docs/developing.md, tells how to run them against a running one.
+"""The promises of K-LoRA in a WebUI, through its HTTP API.
+
+docs/developing.md tells how to run them against a running one.
 
 KLORA_HOST_URL=http://127.0.0.1:7860 KLORA_HOST_FOLDER=/path/to/webui pytest tests/hosts
 """
@@ -190,7 +192,10 @@ def test_positional_arguments_equal_the_dict(host):
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("when", [3600, 0, -3600])
 def test_a_file_that_was_replaced_between_two_runs_is_the_one_applied(host, when, in_place, monkeypatch):
-    """By a newer one, as trainers do, by an older one, as when a copy is put back, or by one of the same time. Without a press on refresh."""
+    """By a newer one, as trainers do, by an older one, as when restoring a copy, or by one of the same time.
+
+    Nobody presses refresh.
+    """
     monkeypatch.setattr(file_state, "SETTLED_SECONDS", 0)  # where the host is in this process
     before = load_file(host.file(host.subject))
     after = {key: -value if "up" in key or "lora_B" in key else value for key, value in before.items()}

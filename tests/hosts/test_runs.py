@@ -146,7 +146,10 @@ def test_a_tag_of_the_pairs_file_under_another_name_is_the_pairs(host, fused, ki
 
 @contextmanager
 def adding_to_every_prompt(host, name):
-    """With the host's option "Add network to prompt", which its cache of encoded prompts knows nothing of: so it is filled anew."""
+    """With the host's option "Add network to prompt".
+
+    The host's cache of encoded prompts ignores that option, so other prompts clear it.
+    """
     with host.options(sd_lora=name):
         host.image(prompt="a dog", negative_prompt="a bird")
         yield

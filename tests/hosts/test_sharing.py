@@ -1,4 +1,7 @@
-"""What a run shares with its host, seen from within its process: progress, interrupt, and the checkpoint, which is the host's alone."""
+"""What a run shares with its host, seen from within its process.
+
+These are progress, interruption, and the checkpoint, which only the host may keep alive.
+"""
 
 import gc
 import sys

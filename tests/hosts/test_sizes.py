@@ -1,4 +1,4 @@
-"""LoRAs that do not fit the loaded checkpoint's sizes are refused before anything is scored; those that the host takes all the same are not."""
+"""A LoRA of other sizes than the checkpoint is refused before scoring, unless the host itself pads it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whatever was done to the WebUI before, in whatever order, the next image is what it would have been alone."""
+"""Whatever a WebUI did before, in whatever order, the next image is the one that it would have made alone."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings

@@ -1,4 +1,4 @@
-"""Checkpoints that the host keeps in fewer bits, with LoRAs merged into their weights or added in every forward pass."""
+"""Checkpoints that the host stores with fewer bits; LoRAs are merged or added in every forward pass."""
 
 import pytest
 from host import same, tag
@@ -7,14 +7,17 @@ from plans import assert_follows, plan_of, references_of
 
 @pytest.fixture(scope="module")
 def plain(host):
-    """Of the checkpoint loaded anew: its very first load differs from any later one by a grey level in A1111, without K-LoRA too."""
+    """An image of the checkpoint after it was loaded again.
+
+    In A1111 its very first load differs from later ones by a grey level, without K-LoRA too.
+    """
     with host.storing(next(iter(host.facts.storages))):
         pass
     return host.image()
 
 
 def image_of_the_host_alone(host):
-    """A host's own image in the storage that is in force; torch 2.1 makes none of fp8 weights on a CPU, whoever asks."""
+    """A host's own image in the storage that is set. torch 2.1 cannot make one with fp8 weights on a CPU."""
     status, answer = host.request()
     if status == 500 and "attn_mask dtype" in str(answer):
         pytest.skip("this host makes no image in this storage, without K-LoRA either")
@@ -44,7 +47,7 @@ def test_every_storage_keeps_the_promises(host, plain, fused, storage):
 
 
 def test_fewer_bits_make_another_image(host, plain, storage):
-    """The check that the option was in force; without fewer bits it cannot be seen in an image without LoRAs."""
+    """Checks that the option was in force, which an image without LoRAs does not show without fewer bits."""
     if "fp8" not in storage and "float8" not in storage:
         pytest.skip("it does not round")
     with host.storing(storage):

@@ -1,4 +1,4 @@
-"""The parts of a LoRA that change text encoders, which run before the first step: they apply or not as the setting says."""
+"""The text-encoder parts of a LoRA are applied, before the first step, if the setting says so."""
 
 import pytest
 import torch
@@ -8,21 +8,34 @@ from safetensors.torch import load_file
 
 ENCODERS = {
     "first": {
-        "sdxl": ("conditioner.embedders.0.transformer.text_model.encoder.layers.{}.mlp.fc1.weight", "lora_te1_text_model_encoder_layers_{}_mlp_fc1"),
-        "flux": ("text_encoders.clip_l.transformer.text_model.encoder.layers.{}.mlp.fc1.weight", "lora_te1_text_model_encoder_layers_{}_mlp_fc1"),
-    },
-    "second": {
-        "sdxl": ("conditioner.embedders.1.model.transformer.resblocks.{}.mlp.c_fc.weight", "lora_te2_text_model_encoder_layers_{}_mlp_fc1"),
+        "sdxl": (
+            "conditioner.embedders.0.transformer.text_model.encoder.layers.{}.mlp.fc1.weight",
+            "lora_te1_text_model_encoder_layers_{}_mlp_fc1",
+        ),
         "flux": (
-            "text_encoders.t5xxl.transformer.encoder.block.{}.layer.0.SelfAttention.q.weight", "lora_te2_encoder_block_{}_layer_0_SelfAttention_q",
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.{}.mlp.fc1.weight",
+            "lora_te1_text_model_encoder_layers_{}_mlp_fc1",
         ),
     },
-}  # fmt: skip
-"""CLIP-L, and OpenCLIP or T5: {base model: (a weight of the checkpoint, kohya's key of it)} by number of the block."""
+    "second": {
+        "sdxl": (
+            "conditioner.embedders.1.model.transformer.resblocks.{}.mlp.c_fc.weight",
+            "lora_te2_text_model_encoder_layers_{}_mlp_fc1",
+        ),
+        "flux": (
+            "text_encoders.t5xxl.transformer.encoder.block.{}.layer.0.SelfAttention.q.weight",
+            "lora_te2_encoder_block_{}_layer_0_SelfAttention_q",
+        ),
+    },
+}
+"""CLIP-L, and OpenCLIP or T5: {base model: (weight in the checkpoint, kohya's key)}, for block {}."""
 
 
 def with_part(host, encoder):
-    """The subject's tensors, with what it has for one text encoder; with low-rank pairs for two of its blocks if it has nothing."""
+    """The subject's tensors, with its part for one text encoder.
+
+    If it has none, low-rank pairs are added for two blocks of that encoder.
+    """
     weight, stem = ENCODERS[encoder][host.base]
     prefix = stem.partition("_text")[0].partition("_encoder")[0]
     tensors = {

@@ -1,6 +1,7 @@
-"""At every evaluation of the denoiser the weight of every layer is the one that the host's own tag of the chosen LoRA makes.
+"""At every evaluation of the denoiser, every layer's weight is the one that the host's own tags make of it.
 
-The reference is the running host itself: its weights under <lora:subject:1> and under <lora:style:1>, by checksum.
+The reference is the running host itself: its weights under <lora:subject:1> and under <lora:style:1>, by
+checksum.
 """
 
 import pytest
@@ -51,7 +52,8 @@ def test_img2img_continues_where_the_noise_level_stands(host, plain, references)
 
 
 @pytest.mark.parametrize("fields", [
-    {"prompt": "a [cat:dog:0.5]"}, {"prompt": "a cat AND a dog"}, {"cfg_scale": 1}, {"prompt": "a cat " * 60}, {"batch_size": 2},
+    {"prompt": "a [cat:dog:0.5]"}, {"prompt": "a cat AND a dog"}, {"cfg_scale": 1}, {"prompt": "a cat " * 60},
+    {"batch_size": 2},
     {"n_iter": 2, "batch_size": 2}, {"s_min_uncond": 4.0},
 ])  # fmt: skip
 def test_prompts_and_batches_of_all_kinds_keep_the_clock(host, fields, references):

@@ -1,4 +1,7 @@
-"""Stand-ins of the Forge family's patchers, which keep their rules: when a clone is merged, what is backed up, who reads which dict."""
+"""Stand-ins for the patchers of the Forge family.
+
+They keep their rules: when a clone is merged, what is backed up, and who reads which dict.
+"""
 
 import importlib
 import sys
@@ -84,7 +87,10 @@ class Patcher:
 
 
 class LoraLoader:
-    """Forge: merges when the names of the patches differ from the last time's; a packed weight (GGUF) stays the same object with other data."""
+    """Forge merges when the names of the patches differ from those of the last merge.
+
+    A packed weight (GGUF) remains the same object and gets other data.
+    """
 
     def __init__(self, model):
         self.model, self.backup, self.online_backup, self.loaded_hash, self.fail_at = (
@@ -164,7 +170,7 @@ class LowVramPatch:
 
 
 class ComfyPatcher(Patcher):
-    """Forge Neo and reForge: merges when the uuid differs; half of the layers may be offloaded and read the dict in passing."""
+    """Forge Neo and reForge merge when the uuid differs. Half of the layers may be offloaded, unmerged."""
 
     shape = staticmethod(lambda strength, value, offset, online: (strength, value, 1.0, offset, None, online))
 
@@ -219,7 +225,7 @@ class ComfyPatcher(Patcher):
 
 
 class ClassicPatcher(Patcher):
-    """forge-classic: loading another clone undoes the last one from that one's own backup. It has no fused weights."""
+    """forge-classic undoes the last clone, from its own backup, when it loads another. No weight is fused."""
 
     fused = False
 
@@ -337,7 +343,10 @@ def backend(online):
 
 
 def real_kind(folder):
-    """The patcher of a forge-classic or reForge checkout in `folder`, on the CPU, with its own merge; only who loads it when is ours."""
+    """The patcher of a forge-classic or reForge checkout in `folder`, on the CPU, with its own merge.
+
+    Only the loading of clones is ours.
+    """
     sys.path.insert(0, folder)
     args_parser = importlib.import_module("ldm_patched.modules.args_parser")
     args_parser.args.always_cpu = True

@@ -1,6 +1,6 @@
-"""The A1111 adapter on a stand-in of the host's `networks`, which keeps its rules: what a layer has is remembered on the layer.
+"""The A1111 adapter on a stand-in for the host's `networks`, whose layers remember their networks.
 
-tests/hosts holds the promises of whole images against a stand-in and against running hosts.
+tests/hosts tests whole images, against a stand-in and against running hosts.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from klora.core import file_state
 from klora.errors import HostError
 from klora.hosts.a1111 import A1111Switch, host_reads
-from klora.hosts.base import Member, Pair
+from klora.hosts.base import Pair, PairLora
 
 LAYERS = ["input_blocks.4.1.proj_in", "input_blocks.4.1.proj_out", "middle_block.1.proj_in"]
 FILES = Path(__file__).parents[1] / "data" / "golden" / "sdxl_attention_same_rank"
@@ -24,7 +24,7 @@ NORM, ENCODER = "diffusion_model_middle_block_1_norm", "0_transformer_text_model
 
 
 class Networks(SimpleNamespace):
-    """extensions-builtin/Lora/networks.py as far as a layer's weight is concerned: a weight is a number, a network adds its own."""
+    """As extensions-builtin/Lora/networks.py, but a weight is a number to which each network adds one."""
 
     def __init__(self):
         super().__init__(
@@ -80,7 +80,7 @@ class Network(SimpleNamespace):
 
 
 class Denoiser(torch.nn.Module):
-    """Its forward applies networks to each of its layers; the layer of the text encoder is among them for brevity."""
+    """Its forward applies networks to each of its layers, which for brevity include one of a text encoder."""
 
     def __init__(self, networks, layers):
         super().__init__()
@@ -97,8 +97,8 @@ class Checkpoint:
         self.network_layer_mapping = {layer.network_layer_name: layer for layer in layers}
 
 
-def member(role, on_text_encoder):
-    return Member(role, role, lora_file(path=FILES / f"{role}.safetensors"), 1.0, on_text_encoder)
+def pair_lora(role, on_text_encoder):
+    return PairLora(role, role, lora_file(path=FILES / f"{role}.safetensors"), 1.0, on_text_encoder)
 
 
 def lora_file(path=None, dialects=("kohya",), in_header=False, unused=(), roles=("up", "down")):
@@ -124,7 +124,7 @@ class Host:
         self.style = network("style", 100, [*NAMES, ENCODER])
         self.networks.loaded_networks[:] = [self.other, self.subject, self.style]
         self.pair = Pair(
-            tuple(member(role, role in text_encoder) for role in ("subject", "style")),
+            tuple(pair_lora(role, role in text_encoder) for role in ("subject", "style")),
             LAYERS,
             ["middle_block.1.norm"],
             None,
@@ -250,13 +250,13 @@ def file(tmp_path, monkeypatch):
 
 
 class Keeper:
-    """A host that keeps `net`, as loaded from `file`, and loads it anew if its file is younger than what it keeps."""
+    """A host that keeps `net`, loaded from `file`, and reloads it if the file is newer than that."""
 
     def __init__(self, file):
         self.host, self.file = Host(), file
-        subject, style = self.host.pair.members
+        subject, style = self.host.pair.loras
         moved = SimpleNamespace(**{**vars(subject.file), "path": file})
-        self.host.pair = replace(self.host.pair, members=(replace(subject, file=moved), style))
+        self.host.pair = replace(self.host.pair, loras=(replace(subject, file=moved), style))
         self.net = self.load()
 
     def load(self):
@@ -267,7 +267,7 @@ class Keeper:
     def run(self):
         """Whether the host loads the subject anew in a run of K-LoRA."""
         before, switch = self.net, self.host.new_switch()
-        switch.tags()
+        switch.expire_loaded()
         if self.file.stat().st_mtime > self.net.mtime:
             self.net = self.load()
         networks = self.host.networks
@@ -310,12 +310,12 @@ def test_copies_of_two_contents_have_two_names(tmp_path):
         return net
 
     host.networks.load_network = load_network
-    subject, style = host.pair.members
+    subject, style = host.pair.loras
     foreign = SimpleNamespace(**{**vars(subject.file), "dialects": frozenset({"diffusers PEFT"})})
     for content in ("aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb"):
         host.pair = replace(
             host.pair,
-            members=(replace(subject, file=foreign), style),
+            loras=(replace(subject, file=foreign), style),
             readable=lambda _, content=content: tmp_path / f"{content}.safetensors",
         )
         host.new_switch().networks_loaded()

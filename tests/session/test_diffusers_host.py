@@ -1,4 +1,4 @@
-"""A real diffusers pipeline of SDXL's and FLUX's topology: what is applied, when, and that nothing stays behind."""
+"""A real diffusers pipeline with SDXL's and FLUX's layers: what is applied when, and that nothing stays."""
 
 from dataclasses import replace
 
@@ -170,7 +170,7 @@ CLOCKS = [
 def test_every_model_evaluation_runs_on_the_plan_of_its_step(
     request, monkeypatch, base, scheduler, steps, clock
 ):
-    """A probe at the denoiser: the weight that each layer really has is that of the LoRA the plan names for the step."""
+    """A probe at the denoiser sees that each layer's weight has the LoRA that the plan names for the step."""
     bench = request.getfixturevalue(base)
     pipeline = bench.pipeline
     before = pipeline.scheduler
@@ -296,7 +296,7 @@ def test_loras_of_other_sizes_are_refused_before_anything_is_scored(flux, tmp_pa
     rows, columns = subject.file.layers["double_blocks.0.img_attn.qkv:k"].shape
     with pytest.raises(
         PairError,
-        match=rf"LoRA style.safetensors does not fit the model: its layer double_blocks.0.img_attn.qkv:k is {2 * rows} × {columns} and "
-        rf"there it is {rows} × {columns} ",
+        match=r"LoRA style.safetensors does not fit the model: its layer double_blocks.0.img_attn.qkv:k is "
+        rf"{2 * rows} × {columns} and there it is {rows} × {columns} ",
     ):
         DiffusersSwitch(flux.denoiser, "flux", subject, style)

@@ -1,4 +1,4 @@
-"""Every host tells the true sizes of its denoiser's layers, however they are stored, and which narrower LoRAs it takes all the same."""
+"""Each host tells its layers' true sizes, in any storage, and which narrower LoRAs it accepts."""
 
 from types import SimpleNamespace
 
@@ -95,8 +95,9 @@ def test_the_sentence_names_file_layer_and_both_sizes():
     with pytest.raises(PairError) as caught:
         check_fit([file_of(a__q=(8, 8), a__k=(16, 8), a__v=(1, 1))], SIZES)
     assert str(caught.value) == (
-        "The LoRA dog.safetensors does not fit the loaded checkpoint: its layer a.k is 16 × 8 and there it is 8 × 8 (rows × columns; "
-        "1 of its 3 layers differ): load the checkpoint that it was made for, or choose a LoRA made for this one."
+        "The LoRA dog.safetensors does not fit the loaded checkpoint: its layer a.k is 16 × 8 and there it "
+        "is 8 × 8 (rows × columns; 1 of its 3 layers differ): load the checkpoint that it was made for, or "
+        "choose a LoRA made for this one."
     )
 
 
@@ -192,7 +193,8 @@ def test_nunchaku_is_refused_before_its_packed_weights_are_looked_at():
     [
         ("Chroma", {}, "Chroma"), ("Flux2", {}, "FLUX.2 Klein"), ("QwenImage", {}, "Qwen-Image"),
         ("LatentDiffusion", {"is_sd1": True}, "Stable Diffusion 1.x"),
-        ("StableDiffusion", {"is_sd1": False, "is_sd2": True}, "Stable Diffusion 2.x"), ("OfNextYear", {}, None),
+        ("StableDiffusion", {"is_sd1": False, "is_sd2": True}, "Stable Diffusion 2.x"),
+        ("OfNextYear", {}, None),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_another_base_is_called_what_people_call_it(engine, flags, name):

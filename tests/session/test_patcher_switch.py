@@ -1,6 +1,7 @@
-"""The adapters of the Forge family on stand-ins of their patchers. tests/hosts holds the same promises against running hosts.
+"""The adapters of the Forge family on stand-ins for their patchers. tests/hosts has the running hosts.
 
-KLORA_PATCHER_FOLDER=/path/to/webui adds the real patcher of a forge-classic or reForge folder, which needs no running host.
+KLORA_PATCHER_FOLDER=/path/to/webui adds the real patcher of a forge-classic or reForge folder, without a
+running host.
 """
 
 import os
@@ -26,7 +27,7 @@ from forge_family import (
 from klora.core import file_state
 from klora.core.blocks import leader_of
 from klora.errors import HostError
-from klora.hosts.base import Member, Pair
+from klora.hosts.base import Pair, PairLora
 from klora.hosts.detect import UnknownHost, find_adapter
 
 PROJ, QKV = (
@@ -37,8 +38,10 @@ NORM = "diffusion_model.double_blocks.0.norm.weight"
 LAYERS = ["double_blocks.0.proj", *(f"double_blocks.0.img_attn.qkv:{piece}" for piece in "qkv")]
 SUBJECT_ONLY, STYLE_ONLY, BOTH = (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)
 KINDS = {
-    "Forge": (ForgePatcher, False), "Forge packed": (ForgePatcher, False), "Forge online": (ForgePatcher, True), "Neo": (ComfyPatcher, False),
-    "Neo online": (ComfyPatcher, True), "Neo half offloaded": (ComfyPatcher, False), "classic": (ClassicPatcher, False),
+    "Forge": (ForgePatcher, False), "Forge packed": (ForgePatcher, False),
+    "Forge online": (ForgePatcher, True), "Neo": (ComfyPatcher, False),
+    "Neo online": (ComfyPatcher, True), "Neo half offloaded": (ComfyPatcher, False),
+    "classic": (ClassicPatcher, False),
 }  # fmt: skip
 if folder := os.environ.get("KLORA_PATCHER_FOLDER"):
     KINDS["real"] = (real_kind(folder), False)
@@ -78,12 +81,13 @@ def patches(values):
             yield key, None, value
 
 
-def member(role, weight=1.0, dialect="kohya"):
+def pair_lora(role, weight=1.0, dialect="kohya"):
     shapes = {layer: SimpleNamespace(shape=(WIDTH, WIDTH)) for layer in LAYERS}
     file = SimpleNamespace(
-        path=Path(f"/loras/{role}"), dialects={dialect}, scale_from_metadata=False, unused_keys=(), modules=(), base="flux", layers=shapes,
+        path=Path(f"/loras/{role}"), dialects={dialect}, scale_from_metadata=False, unused_keys=(),
+        modules=(), base="flux", layers=shapes,
     )  # fmt: skip
-    return Member(role, role, file, weight, True)
+    return PairLora(role, role, file, weight, True)
 
 
 class Host:
@@ -99,12 +103,17 @@ class Host:
         unet.storage_dtype = torch.float8_e4m3fn if self.online else torch.float32
         self.fused = kind.fused
         known = (PROJ, QKV) if self.fused else (PROJ,)
-        files = {f"/loras/{role}": {"unet": [patch for patch in patches(values) if patch[0] in (*known, NORM)], "clip": [(PROJ, None, values[PROJ])]}
-                 for role, values in (("subject", SUBJECT), ("style", STYLE))}  # fmt: skip
+        files = {
+            f"/loras/{role}": {
+                "unet": [patch for patch in patches(values) if patch[0] in (*known, NORM)],
+                "clip": [(PROJ, None, values[PROJ])],
+            }
+            for role, values in (("subject", SUBJECT), ("style", STYLE))
+        }
         self.networks = Networks({**files, "/loras/other": {"unet": [(PROJ, None, low_rank(WIDTH, 9))]}})
         self.layers = LAYERS if self.fused else LAYERS[:1]
         self.pair = Pair(
-            (member("subject", weight), member("style", weight)),
+            (pair_lora("subject", weight), pair_lora("style", weight)),
             self.layers,
             ["double_blocks.0.norm"],
             lambda file: file.path,
@@ -122,7 +131,7 @@ class Host:
         return self.weight(key) - self.original[key]
 
     def activate(self):
-        """What the host does before the hook after its networks are loaded: everything anew if the hash is another one."""
+        """As the host before its hook for loaded networks: it loads all of them again if the hash differs."""
         if self.model.current_lora_hash != "[]":
             self.model.current_lora_hash = "[]"
             self.model.forge_objects_after_applying_lora = self.model.forge_objects_original.shallow_copy()
@@ -208,7 +217,7 @@ def test_rows_of_a_fused_weight_come_from_a_fused_and_a_split_file(host):
 def test_a_layer_is_bit_for_bit_what_the_hosts_own_tags_make_of_it_at_these_strengths(
     name, strengths, monkeypatch
 ):
-    """At the user's multiplier times the strength: the host's own loader is given both files at those multipliers."""
+    """The host's own loader is given both files at the user's multiplier times the strength."""
     weight, expected = 0.7, Host(name, monkeypatch)
     expected.tagged([weight * strength for strength in strengths])
     host = Host(name, monkeypatch, weight)
@@ -272,7 +281,7 @@ def test_what_runs_after_a_merge_that_died_finds_the_original_weights(host, wher
     assert all(torch.equal(weight, host.original[key]) for key, weight in host.plain().items())
 
 
-def test_the_text_encoder_gets_the_members_that_are_told_to_be_on_it(host):
+def test_the_text_encoder_gets_the_loras_that_are_to_be_on_it(host):
     host.begin()
     host.model.forge_objects.clip.patcher.load_it()
     original = host.model.forge_objects_original.clip.patcher
@@ -293,7 +302,7 @@ def test_a_fault_gets_out_at_the_next_evaluation(host):
 def test_a_unet_that_is_not_ours_any_more_is_an_error_and_no_silent_image(host):
     host.begin()
     host.model.forge_objects.unet = host.model.forge_objects_original.unet.clone()
-    with pytest.raises(HostError, match="Another extension has put a UNet"):
+    with pytest.raises(HostError, match="Another extension has replaced K-LoRA's UNet"):
         host.switch.apply({LAYERS[0]: STYLE_ONLY})
 
 
@@ -316,16 +325,19 @@ def test_a_file_that_the_host_refuses_is_named(host):
 
 @pytest.fixture
 def replaceable(host, tmp_path, monkeypatch):
-    """The host with a subject whose file holds "subject" or "another", and its loader, which keeps what it has read by name."""
+    """The host with a subject whose file has the content "subject" or "another".
+
+    Its loader caches what it has read by file name.
+    """
     monkeypatch.setattr(file_state, "SETTLED_SECONDS", 0)
     path = tmp_path / "subject"
     contents = {
         "subject": host.networks.files["/loras/subject"],
         "another": {"unet": [(PROJ, None, ANOTHER)], "clip": [(PROJ, None, ANOTHER)]},
     }
-    subject, style = host.pair.members
+    subject, style = host.pair.loras
     file = SimpleNamespace(**{**vars(subject.file), "path": path})
-    host.pair = replace(host.pair, members=(replace(subject, file=file), style))
+    host.pair = replace(host.pair, loras=(replace(subject, file=file), style))
     host.networks.load_lora_state_dict = lru_cache(
         lambda name: contents[path.read_text()] if name == str(path) else host.networks.files[name]
     )
@@ -343,7 +355,7 @@ ANOTHER = low_rank(WIDTH, 7)
 
 
 def test_a_file_that_was_replaced_by_one_of_its_size_and_time_is_read_anew(replaceable):
-    """Of the host's reading, and of its merge of the text encoder, which it keeps by the names of the patches."""
+    """Also by the text encoder, whose merge the host keeps by the names of the patches."""
     for content, expected in (("subject", SUBJECT[PROJ]), ("another", ANOTHER), ("subject", SUBJECT[PROJ])):
         replaceable.put(content)
         replaceable.begin(proj=SUBJECT_ONLY)

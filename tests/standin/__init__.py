@@ -1,8 +1,8 @@
-"""A stand-in of AUTOMATIC1111 for machines without one, driven by the same tests as a running one (tests/hosts).
+"""A stand-in for AUTOMATIC1111, for machines without one. The tests in tests/hosts run against both.
 
-`webui/` has the modules, under the host's names, that the extension and the probe import: written from what was measured on a running
-host, nothing of it is the host's code. The images are computed from the weights in force at every evaluation, bit by bit, so what an
-extension leaves behind shows.
+`webui/` has the modules that the extension and the probe import, under the host's names. They are written
+from measurements of a running host and contain none of its code. Each image depends on every bit of the
+weights at every evaluation, so it shows whatever an extension leaves behind.
 """
 
 import importlib
@@ -20,7 +20,7 @@ WEBUI = Path(__file__).parent / "webui"
 PROBES = sorted((TESTS / "hosts" / "probe" / "scripts").glob("*.py"))
 SCRIPTS = (TESTS.parent / "scripts" / "klora_script.py", *PROBES, WEBUI / "scripts" / "xyz_grid.py")
 ANOTHER_BASE = "another base model"
-"""In the configuration file of a checkpoint that the stand-in is to take for one of another base."""
+"""Content of the configuration file of a checkpoint that the stand-in takes for one of another base model."""
 OF_WEBUI = ("modules", "gradio", "network", "networks", "network_lora", "klora.webui.ui")
 
 
@@ -29,10 +29,10 @@ def is_of_webui(name):
 
 
 class StandIn(Host):
-    """A host in this process. Its modules are importable only while it is `in_place`.
+    """A host in this process. Its modules can be imported only while it is `in_place`.
 
     Args:
-        folder: an empty one, for its checkpoint and its LoRAs.
+        folder: an empty folder for its checkpoint and its LoRAs.
     """
 
     def __init__(self, folder):

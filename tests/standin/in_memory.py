@@ -1,7 +1,8 @@
-"""A WebUI in a few objects: the second implementation of `klora.hosts.base.Host`, without any of a WebUI's modules.
+"""A WebUI in a few objects: a second implementation of `klora.hosts.base.Host`, without a WebUI's modules.
 
-It calls the methods of its processing object and K-LoRA's hooks in the order of the real ones, under a catch-all as theirs, and keeps what
-was on the layers at every evaluation of its denoiser.
+It calls the methods of its processing object and K-LoRA's hooks in the same order as the real ones, and like
+them it catches every exception of a hook. It records what was on the layers at every evaluation of its
+denoiser.
 """
 
 from collections import defaultdict
@@ -23,10 +24,10 @@ RANK = 2
 
 
 class Model:
-    """What a checkpoint is loaded into.
+    """The object that a checkpoint is loaded into.
 
     Args:
-        base: its base model; None for one that K-LoRA does not know.
+        base: its base model, None for one that K-LoRA does not know.
     """
 
     def __init__(self, file, base="sdxl"):
@@ -34,7 +35,7 @@ class Model:
 
 
 class Switch:
-    """`PairSwitch` that notes what is done with it.
+    """`PairSwitch` that records what is done with it.
 
     Attributes:
         log: names of the methods called.
@@ -44,15 +45,18 @@ class Switch:
     def __init__(self, model, pair):
         self.model_name, self.log, self.on_layers, self.failure, self._pair = model.file, [], None, None, pair
 
+    def expire_loaded(self):
+        self.log.append("expire loaded")
+
     def tags(self):
-        return [(member.name, member.weight) for member in self._pair.members]
+        return [(lora.name, lora.weight) for lora in self._pair.loras]
 
     def networks_loaded(self):
         self.log.append("networks loaded")
 
     @contextmanager
-    def held(self):
-        self.log.append("held")
+    def attached(self):
+        self.log.append("attached")
         yield
         self.log.append("let go")
 
@@ -110,11 +114,11 @@ class InMemoryHost:
     """`Host`.
 
     Args:
-        folder: an empty one, for LoRA files.
+        folder: an empty folder for LoRA files.
 
     Attributes:
-        options: what its options are set to.
-        loaded: the model of the checkpoint.
+        options: {option that was set: its value}.
+        loaded: the model of the loaded checkpoint.
         state: of the run at every method of the processing object, [(method, state)].
         reported: messages of `report`.
     """
@@ -198,7 +202,7 @@ class InMemoryHost:
         self.reported.append(message)
 
     def hook(self, p, action):
-        """As scripts/klora_script.py calls a run, if there is one."""
+        """Call the run, if there is one, as scripts/klora_script.py does."""
         run = runs.run_of(p)
         try:
             if run is not None:
@@ -207,7 +211,7 @@ class InMemoryHost:
             runs.fail(p, error, self)
 
     def generate(self, p, settings):
-        """The whole of a generation. Returns what the host answers."""
+        """Run a whole generation. Returns the host's answer."""
         runs.release(p)
         try:
             runs.start(p, settings, self)
@@ -230,12 +234,12 @@ class Processing:
     """One generation.
 
     Args:
-        tags: names of the LoRAs that its prompt has tags of.
+        tags: names of the LoRAs that its prompt has tags for.
         during: {method or evaluation, as "evaluation 3": what happens there}.
 
     Attributes:
         loaded: names of what the host loaded, each time.
-        evaluations: what was on the layers, (pass, step, strengths or None).
+        evaluations: what was on the layers, [(pass, step, strengths or None)].
     """
 
     def __init__(self, host, tags=(), n_iter=1, enable_hr=False, steps=4, during=()):
@@ -301,7 +305,7 @@ class Processing:
 
 
 def write_lora(path, seed, sizes=SIZES):
-    """A LoRA of the layers of `sizes`, in kohya's keys."""
+    """Write a LoRA for the layers of `sizes`, with kohya's keys."""
     random = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer, (rows, columns) in sizes.items():

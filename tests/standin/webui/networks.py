@@ -1,7 +1,8 @@
 """The Lora extension: its registry, its loader, and what it does to a layer's weight.
 
-The rules are those measured on the host: `loaded_networks` stays the same list; a layer remembers which networks it has, is backed up before
-it first gets any, and is rewritten from the backup when the wanted ones differ; a network that does not fit is counted, not raised.
+The rules are those measured on the host: `loaded_networks` stays the same list; a layer remembers which
+networks it has, is backed up before it first gets any, and is rewritten from the backup when the wanted ones
+differ; a network that does not fit is counted, not raised.
 """
 
 import time
@@ -17,7 +18,7 @@ available_networks, available_network_aliases, forbidden_network_aliases = {}, {
 loaded_networks = []
 networks_in_memory = {}
 SECONDS_A_FILE = 0.003
-"""Of a folder as full as people's the reading takes seconds, in which other threads see a part of the list."""
+"""Reading people's full folders takes seconds, during which other threads see only a part of the list."""
 
 
 class ExtraNetworkLora:

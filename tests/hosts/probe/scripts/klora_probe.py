@@ -1,13 +1,16 @@
-"""For the tests against a running WebUI, or the stand-in of one: what a user of the HTTP API cannot see or cause.
+"""For the tests against a WebUI or its stand-in: what a user of the HTTP API can neither see nor cause.
 
 Link the folder above into the WebUI's extensions before starting it.
 
-- POST /klora-probe/v1/fault {"place", "call", "kind", "times"}: the function at that place fails at its n-th call from now, and at
-  the next ones if "times" is more than 1; of the kind "interrupt" it does its work, and the run is interrupted.
-  GET: {"armed": whether it has yet to happen}; it will not any more. GET /klora-probe/v1/counts: {place: its calls since the last GET}.
-- POST /klora-probe/v1/reload: as the button "Reload UI". GET /klora-probe/v1/started: when these scripts were loaded.
-- GET /klora-probe/v1/applied, where layers keep the names of their networks: {"calls": [{layer: [network names]}, ...], "applies": number of
-  layers rewritten} since the last GET: which networks every layer really has, after every evaluation of the denoiser.
+- POST /klora-probe/v1/fault {"place", "call", "kind", "times"}: the function at that place fails at its n-th
+call
+  from now on, and at the next calls if "times" is more than 1. If the kind is "interrupt", the function does
+  its work and the run is interrupted. GET: {"armed": whether the fault is still to come}, and cancels it.
+- GET /klora-probe/v1/counts: {place: its calls since the last GET}. - POST /klora-probe/v1/reload: like the
+button "Reload UI". - GET /klora-probe/v1/started: when these scripts were loaded. - GET
+/klora-probe/v1/applied, on hosts whose layers keep the names of their networks: {"calls": [{layer: [network
+  names]}, ...], "applies": number of layers rewritten}, since the last GET. The calls tell which networks
+  every layer really has after every evaluation of the denoiser.
 """
 
 import sys
@@ -31,14 +34,20 @@ undo = []
 
 
 def places():
-    """{place: (owner, name) of the function there}, as far as it can be known: the host's, those of the loaded checkpoint included, and what
-    K-LoRA does in each of its hooks."""
+    """{place: (owner, name) of the function there}, as far as it can be known.
+
+    These are functions of the host, including those of the loaded checkpoint, and what K-LoRA does in each
+    hook.
+    """
     model, run = shared.sd_model, sys.modules["klora.webui.run"].Run
     preparation = sys.modules["klora.webui.preparation"]
     found = {
-        "process": (preparation, "scored"), "networks loaded": (run, "networks_loaded"), "begin pass": (run, "begin_pass"), "tell": (run, "tell"),
-        "text encoder": (type(model), "get_learned_conditioning"), "decode": (type(model), "decode_first_stage"),
-        "callback": (sys.modules["klora.session"].Session, "step"), "warnings": (preparation, "pair_warnings"),
+        "process": (preparation, "scored"), "networks loaded": (run, "networks_loaded"),
+        "begin pass": (run, "begin_pass"), "tell": (run, "tell"),
+        "text encoder": (type(model), "get_learned_conditioning"),
+        "decode": (type(model), "decode_first_stage"),
+        "callback": (sys.modules["klora.session"].Session, "step"),
+        "warnings": (preparation, "pair_warnings"),
         "override": (sys.modules["klora.webui.processing_patches"].ProcessingPatches, "put"),
     }  # fmt: skip
     if LAYERS_KEEP_NAMES:
@@ -46,7 +55,8 @@ def places():
 
         return {
             **found, "load": (networks, "load_network"), "apply": (networks, "network_apply_weights"),
-            "restore": (networks, "network_restore_weights_from_backup"), "merge": (network_lora.NetworkModuleLora, "calc_updown"),
+            "restore": (networks, "network_restore_weights_from_backup"),
+            "merge": (network_lora.NetworkModuleLora, "calc_updown"),
             "forward": (type(model), "apply_model"),
         }  # fmt: skip
     from backend.patcher import base, lora
@@ -54,7 +64,8 @@ def places():
     merges = base if hasattr(base, "merge_lora_to_weight") else lora
     denoiser = type(model.forge_objects.unet.model)
     return {
-        **found, "load": (networks, "load_lora_for_models"), "merge": (merges, "merge_lora_to_weight"), "forward": (denoiser, "apply_model"),
+        **found, "load": (networks, "load_lora_for_models"), "merge": (merges, "merge_lora_to_weight"),
+        "forward": (denoiser, "apply_model"),
     }  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""For the tests against a running WebUI of any kind: GET /klora-probe/v1/tensors answers {"count", "bytes"} of the tensors alive."""
+"""For the tests against a running WebUI of any kind.
+
+GET /klora-probe/v1/tensors answers {"count", "bytes"} of the tensors that are alive.
+"""
 
 import gc
 

@@ -1,7 +1,8 @@
-"""For the tests against a running WebUI of any kind: what every weight of the denoiser really is, at every evaluation.
+"""For the tests against a running WebUI of any kind: every weight of the denoiser at every evaluation.
 
-GET /klora-probe/v1/weights answers a list, one entry an evaluation since the last GET: {layer: [checksum of each stacked piece]}, of the
-weights as the forward pass uses them, whether they are merged or changed in passing.
+GET /klora-probe/v1/weights answers a list with one entry for each evaluation since the last GET: {layer:
+[checksum of each stacked piece]}. The weights are those that the forward pass uses, whether merged or changed
+on the fly.
 """
 
 import zlib

@@ -12,7 +12,8 @@ from modules import errors, infotext_utils, processing, scripts, sd_models, shar
 from modules.call_queue import queue_lock
 
 FIELDS = {
-    "Steps": ("steps", int), "Sampler": ("sampler_name", str), "CFG scale": ("cfg_scale", float), "Seed": ("seed", int), "Size-1": ("width", int),
+    "Steps": ("steps", int), "Sampler": ("sampler_name", str), "CFG scale": ("cfg_scale", float),
+    "Seed": ("seed", int), "Size-1": ("width", int),
     "Size-2": ("height", int),
 }  # fmt: skip
 

@@ -5,7 +5,10 @@ from threading import Event, Lock
 
 
 class QueueLock:
-    """Had in the order of asking. Acquiring knows no time-out, and who waits is in `_pending_threads`, as on the host."""
+    """A lock that threads get in the order of asking; `_pending_threads` has those that wait, as in the host.
+
+    `acquire` knows no timeout.
+    """
 
     def __init__(self):
         self._changing, self._taken = Lock(), False

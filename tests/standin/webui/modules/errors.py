@@ -1,4 +1,7 @@
-"""What goes wrong in scripts and callbacks is printed, and the host goes on. Its last errors are kept for its page of facts."""
+"""What goes wrong in scripts and callbacks is printed, and the host goes on.
+
+Its last errors are kept for its page of facts.
+"""
 
 import sys
 import textwrap

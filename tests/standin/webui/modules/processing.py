@@ -24,10 +24,14 @@ SAVED = (
     "denoising_strength",
 )
 DEFAULTS = {
-    "prompt": "", "negative_prompt": "", "steps": 20, "width": 512, "height": 512, "seed": -1, "sampler_name": "Euler a", "scheduler": None,
-    "cfg_scale": 7.0, "n_iter": 1, "batch_size": 1, "denoising_strength": 0.75, "enable_hr": False, "hr_scale": 2.0, "hr_upscaler": None,
-    "hr_second_pass_steps": 0, "init_images": None, "refiner_checkpoint": None, "refiner_switch_at": 0.8, "override_settings": None,
-    "s_min_uncond": None, "disable_extra_networks": False, "hr_checkpoint_name": None, "hr_prompt": "", "override_settings_restore_afterwards": True,
+    "prompt": "", "negative_prompt": "", "steps": 20, "width": 512, "height": 512, "seed": -1,
+    "sampler_name": "Euler a", "scheduler": None,
+    "cfg_scale": 7.0, "n_iter": 1, "batch_size": 1, "denoising_strength": 0.75, "enable_hr": False,
+    "hr_scale": 2.0, "hr_upscaler": None,
+    "hr_second_pass_steps": 0, "init_images": None, "refiner_checkpoint": None, "refiner_switch_at": 0.8,
+    "override_settings": None,
+    "s_min_uncond": None, "disable_extra_networks": False, "hr_checkpoint_name": None, "hr_prompt": "",
+    "override_settings_restore_afterwards": True,
 }  # fmt: skip
 
 
@@ -61,8 +65,10 @@ class StableDiffusionProcessing:
         self, required_prompts, steps, extra_network_data, hires_steps=None, use_old_scheduling=False
     ):
         return (
-            required_prompts, steps, hires_steps, use_old_scheduling, shared.opts.CLIP_stop_at_last_layers, shared.sd_model.sd_checkpoint_info,
-            extra_network_data, self.width, self.height, shared.opts.fp8_storage, shared.opts.cache_fp16_weight,
+            required_prompts, steps, hires_steps, use_old_scheduling, shared.opts.CLIP_stop_at_last_layers,
+            shared.sd_model.sd_checkpoint_info,
+            extra_network_data, self.width, self.height, shared.opts.fp8_storage,
+            shared.opts.cache_fp16_weight,
         )  # fmt: skip
 
     def get_conds_with_caching(
@@ -86,7 +92,7 @@ class StableDiffusionProcessing:
         )
 
     def rng(self, shape=None):
-        """Noise for the whole batch, one generator an image."""
+        """Noise for the whole batch, with one generator for each image."""
         if shape:
             self.noise_shape, self.generators = (
                 shape,
@@ -203,7 +209,7 @@ class Processed:
 
 
 def learned(prompts, steps):
-    """For each prompt its schedule of text conditionings: [(until step, conditioning), …, (None, conditioning)]."""
+    """For each prompt its conditionings and their schedule: [(until step, conditioning), …, (None, …)]."""
 
     def text(prompt):
         return shared.sd_model.get_learned_conditioning(prompt)
@@ -227,11 +233,14 @@ def multicond(prompts, steps):
 
 def create_infotext(p, index):
     written = {
-        "Steps": p.steps, "Sampler": p.sampler_name, "CFG scale": p.cfg_scale, "Seed": p.all_seeds[index], "Size": f"{p.width}x{p.height}",
-        "Model": Path(shared.sd_model.sd_checkpoint_info.filename).stem, **p.extra_generation_params, "Version": "stand-in",
+        "Steps": p.steps, "Sampler": p.sampler_name, "CFG scale": p.cfg_scale, "Seed": p.all_seeds[index],
+        "Size": f"{p.width}x{p.height}",
+        "Model": Path(shared.sd_model.sd_checkpoint_info.filename).stem, **p.extra_generation_params,
+        "Version": "stand-in",
     }  # fmt: skip
     negative = f"\nNegative prompt: {p.negative_prompt}" if p.negative_prompt else ""
-    return f"{p.all_prompts[index]}{negative}\n{infotext_utils.write({name: value for name, value in written.items() if value is not None})}"
+    parameters = infotext_utils.write({name: value for name, value in written.items() if value is not None})
+    return f"{p.all_prompts[index]}{negative}\n{parameters}"
 
 
 def process_images(p):

@@ -1,4 +1,7 @@
-"""Scripts: loaded from files, asked for their controls, called in turn; an exception in a hook is printed and the host goes on."""
+"""Scripts: loaded from files, asked for their controls, and called in turn.
+
+An exception in a hook is printed, and the host goes on.
+"""
 
 import importlib.util
 from collections import namedtuple
@@ -8,7 +11,8 @@ from modules.errors import reported
 AlwaysVisible = object()
 ScriptClassData = namedtuple("ScriptClassData", "script_class path basedir module")
 HOOKS = (
-    "before_process", "process", "before_process_batch", "after_extra_networks_activate", "process_batch", "before_hr",
+    "before_process", "process", "before_process_batch", "after_extra_networks_activate", "process_batch",
+    "before_hr",
     "process_before_every_sampling", "post_sample", "postprocess_batch", "postprocess",
 )  # fmt: skip
 
@@ -45,7 +49,10 @@ def load(path):
 
 
 class ScriptRunner:
-    """The scripts of one tab; their controls are the positions of `script_args`, the first of which chooses a selectable script."""
+    """The scripts of one tab.
+
+    Their controls are the positions of `script_args`, the first of which chooses a selectable script.
+    """
 
     def __init__(self, is_img2img):
         self.is_img2img = is_img2img
@@ -74,7 +81,8 @@ class ScriptRunner:
     def info(self):
         return [
             {
-                "name": script.title().lower(), "is_alwayson": script in self.alwayson_scripts, "is_img2img": self.is_img2img,
+                "name": script.title().lower(), "is_alwayson": script in self.alwayson_scripts,
+                "is_img2img": self.is_img2img,
                 "args": [{"label": c.label, "value": c.value, "choices": getattr(c, "choices", None)}
                          for c in self.inputs[script.args_from:script.args_to]],
             }
@@ -82,7 +90,7 @@ class ScriptRunner:
         ]  # fmt: skip
 
     def run(self, p):
-        """What the chosen selectable script makes; None if none is chosen or it leaves the work to the host."""
+        """What the chosen script returns, None if none is chosen or it leaves the work to the host."""
         if not p.script_args[0]:
             return None
         script = self.selectable_scripts[p.script_args[0] - 1]

@@ -1,4 +1,4 @@
-"""A small denoiser with SDXL's layer names and two small text encoders, read from checkpoint files as the host reads them."""
+"""A small denoiser with SDXL's layer names, and two small text encoders, read from files as the host does."""
 
 import math
 from pathlib import Path
@@ -20,8 +20,10 @@ BLOCKS = {"input_blocks": [4, 7], "middle_block": [None], "output_blocks": [0, 4
 """Some of the places where SDXL's UNet has transformers; here each has one block."""
 
 TRANSFORMER = (
-    "proj_in", *(f"transformer_blocks.0.{attention}.{part}" for attention in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")),
-    "transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2", "transformer_blocks.0.norm1", "proj_out",
+    "proj_in", *(f"transformer_blocks.0.{attention}.{part}" for attention in ("attn1",
+    "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")),
+    "transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2", "transformer_blocks.0.norm1",
+    "proj_out",
 )  # fmt: skip
 
 
@@ -119,7 +121,10 @@ class TextEncoder(nn.Module):
 
 
 class Model(nn.Module):
-    """What shared.sd_model holds. One of another base has the same layers, so that a LoRA that is applied there by mistake shows."""
+    """The object in shared.sd_model.
+
+    One of another base model has the same layers, so that a LoRA that is applied there by mistake shows.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -224,7 +229,10 @@ def get_closet_checkpoint_match(name):
 
 
 def reload_model_weights(info=None):
-    """Load a checkpoint, that of the options by default: into the model that is there if that has the same configuration file."""
+    """Load a checkpoint, by default the one of the options.
+
+    It goes into the model that is there if that has the same configuration file.
+    """
     info = info or checkpoints[shared.opts.sd_model_checkpoint]
     model = shared.sd_model
     fp8 = shared.opts.fp8_storage != "Disable"

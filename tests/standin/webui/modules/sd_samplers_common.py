@@ -22,7 +22,8 @@ def _second_order(name):
 
 ALL = {
     data.name: data for data in (
-        *(SamplerData(name, [], {}) for name in ("Euler a", "Euler", "DPM++ 2M", "DPM++ 2M SDE", "LMS", "DPM adaptive")),
+        *(SamplerData(name, [], {}) for name in ("Euler a", "Euler", "DPM++ 2M", "DPM++ 2M SDE", "LMS",
+        "DPM adaptive")),
         *map(_second_order, ("Heun", "DPM++ SDE", "DPM2", "DPM2 a", "DPM++ 2S a", "Restart")),
         *(SamplerData(name, [], {"timesteps": True}) for name in ("DDIM", "PLMS", "UniPC")),
     )

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 from modules.options import Options
 
 DEFAULTS = {
-    "sd_model_checkpoint": None, "lora_functional": False, "lora_in_memory_limit": 0, "lora_add_hashes_to_infotext": True, "sd_lora": "None",
-    "extra_networks_default_multiplier": 1.0, "hires_fix_refiner_pass": "second pass", "fp8_storage": "Disable",
-    "cache_fp16_weight": False, "skip_early_cond": 0.0, "s_min_uncond": 0.0, "img2img_fix_steps": False, "CLIP_stop_at_last_layers": 1,
+    "sd_model_checkpoint": None, "lora_functional": False, "lora_in_memory_limit": 0,
+    "lora_add_hashes_to_infotext": True, "sd_lora": "None",
+    "extra_networks_default_multiplier": 1.0, "hires_fix_refiner_pass": "second pass",
+    "fp8_storage": "Disable",
+    "cache_fp16_weight": False, "skip_early_cond": 0.0, "s_min_uncond": 0.0, "img2img_fix_steps": False,
+    "CLIP_stop_at_last_layers": 1,
     "live_previews_enable": True, "persistent_cond_cache": True, "refiner_switch_by_sample_steps": False,
     "samples_save": False, "outdir_txt2img_samples": "outputs",
 }  # fmt: skip

@@ -46,7 +46,9 @@ class Script(scripts.Script):
         labels = [option.label for option in self.current]
         axes = [
             control for axis in "XYZ" for control in (
-                Dropdown(0, label=f"{axis} type", choices=labels), Textbox("", label=f"{axis} values"), Dropdown([], label="choices", choices=[])
+                Dropdown(0, label=f"{axis} type", choices=labels),
+                Textbox("", label=f"{axis} values"),
+                Dropdown([], label="choices", choices=[]),
             )
         ]  # fmt: skip
         flags = (
