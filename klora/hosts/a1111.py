@@ -25,13 +25,13 @@ from klora.errors import HostError
 from klora.hosts.base import Pair, PairLora, Strengths, not_loaded, present, still_loaded
 from klora.hosts.sizes import Padded, Sizes, native_sizes
 
-UNET_NETWORK_NAME = "diffusion_model_"
-"""What the names that the host gives to the layers of the UNet begin with; those of text encoders do not."""
+UNET_NAME_PREFIX = "diffusion_model_"
+"""The host's names for layers of the UNet begin with this; those for layers of text encoders do not."""
 LATENT_CHANNELS, INPAINTING_CHANNELS = 4, 9
 
 
 class A1111:
-    """`Adapter` of A1111.
+    """`Adapter` for A1111.
 
     Args:
         networks: the module of the host's Lora extension.
@@ -44,9 +44,10 @@ class A1111:
 
     @staticmethod
     def drives(networks: Any) -> bool:
-        """Whether this is A1111's Lora extension, if the host has no patcher.
+        """Whether this Lora extension is A1111's.
 
-        reForge has these functions as well, but there they do nothing.
+        To be asked only if the host has no patcher: reForge has these functions as well, but there they do
+        nothing.
         """
         return hasattr(networks, "network_apply_weights") and hasattr(
             networks, "network_restore_weights_from_backup"
@@ -115,7 +116,7 @@ class A1111Switch:
         self._pair = {lora.role: self._network(lora, loaded) for lora in self._loras}
         chosen = [self._pair[lora.role] for lora in self._loras if lora.on_text_encoder]
         self._on_text_encoder = [
-            net for net in chosen if not all(key.startswith(UNET_NETWORK_NAME) for key in net.modules)
+            net for net in chosen if not all(key.startswith(UNET_NAME_PREFIX) for key in net.modules)
         ]
         self._networks.loaded_networks[:] = [*self._others, *self._pair.values()]
         self._forget_earlier_files()
@@ -271,7 +272,7 @@ class A1111Switch:
 
     def _wanted(self, name: str | None) -> list[tuple[Any, float]]:
         """The networks that a module should have, each with its strength."""
-        if name is None or not name.startswith(UNET_NETWORK_NAME):
+        if name is None or not name.startswith(UNET_NAME_PREFIX):
             return [(net, 1.0) for net in (*self._others, *self._on_text_encoder)]
         strengths = self._on_layers.get(self._layer_of.get(name, ""), (0.0, 0.0))
         return [
@@ -302,7 +303,7 @@ class A1111Switch:
 
 
 def host_reads(lora: LoraFile) -> bool:
-    """Whether A1111's loader understands a file's keys as they are: those with kohya's underscores."""
+    """Whether A1111's loader understands a file's keys as they are. It knows kohya's underscore names."""
     return is_in(lora, ("kohya", "kohya with diffusers names"))
 
 
@@ -317,7 +318,7 @@ def _padded_for_inpainting(shape: tuple[int, ...]) -> Padded:
 
 
 def _network_name(layer: str) -> str:
-    return UNET_NETWORK_NAME + layer.replace(".", "_")
+    return UNET_NAME_PREFIX + layer.replace(".", "_")
 
 
 def _place(path: Any) -> str:

@@ -83,9 +83,9 @@ class PairSwitch(LayerSwitch, Protocol):
     """Handles the pair during one generation of a WebUI, from loading to sampling."""
 
     def expire_loaded(self) -> None:
-        """Make the WebUI's next loading of networks a real one where it would keep what it has loaded before.
+        """Make the WebUI load networks again that it would otherwise take for loaded.
 
-        To be called before every such loading of a run, in which `tags` join the prompt's own.
+        Call it whenever the prompts have been parsed, before the WebUI loads their networks and `tags`.
         """
 
     def tags(self) -> Sequence[tuple[str, float]]:
@@ -101,7 +101,7 @@ class PairSwitch(LayerSwitch, Protocol):
     def attached(self) -> AbstractContextManager[None]:
         """A context for the WebUI's text encoding, and for its sampling of a batch.
 
-        The pair stays attached in it where the WebUI applies networks outside a sampling pass, too.
+        If the WebUI also applies networks outside a sampling pass, the pair is attached throughout.
         """
 
     def leave(self) -> None:
@@ -110,7 +110,7 @@ class PairSwitch(LayerSwitch, Protocol):
     def fail(self, error: BaseException) -> None:
         """Raise `error` from the next evaluation of the denoiser.
 
-        A WebUI catches what its callbacks raise, so that raising it there would not stop the run.
+        A WebUI catches what its callbacks raise, so raising it there would not stop the run.
         """
 
 

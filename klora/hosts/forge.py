@@ -144,9 +144,9 @@ class _Part:
 
 @contextmanager
 def _cache_kept() -> Iterator[None]:
-    """A context after which the host does not empty the GPU's cache because of what happened in it.
+    """A context in which a merge does not make the host empty the GPU's cache.
 
-    It would after every merge, but a merge of a few layers frees next to nothing.
+    It would do so in the next forward pass, but the merge of a few layers frees next to nothing.
     """
     from backend import memory_management
 

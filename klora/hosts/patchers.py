@@ -31,8 +31,8 @@ from klora.errors import HostError
 from klora.hosts.base import Pair, PairLora, Strengths, not_loaded, present, still_loaded
 from klora.hosts.sizes import Padded, matrix_of, true_shape
 
-DENOISER_KEY = "diffusion_model."
-"""What the host's keys of the denoiser's weights begin with."""
+DENOISER_KEY_PREFIX = "diffusion_model."
+"""The host's keys for weights of the denoiser begin with this."""
 
 Patches = dict[str, list[Any]]
 """{weight key of the model: patches in the order in which they are merged}.
@@ -67,7 +67,7 @@ class PatcherSwitch(ABC):
     """
 
     MARK: ClassVar[str]
-    """What `drives` looks for and which WebUIs have it, as an error message names it."""
+    """What `drives` looks for, and the WebUIs that have it, as an error message names them."""
 
     def __init__(self, networks: Any, model: Any, pair: Pair) -> None:
         self._networks = networks
@@ -150,7 +150,7 @@ class PatcherSwitch(ABC):
     @staticmethod
     @abstractmethod
     def drives(unet: Any) -> bool:
-        """Whether this class is for that kind of UNet patcher, which is told by its attributes."""
+        """Whether this class handles such a UNet patcher, judging by its attributes."""
 
     @staticmethod
     def original_weight(unet: Any, path: str) -> Any:
@@ -159,7 +159,7 @@ class PatcherSwitch(ABC):
         The weight in the module itself may still have the last generation's LoRAs merged into it, and some
         LoRAs even widen a weight. The host's backup has the original then.
         """
-        key = f"{DENOISER_KEY}{path}.weight"
+        key = f"{DENOISER_KEY_PREFIX}{path}.weight"
         backups = unet.lora_loader.backup if hasattr(unet, "lora_loader") else unet.backup
         if key in backups:
             return getattr(backups[key], "weight", backups[key])
@@ -254,7 +254,7 @@ class PatcherSwitch(ABC):
         """Note which layers of the plan each weight holds. A norm or a bias belongs to its leading layer."""
         layers = set(self._pair.layers)
         for key in dict.fromkeys(key for loaded in self._loaded.values() for key in loaded.unet):
-            path = key.removeprefix(DENOISER_KEY).rpartition(".")[0]
+            path = key.removeprefix(DENOISER_KEY_PREFIX).rpartition(".")[0]
             holds = self._fused[path].layers if path in self._fused else (path,)
             own = tuple(layer for layer in holds if layer in layers)
             self._layers_of[key] = own or (leader_of(path, self._pair.layers),)

@@ -290,6 +290,24 @@ def test_the_text_encoder_gets_the_loras_that_are_to_be_on_it(host):
     assert close(both - original.weight(PROJ), delta(SUBJECT[PROJ]) + delta(STYLE[PROJ]))
 
 
+def test_after_expiring_the_host_loads_the_loras_of_the_same_prompt_again(host):
+    host.activate()
+    before = host.model.forge_objects_after_applying_lora
+    host.activate()
+    assert host.model.forge_objects_after_applying_lora is before
+    host.switch.expire_loaded()
+    host.activate()
+    assert host.model.forge_objects_after_applying_lora is not before
+
+
+def test_telling_the_tags_makes_the_host_load_nothing(host):
+    host.activate()
+    before = host.model.forge_objects_after_applying_lora
+    assert not host.switch.tags()
+    host.activate()
+    assert host.model.forge_objects_after_applying_lora is before
+
+
 def test_a_fault_gets_out_at_the_next_evaluation(host):
     host.begin()
     gate = host.model.forge_objects.unet.model_options["conditioning_modifiers"][0]

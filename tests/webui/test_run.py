@@ -345,3 +345,9 @@ def test_the_cycle_with_its_processing_object_is_gone_with_it(host):
     gc.collect()
     assert found() is None
     assert gone() is None
+
+
+def test_what_the_host_has_loaded_expires_before_it_loads_the_networks_of_each_batch(host):
+    host.generate(Processing(host, n_iter=2), settings())
+    loading = [name for name in host.adapter.switches[-1].log if name in ("expire loaded", "networks loaded")]
+    assert loading == ["expire loaded", "networks loaded"] * 2
