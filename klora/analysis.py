@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from klora.accelerators import ACCELERATORS, is_accelerator
-from klora.core.families import FAMILIES
+from klora.core.families.base import Family
 from klora.core.foreign_files import other_base_by_metadata
-from klora.core.lora_file import LoraFile, read_lora
+from klora.core.lora_file import LoraFile, for_one_base, read_lora
 from klora.core.pair_scores import PairScores
 from klora.core.plan import Plan, make_plan
 from klora.core.score_cache import ScoreCache
@@ -46,6 +46,7 @@ def analyze(
     *,
     steps: int,
     seed: int = 0,
+    loaded: Family | None = None,
     cache: ScoreCache | None = None,
     device: torch.device | None = None,
     accelerators: Sequence[str] = ACCELERATORS,
@@ -58,6 +59,8 @@ def analyze(
     Args:
         settings: only the method, schedule, α, β, K scale and γ are used.
         seed: for methods that draw random numbers.
+        loaded: the family of the checkpoint that the files are to be used with; without it they are read
+            for one base model that both fit.
         device: where to score; None means a CUDA or ROCm GPU if there is one, otherwise the CPU.
         accelerators: words in the names of LoRAs that are neither a subject nor a style.
         progress: called as progress(layers done, layers in all) while scoring.
@@ -69,7 +72,8 @@ def analyze(
         PairError: the files cannot be fused with each other.
         Cancelled: `cancelled` returned true.
     """
-    files = read_lora(subject), read_lora(style)
+    one, other = for_one_base([read_lora(subject, loaded), read_lora(style, loaded)])
+    files = one, other
     check_pair(*files)
     scores = score_pair(
         *files,
@@ -106,14 +110,11 @@ def check_pair(subject: LoraFile, style: LoraFile) -> None:
     Raises:
         PairError: names both files and their base models.
     """
-    if subject.base != style.base:
+    if subject.family is not style.family:
         raise PairError(
-            f"The subject LoRA {subject.path.name} is made for {BASE_NAMES[subject.base]} but the style LoRA "
-            f"{style.path.name} for {BASE_NAMES[style.base]}: choose two LoRAs of the same base model."
+            f"The subject LoRA {subject.path.name} is made for {subject.family.short_name} but the style "
+            f"LoRA {style.path.name} for {style.family.short_name}: choose two LoRAs of the same base model."
         )
-
-
-BASE_NAMES = {family.key: family.short_name for family in FAMILIES.values()}
 
 
 def pair_warnings(
@@ -128,7 +129,7 @@ def pair_warnings(
                 f"The {role} LoRA {name} looks like an accelerator, which lets a model work in few steps and "
                 "has neither a subject nor a style: put it into the prompt and choose another LoRA here."
             )
-        family = FAMILIES[lora.base]
+        family = lora.family
         if family.is_control(lora.unknown_keys, {layer: info.shape for layer, info in lora.layers.items()}):
             warnings.append(
                 f"The {role} LoRA {name} is a control LoRA (FLUX.1 Depth or Canny, or for FLUX.1 Fill), "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from klora.analysis import BASE_NAMES, Analysis
+from klora.analysis import Analysis
 from klora.core.lora_file import LoraFile
 from klora.core.methods import STYLE, SUBJECT
 
@@ -29,7 +29,7 @@ def _file_lines(role: str, lora: LoraFile) -> Iterator[str]:
     kinds = ", ".join(f"{kind} {count}" for kind, count in lora.kinds.items())
     ranks = value_range([layer.rank for layer in lora.layers.values()])
     alphas = value_range([layer.network_alpha for layer in lora.layers.values()])
-    base = BASE_NAMES[lora.base]
+    base = lora.family.short_name
     yield f"         {base}, {lora.dialect} keys; {kinds}; rank {ranks}, network alpha {alphas}"
     encoders = (
         ", ".join(f"{name} {count}" for name, count in lora.text_encoder_layers.items() if count) or "none"

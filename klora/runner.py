@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from klora.analysis import BASE_NAMES, Analysis, Progress, analyze, check_pair
+from klora.analysis import Analysis, Progress, analyze, check_pair
 from klora.core.families import listed
-from klora.core.lora_file import read_lora
+from klora.core.lora_file import for_one_base, read_lora
 from klora.core.score_cache import ScoreCache
 from klora.errors import HostError, KLoraError, PairError
-from klora.hosts.diffusers import DiffusersSwitch, Lora, base_of, denoiser_of, text_encoders_with
+from klora.hosts.diffusers import DiffusersSwitch, Lora, denoiser_of, family_of, text_encoders_with
 from klora.session import Session
 from klora.settings import SPECS, Settings, as_text
 
@@ -79,13 +79,13 @@ def fused_images(
 
 def _switch(pipeline: Any, subject: Lora, style: Lora) -> DiffusersSwitch:
     """The switch for the pipeline's denoiser; raises PairError if the LoRAs are for another model."""
-    base, loaded = subject.file.base, base_of(pipeline)
-    if base != loaded:
+    family, loaded = subject.file.family, family_of(pipeline)
+    if family is not loaded:
         raise PairError(
-            f"The LoRAs {subject.file.path.name} and {style.file.path.name} are made for {BASE_NAMES[base]} "
-            f"but the model is {BASE_NAMES[loaded]}: choose a model or LoRAs that fit."
+            f"The LoRAs {subject.file.path.name} and {style.file.path.name} are made for {family.short_name} "
+            f"but the model is {loaded.short_name}: choose a model or LoRAs that fit."
         )
-    return DiffusersSwitch(denoiser_of(pipeline), base, subject, style)
+    return DiffusersSwitch(denoiser_of(pipeline), subject, style)
 
 
 def _arguments(pipeline: Any, request: Request, count: int) -> dict[str, Any]:
@@ -109,9 +109,11 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
     Raises:
         KLoraError: a file, an option or the model cannot be used.
     """
-    files = read_lora(options.subject), read_lora(options.style)
-    check_pair(*files)
+    paths = options.subject, options.style
+    check_pair(*for_one_base([read_lora(path) for path in paths]))
     pipeline = load_pipeline(options.model, options.config)
+    loaded = family_of(pipeline)
+    files = [read_lora(path, loaded) for path in paths]
     _switch(pipeline, *(Lora(file, 1.0) for file in files))
     analysis = analyze(
         Path(options.subject),
@@ -119,6 +121,7 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
         settings,
         steps=options.steps,
         seed=options.seed,
+        loaded=loaded,
         cache=cache,
         progress=progress,
     )
@@ -188,7 +191,7 @@ def load_pipeline(model: Path, config: Path | None = None) -> Any:
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise HostError(f"diffusers cannot load the model {model}: {error}") from error
-    base_of(pipeline)
+    family_of(pipeline)
     return pipeline.to(device)
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from klora.core.families import FAMILIES
+from klora.core.families.base import Family
 from klora.core.text_encoders import TEXT_ENCODERS
 from klora.errors import LoraFileError
 
@@ -24,12 +24,13 @@ class AdapterConfig:
     Args:
         metadata: the file's __metadata__. If the entry is missing or broken, every scale is None.
         name: the file's name, for error messages.
+        family: of the file's denoiser.
 
     Raises:
         LoraFileError: alpha_pattern holds something other than module names.
     """
 
-    def __init__(self, metadata: Mapping[str, str], name: str) -> None:
+    def __init__(self, metadata: Mapping[str, str], name: str, family: Family) -> None:
         self._name = name
         try:
             content = json.loads(metadata.get(_METADATA_KEY, "{}"))
@@ -37,7 +38,7 @@ class AdapterConfig:
             content = {}
         self._settings: dict[str, Any] = content if isinstance(content, dict) else {}
         names = {
-            **{family.key: (family.component,) for family in FAMILIES.values()},
+            family.key: (family.component,),
             **{encoder.key: encoder.components for encoder in TEXT_ENCODERS.values()},
         }
         self._components = {base: self._component(components) for base, components in names.items()}
@@ -47,7 +48,7 @@ class AdapterConfig:
         """lora_alpha / rank of a module, or lora_alpha / √rank with rank-stabilised LoRA.
 
         Args:
-            base: the key of a family or of a text encoder.
+            base: the key of that family or of a text encoder.
             path: the module's dotted name in diffusers.
             rank: the number of rows of its `down`.
 

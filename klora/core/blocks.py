@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from graphlib import TopologicalSorter
+from itertools import pairwise
 
 from klora.core.families import FAMILIES
 
 _BLOCKS = {head: block for family in FAMILIES.values() for head, block in family.blocks.items()}
-_RANKS = {head: place for place, head in enumerate(_BLOCKS)}
+
+
+def _ranks() -> dict[str, int]:
+    """{first part of a layer's name: place} in an order that is that of every family's forward pass."""
+    order: TopologicalSorter[str] = TopologicalSorter()
+    for family in FAMILIES.values():
+        for earlier, later in pairwise(family.blocks):
+            order.add(later, earlier)
+    return {head: place for place, head in enumerate(order.static_order())}
+
+
+_RANKS = _ranks()
 
 
 def group_of(layer: str) -> str:
@@ -21,7 +34,8 @@ def block_of(layer: str) -> str:
     """The block of a canonical layer, as it is displayed: "down 4", "mid", "up 0", "single 37", …"""
     head, *rest = layer.split(".")
     group = group_of(layer)
-    return f"{group} {rest[0]}" if rest and head in _BLOCKS and _BLOCKS[head].numbered else group
+    numbered = _BLOCKS[head].numbered if head in _BLOCKS else bool(rest) and rest[0].isdigit()
+    return f"{group} {rest[0]}" if rest and numbered else group
 
 
 def forward_order(layer: str) -> tuple:

@@ -118,9 +118,26 @@ def other_base_by_metadata(family: Family, metadata: Mapping[str, str]) -> str |
     Some models give their modules the same names (`Family.namesakes`), so only the header shows the
     difference.
     """
-    given = (metadata.get(key, "").lower() for key in ("modelspec.architecture", "ss_base_model_version"))
-    found = (name for text in given for pattern, name in family.namesakes if re.search(pattern, text))
+    found = (
+        name for text in _given(metadata) for pattern, name in family.namesakes if re.search(pattern, text)
+    )
     return next(found, None)
+
+
+def named_in_header(families: Iterable[Family], metadata: Mapping[str, str]) -> Family | None:
+    """The one of these families that the header of a LoRA names, None if it names none."""
+    told = (
+        family
+        for text in _given(metadata)
+        for family in families
+        if any(re.search(pattern, text) for pattern in family.in_headers)
+    )
+    return next(told, None)
+
+
+def _given(metadata: Mapping[str, str]) -> list[str]:
+    """What a header says of the base model, in lower case."""
+    return [metadata.get(key, "").lower() for key in ("modelspec.architecture", "ss_base_model_version")]
 
 
 def foreign_lora(keys: Iterable[str]) -> str | None:

@@ -19,6 +19,7 @@ from klora.core.families import FAMILIES
 from klora.core.families.base import (
     DIFFUSERS,
     DIFFUSERS_FUSED,
+    HOSTS_OWN,
     NATIVE,
     OLD_PROCESSOR,
     SHORT,
@@ -97,20 +98,57 @@ def parse_key(key: str, families: Iterable[Family] = FAMILIES.values()) -> Parse
     return next(filter(None, (_meaning(cuts, network) for network in (*_ENCODERS, *families))), None)
 
 
-def parse_keys(keys: Iterable[str]) -> Mapping[str, dict[str, ParsedKey]]:
+def parse_keys(keys: Iterable[str], loaded: Family | None = None) -> Mapping[str, dict[str, ParsedKey]]:
     """{key of a family: {key of the file: what it means there}}, without the keys that mean nothing there.
 
     The keys of text encoders are listed under every family.
+
+    Args:
+        loaded: a family to look in beside `FAMILIES`.
     """
-    found: dict[str, dict[str, ParsedKey]] = {name: {} for name in FAMILIES}
+    families = {**FAMILIES, **({} if loaded is None else {loaded.key: loaded})}
+    found: dict[str, dict[str, ParsedKey]] = {name: {} for name in families}
     for key in keys:
         cuts = list(_cuts(key))
         shared = next(filter(None, (_meaning(cuts, encoder) for encoder in _ENCODERS)), None)
-        for name, family in FAMILIES.items():
-            meaning = shared or _meaning(cuts, family)
-            if meaning is not None:
-                found[name][key] = meaning
+        for name, meaning in (
+            dict.fromkeys(families, shared) if shared else _meanings(cuts, tuple(families.values()))
+        ).items():
+            found[name][key] = meaning
     return found
+
+
+def _meanings(cuts: Iterable[_Cut], families: tuple[Family, ...]) -> dict[str, ParsedKey]:
+    """{key of a family: what a key means there}, as `_meaning` finds it, looked up once for all families."""
+    found: dict[str, ParsedKey] = {}
+    by_table = tuple(family for family in families if family.find is None)
+    for cut in cuts:
+        for prefix, table in _tables(by_table):
+            if cut.name.startswith(prefix.text):
+                for family, target in table.get(cut.name[len(prefix.text) :], ()):
+                    if family.key not in found and prefix in family.prefixes:
+                        found[family.key] = _parsed(cut, prefix, target)
+        for family in families:
+            if family.find is not None and family.key not in found:
+                meaning = _found(cut, family)
+                if meaning is not None:
+                    found[family.key] = meaning
+    return found
+
+
+@cache
+def _tables(
+    families: tuple[Family, ...],
+) -> list[tuple[Prefix, Mapping[str, list[tuple[Family, Target]]]]]:
+    """[(prefix, {module name as files write it after this prefix: [(family that has it, where it goes)]})]"""
+    prefixes = dict.fromkeys(prefix for family in families for prefix in family.prefixes)
+    tables: dict[str, dict[str, list[tuple[Family, Target]]]] = {}
+    for separator in {prefix.separator for prefix in prefixes}:
+        table = tables[separator] = {}
+        for family in families:
+            for path, target in _targets(family, separator).items():
+                table.setdefault(path, []).append((family, target))
+    return [(prefix, tables[prefix.separator]) for prefix in prefixes]
 
 
 _ENCODERS: tuple[Family | TextEncoder, ...] = tuple(TEXT_ENCODERS.values())
@@ -149,16 +187,30 @@ def _meaning(cuts: Iterable[_Cut], network: Family | TextEncoder) -> ParsedKey |
     for cut in cuts:
         for prefix in network.prefixes:
             if cut.name.startswith(prefix.text):
-                path = cut.name[len(prefix.text) :]
-                target = _targets(network, prefix.separator).get(path)
+                target = _targets(network, prefix.separator).get(cut.name[len(prefix.text) :])
                 if target is not None:
-                    dialect = _dialect(prefix, target, cut.suffix)
-                    if cut.accident:
-                        dialect = f"{dialect} ({cut.accident})"
-                    elif cut.adapter and prefix.dialect != "raw PEFT":
-                        dialect = f"{dialect} (adapter names)"
-                    return ParsedKey(target, SUFFIXES[cut.suffix], dialect, path, cut.stem, cut.adapter)
+                    return _parsed(cut, prefix, target)
     return None
+
+
+def _parsed(cut: _Cut, prefix: Prefix, target: Target) -> ParsedKey:
+    dialect = _dialect(prefix, target, cut.suffix)
+    if cut.accident:
+        dialect = f"{dialect} ({cut.accident})"
+    elif cut.adapter and prefix.dialect != "raw PEFT":
+        dialect = f"{dialect} (adapter names)"
+    path = cut.name[len(prefix.text) :]
+    return ParsedKey(target, SUFFIXES[cut.suffix], dialect, path, cut.stem, cut.adapter)
+
+
+def _found(cut: _Cut, family: Family) -> ParsedKey | None:
+    """What a key means by a WebUI's own names, which have it as it stands in the file."""
+    place = family.find(cut.stem) if family.find is not None else None
+    if place is None:
+        return None
+    target = Target(family.key, place.module, place.layers, HOSTS_OWN)
+    dialect = f"{HOSTS_OWN} (adapter names)" if cut.adapter else HOSTS_OWN
+    return ParsedKey(target, SUFFIXES[cut.suffix], dialect, cut.stem, cut.stem, cut.adapter)
 
 
 def foreign_prefix(keys: Iterable[str]) -> str | None:

@@ -11,9 +11,9 @@ are converted to float32 when a delta is asked for.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -58,7 +58,8 @@ class LoraFile:
     Attributes:
         path: the file.
         state: its state before it was read.
-        base: the key of the family it was made for.
+        family: the base model that it is read for.
+        families: the keys of all base models that it may be for, whose module names and sizes are the same.
         dialect: how most of its keys are written, e.g. "kohya", "diffusers PEFT".
         dialects: all the ways in which its keys are written, including those of text encoders.
         layers: {canonical layer: what is known of it}, sorted by name, with fused modules split into their
@@ -77,7 +78,8 @@ class LoraFile:
 
     path: Path
     state: FileState | None
-    base: str
+    family: Family
+    families: tuple[str, ...]
     dialect: str
     dialects: frozenset[str]
     layers: Mapping[str, LayerInfo]
@@ -90,6 +92,11 @@ class LoraFile:
     scale_from_metadata: bool
     modules: tuple[FileModule, ...] = field(repr=False)
     tensor_file: TensorFile = field(repr=False)
+
+    @property
+    def base(self) -> str:
+        """The key of `family`."""
+        return self.family.key
 
     @property
     def text_encoder_layers(self) -> Mapping[str, int]:
@@ -125,8 +132,13 @@ class LoraFile:
                 reader.check(module, leave_out=module.kind.terms[0] if module.kind and scored else ())
 
 
-def read_lora(path: str | PathLike[str]) -> LoraFile:
+def read_lora(path: str | PathLike[str], loaded: Family | None = None) -> LoraFile:
     """Reads what a LoRA file contains, without its deltas; `LoraFile.open` gives these.
+
+    Args:
+        loaded: the family of the checkpoint that the file is to be used with. A file that may be for several
+            base models is read for this one; otherwise for the one that its header names, or the first in
+            `FAMILIES`.
 
     Raises:
         LoraFileError: the file is missing, damaged, not a LoRA, made for another base model or incomplete, or
@@ -134,15 +146,42 @@ def read_lora(path: str | PathLike[str]) -> LoraFile:
     """
     state = state_of(Path(path))
     file = read_tensor_file(Path(path))
-    others = []
+    fitting: list[LoraFile] = []
+    faults: list[LoraFileError] = []
     with file.open() as tensors:
-        for family, meanings in _families(file):
-            lora = _of_family(family, file, state, meanings, tensors)
+        for family, meanings in _families(file, loaded):
+            try:
+                lora = _of_family(family, file, state, meanings, tensors)
+            except LoraFileError as fault:
+                faults.append(fault)
+                continue
             other = family.other_by_sizes({name: info.shape for name, info in lora.layers.items()})
             if other is None:
-                return lora
-            others.append(other)
-    raise _made_for(file, others[0])
+                fitting.append(lora)
+            else:
+                faults.append(_made_for(file, other))
+    if not fitting:
+        raise faults[0]
+    return replace(fitting[0], families=tuple(lora.base for lora in fitting))
+
+
+def for_one_base(
+    files: Sequence[LoraFile], read: Callable[[Path, Family], LoraFile] = read_lora
+) -> list[LoraFile]:
+    """The same files, read for one base model if there is one that they may all be for.
+
+    Args:
+        read: reads a file for a family.
+
+    Raises:
+        LoraFileError: as `read_lora`.
+    """
+    if len({file.base for file in files}) <= 1:
+        return list(files)
+    common = next((key for key in files[0].families if all(key in file.families for file in files)), None)
+    if common is None or common not in FAMILIES:
+        return list(files)
+    return [file if file.base == common else read(file.path, FAMILIES[common]) for file in files]
 
 
 def _of_family(
@@ -152,7 +191,7 @@ def _of_family(
     meanings: Mapping[str, ParsedKey],
     tensors: OpenTensors,
 ) -> LoraFile:
-    gathered = gather(file, meanings, tensors)
+    gathered = gather(file, family, meanings, tensors)
     denoiser = [module for module in gathered.modules if module.target.base == family.key]
     text_encoders = [module for module in gathered.modules if module.target.base != family.key]
     layers = dict(sorted(_infos(denoiser, tensors)))
@@ -163,7 +202,8 @@ def _of_family(
     return LoraFile(
         path=file.path,
         state=state,
-        base=family.key,
+        family=family,
+        families=(family.key,),
         dialect=Counter(dialects).most_common(1)[0][0],
         dialects=frozenset().union(*(module.dialects for module in gathered.modules)),
         layers=layers,
@@ -179,10 +219,11 @@ def _of_family(
     )
 
 
-def _families(file: TensorFile) -> list[tuple[Family, dict[str, ParsedKey]]]:
+def _families(file: TensorFile, loaded: Family | None) -> list[tuple[Family, dict[str, ParsedKey]]]:
     """The families whose denoisers know the most of the file's keys, with what the keys mean there.
 
-    There are several where networks share their module names; then only sizes can tell them apart.
+    There are several where networks share their module names. Then sizes tell them apart; where these are the
+    same, the loaded checkpoint does, or else the file's header.
     """
     name = file.path.name
     if not file.shapes:
@@ -190,18 +231,23 @@ def _families(file: TensorFile) -> list[tuple[Family, dict[str, ParsedKey]]]:
     foreign = foreign_files.foreign_lora(file.shapes)
     if foreign is not None:
         raise LoraFileError(f'"{name}" {foreign}.')
-    is_lora = foreign_files.looks_like_lora(file.shapes)
-    other = foreign_files.other_base(file.shapes)
-    if other is not None and is_lora:
-        raise _made_for(file, other)
-    found = parse_keys(file.shapes)
+    found = parse_keys(file.shapes, loaded)
     own = {
         base: {key for key, meaning in meanings.items() if meaning.target.base == base}
         for base, meanings in found.items()
     }
     best = max(own.values(), key=len)
+    is_lora = foreign_files.looks_like_lora(file.shapes)
+    is_unlisted = loaded is not None and loaded.key not in FAMILIES and own[loaded.key] >= best
+    other = None if is_unlisted and best else foreign_files.other_base(file.shapes)
+    if other is not None and is_lora:
+        raise _made_for(file, other)
     if best:
-        return [(FAMILIES[base], found[base]) for base, keys in own.items() if keys >= best]
+        families = {**FAMILIES, **({} if loaded is None else {loaded.key: loaded})}
+        fitting = [families[base] for base, keys in own.items() if keys >= best]
+        named = foreign_files.named_in_header(fitting, file.metadata)
+        fitting.sort(key=lambda family: (family is not loaded, family is not named))
+        return [(family, found[family.key]) for family in fitting]
     if any(found.values()):
         raise _text_encoders_only(file)
     if foreign_files.multiplies(file.shapes):

@@ -10,6 +10,7 @@ from math import prod
 from klora.core.adapter_config import AdapterConfig
 from klora.core.adapters import Adapter, adapter_of, dora
 from klora.core.adapters.base import DeltaShape, Shape, ShapeMismatch
+from klora.core.families.base import Family
 from klora.core.key_names import ParsedKey, Target
 from klora.core.tensor_file import FLOATS, OpenTensors, TensorFile
 from klora.core.topology import NORM
@@ -99,11 +100,14 @@ class Gathered:
     unused: list[str] = field(default_factory=list)
 
 
-def gather(file: TensorFile, parsed: Mapping[str, ParsedKey], tensors: OpenTensors) -> Gathered:
+def gather(
+    file: TensorFile, family: Family, parsed: Mapping[str, ParsedKey], tensors: OpenTensors
+) -> Gathered:
     """Groups keys into modules and checks each module.
 
     Args:
         file: names and shapes.
+        family: the one that the file is read for.
         parsed: what each key means; keys without a meaning are left out.
         tensors: the same file, open; only scalars are read, and the tensors of modules that share a layer.
 
@@ -118,7 +122,7 @@ def gather(file: TensorFile, parsed: Mapping[str, ParsedKey], tensors: OpenTenso
             raise _twice(file, same[meaning.role], key)
         same[meaning.role] = key
     result = Gathered(unknown=[key for key in file.shapes if key not in parsed])
-    config = AdapterConfig(file.metadata, file.path.name)
+    config = AdapterConfig(file.metadata, file.path.name, family)
     for target, stems in keys.items():
         for roles in _modules_of(list(stems.values())):
             module = _module(file, target, roles, parsed, tensors, config)

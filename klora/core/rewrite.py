@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from klora.core.adapters import dora
-from klora.core.families import FAMILIES
-from klora.core.families.base import DIFFUSERS
+from klora.core.families.base import DIFFUSERS, Family
 from klora.core.key_names import SUFFIXES
 from klora.core.lora_file import LoraFile
 from klora.core.lora_modules import FileModule
@@ -106,7 +105,7 @@ def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, .
 def _entries(lora: LoraFile, module: FileModule) -> Iterator[tuple[str, _Entry]]:
     kind = module.kind
     cut_roles = (*_BIASES, *(kind.cut_roles if kind else ()))
-    for name, suffixes, rows in _places(module):
+    for name, suffixes, rows in _places(module, lora.family):
         if rows is not None and kind is not None and not kind.cut_roles:
             key = next(module.keys[role] for role in kind.terms[0] if role in module.keys)
             raise LoraFileError(
@@ -127,18 +126,17 @@ def _entries(lora: LoraFile, module: FileModule) -> Iterator[tuple[str, _Entry]]
             yield name + ".alpha", _Entry(None, number=module.scale * divisor)
 
 
-def _places(module: FileModule) -> Iterator[tuple[str, Mapping[str, str], slice | None]]:
+def _places(module: FileModule, family: Family) -> Iterator[tuple[str, Mapping[str, str], slice | None]]:
     """(start of the key, suffixes of the factors, rows or None for all) of each module to be written."""
     target = module.target
     native = target.module.native
     if target.base in TEXT_ENCODERS:
         yield TEXT_ENCODERS[target.base].prefixes[0].text + _flat(native.partition(":")[2]), _KOHYA, None
         return
-    family = FAMILIES[target.base]
     if target.layers == target.module.layers and not target.halves_swapped:
         split_name = family.diffusers_is_read and target.naming == DIFFUSERS and len(target.layers) == 1
         yield (
-            (f"{family.component}.{target.module.diffusers[0]}", _PEFT, None)
+            (family.dotted(target.module.diffusers[0]), _PEFT, None)
             if split_name
             else (f"lora_unet_{_flat(native)}", _KOHYA, None)
         )
@@ -146,7 +144,7 @@ def _places(module: FileModule) -> Iterator[tuple[str, Mapping[str, str], slice 
         names = dict(zip(target.module.layers, target.module.diffusers, strict=True))
         for layer, start, stop in module.pieces():
             yield (
-                f"{family.component}.{names[layer]}",
+                family.dotted(names[layer]),
                 _PEFT,
                 slice(start, stop) if len(target.layers) > 1 else None,
             )

@@ -25,6 +25,7 @@ class Module:
         widths: rows of the matrix divided by its columns in checkpoints. It is needed to cut a bias, whose
             matrix is not known, where only some pieces are square.
         halves_swapped: diffusers stores the two halves of the rows (shift, scale) in the opposite order.
+        rows: the heights of the pieces, top first, where they are known; otherwise the matrix tells them.
     """
 
     native: str
@@ -34,6 +35,7 @@ class Module:
     square: int = 0
     widths: int = 1
     halves_swapped: bool = False
+    rows: tuple[int, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -49,6 +51,9 @@ class Module:
             layers: all or some of the module's layers.
             rows, columns: the size of the matrix; columns is None for a bias alone.
         """
+        if self.rows:
+            height = dict(zip(self.layers, self.rows, strict=True))
+            return [height[layer] for layer in layers]
         square = [layer in self.layers[: self.square] for layer in layers]
         if all(square) or not any(square):
             return [rows // len(layers)] * len(layers)

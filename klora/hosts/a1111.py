@@ -17,13 +17,16 @@ from typing import Any
 from weakref import ref
 
 from klora.core.blocks import leader_of
-from klora.core.families import FAMILIES, of_checkpoint
+from klora.core.families import of_checkpoint
+from klora.core.families.base import HOSTS_OWN, Family
+from klora.core.families.unlisted import Place, unlisted
 from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
 from klora.errors import HostError
 from klora.hosts.base import Pair, PairLora, Strengths, not_loaded, present, still_loaded
 from klora.hosts.sizes import Padded, Sizes, native_sizes
+from klora.hosts.unlisted import kept, name_of_checkpoint
 
 UNET_NAME_PREFIX = "diffusion_model_"
 """The host's names for layers of the UNet begin with this; those for layers of text encoders do not."""
@@ -53,20 +56,37 @@ class A1111:
             networks, "network_restore_weights_from_backup"
         )
 
-    def base_of(self, model: Any) -> str | None:
-        return of_checkpoint(model, model.model.diffusion_model)
+    def family_of(self, model: Any) -> Family:
+        return of_checkpoint(model, model.model.diffusion_model) or kept(model, self._unlisted)
 
     def sizes_of(self, model: Any) -> Sizes:
         known = dict(model.model.diffusion_model.named_modules())
-        base = self.base_of(model)
         return native_sizes(
-            FAMILIES[base].modules if base else (),
+            self.family_of(model).modules,
             lambda path: getattr(known.get(path), "weight", None),
             _padded_for_inpainting,
         )
 
     def switch(self, model: Any, pair: Pair) -> A1111Switch:
         return A1111Switch(self._networks, model, pair)
+
+    def _unlisted(self, model: Any) -> Family:
+        """Of keys without dots, which alone the host's loader knows (networks.load_network)."""
+        shapes = {
+            path: tuple(module.weight.shape)
+            for path, module in model.model.diffusion_model.named_modules()
+            if getattr(module, "weight", None) is not None
+        }
+        path_of = {_network_name(path): path for path in shapes}
+        convert = self._networks.convert_diffusers_name_to_compvis
+
+        def place_of(key: str) -> Place | None:
+            names = (
+                (convert(key, False), key.replace("lora_unet_", UNET_NAME_PREFIX)) if "." not in key else ()
+            )
+            return next((Place(path_of[name]) for name in names if name in path_of), None)
+
+        return unlisted(name_of_checkpoint(model), shapes, place_of, {})
 
 
 class A1111Switch:
@@ -304,7 +324,7 @@ class A1111Switch:
 
 def host_reads(lora: LoraFile) -> bool:
     """Whether A1111's loader understands a file's keys as they are. It knows kohya's underscore names."""
-    return is_in(lora, ("kohya", "kohya with diffusers names"))
+    return is_in(lora, ("kohya", "kohya with diffusers names", HOSTS_OWN))
 
 
 def _padded_for_inpainting(shape: tuple[int, ...]) -> Padded:

@@ -16,6 +16,7 @@ from weakref import ReferenceType
 
 import torch
 
+from klora.core.families.base import Family
 from klora.core.lora_file import LoraFile
 from klora.errors import HostError
 from klora.hosts.sizes import Sizes
@@ -134,11 +135,15 @@ class Pair:
 class Adapter(Protocol):
     """How one kind of WebUI handles checkpoints. hosts/detect.py finds the adapter that fits a WebUI."""
 
-    def base_of(self, model: Any) -> str | None:
-        """The key of the family that a loaded checkpoint belongs to, None if K-LoRA knows no such family."""
+    def family_of(self, model: Any) -> Family:
+        """The family of a loaded checkpoint, if need be one made of the WebUI's own names (`families.unlisted`).
+
+        Raises:
+            HostError: it is of no listed family, and the WebUI does not tell its names for it.
+        """
 
     def sizes_of(self, model: Any) -> Sizes:
-        """The layer sizes of a loaded checkpoint's denoiser without any LoRA; empty if `base_of` is None.
+        """The layer sizes of a loaded checkpoint's denoiser without any LoRA.
 
         Raises:
             HostError: the checkpoint is stored in a format that cannot take LoRAs layer by layer.
@@ -171,9 +176,9 @@ class Checkpoint:
     adapter: Adapter
 
     @property
-    def base(self) -> str | None:
-        """See `Adapter.base_of`."""
-        return self.adapter.base_of(self.model)
+    def family(self) -> Family:
+        """See `Adapter.family_of`."""
+        return self.adapter.family_of(self.model)
 
     def sizes(self) -> Sizes:
         """See `Adapter.sizes_of`."""

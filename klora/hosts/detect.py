@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from klora.core.families import FAMILIES, of_checkpoint
+from klora.core.families import of_checkpoint
+from klora.core.families.base import Family
+from klora.core.families.unlisted import Place, unlisted
 from klora.errors import HostError
 from klora.hosts.a1111 import A1111
 from klora.hosts.base import Adapter, Pair, PairSwitch
 from klora.hosts.classic import ClassicSwitch
 from klora.hosts.forge import ForgeSwitch
 from klora.hosts.neo import NeoSwitch
-from klora.hosts.patchers import PatcherSwitch
-from klora.hosts.sizes import Sizes, native_sizes
-
-ENGINES = {
-    "Anima": "Anima", "Chroma": "Chroma", "ErnieImage": "ERNIE-Image", "Flux2": "FLUX.2 Klein",
-    "Krea2": "Krea 2", "Lumina2": "Lumina 2", "PiD": "PiD", "QwenImage": "Qwen-Image", "Wan": "Wan",
-    "ZImage": "Z-Image",
-}  # fmt: skip
-"""{class of a loaded checkpoint in Forge and Forge Neo: what people call its base model}"""
-
-FLAGS = {
-    "is_sd1": "Stable Diffusion 1.x",
-    "is_sd2": "Stable Diffusion 2.x",
-    "is_sd3": "Stable Diffusion 3",
-}
-"""{flag that every host sets on a checkpoint of an older base model: what people call that}"""
+from klora.hosts.patchers import DENOISER_KEY_PREFIX, PatcherSwitch
+from klora.hosts.sizes import Sizes, native_sizes, true_shape
+from klora.hosts.unlisted import kept, name_of_checkpoint
 
 
 class UnknownHost(HostError):
@@ -45,14 +36,14 @@ class ForgeLike:
         self._networks = networks
         self._kind = kind
 
-    def base_of(self, model: Any) -> str | None:
-        return of_checkpoint(model, model.forge_objects.unet.model.diffusion_model)
+    def family_of(self, model: Any) -> Family:
+        denoiser = model.forge_objects.unet.model.diffusion_model
+        return of_checkpoint(model, denoiser) or kept(model, self._unlisted)
 
     def sizes_of(self, model: Any) -> Sizes:
         self._refuse_nunchaku(model)
-        base = self.base_of(model)
         return native_sizes(
-            FAMILIES[base].modules if base else (),
+            self.family_of(model).modules,
             lambda path: self._kind.original_weight(model.forge_objects.unet, path),
             self._kind.padded,
         )
@@ -60,6 +51,30 @@ class ForgeLike:
     def switch(self, model: Any, pair: Pair) -> PairSwitch:
         self._refuse_nunchaku(model)
         return self._kind(self._networks, model, pair)
+
+    def _unlisted(self, model: Any) -> Family:
+        """From the map by which the host's loader finds the weight of a key without its suffix.
+
+        Its values are names of weights, or (name, (dimension, first row, number of rows)).
+        """
+        list_keys = _lister_of_keys(self._networks)
+        if list_keys is None:
+            raise HostError(
+                f"K-LoRA has no list of the layers of {name_of_checkpoint(model)}, and this WebUI does not give "
+                "one: load a checkpoint of another base model, or switch K-LoRA off."
+            )
+        key_map = list_keys(model.forge_objects.unet.model, {})
+        opening, ending = DENOISER_KEY_PREFIX, ".weight"
+        places = {}
+        for key, place in key_map.items():
+            weight, cut = (place, None) if isinstance(place, str) else (place[0], place[1])
+            if weight.startswith(opening) and weight.endswith(ending) and (cut is None or cut[0] == 0):
+                path = weight[len(opening) : -len(ending)]
+                places[key] = Place(path, None if cut is None else (cut[1], cut[2]))
+        unet = model.forge_objects.unet
+        weights = {place.path: self._kind.original_weight(unet, place.path) for place in places.values()}
+        shapes = {path: shape for path, weight in weights.items() if (shape := true_shape(weight))}
+        return unlisted(name_of_checkpoint(model), shapes, places.get, places)
 
     @staticmethod
     def _refuse_nunchaku(model: Any) -> None:
@@ -70,14 +85,15 @@ class ForgeLike:
             )
 
 
-def name_of_base(model: Any) -> str | None:
-    """What people call the base model of a loaded checkpoint that `Adapter.base_of` does not know.
-
-    Returns:
-        None if nothing in the checkpoint's object tells.
-    """
-    flagged = (name for flag, name in FLAGS.items() if getattr(model, flag, False))
-    return next(flagged, ENGINES.get(type(model).__name__))
+def _lister_of_keys(networks: Any) -> Callable[[Any, dict[str, Any]], Mapping[str, Any]] | None:
+    """The host's `model_lora_keys_unet`, which the Lora extension imports, or ComfyUI's copy in older relatives."""
+    for module in (networks, sys.modules.get("ldm_patched.modules.lora")):
+        function: Callable[[Any, dict[str, Any]], Mapping[str, Any]] | None = getattr(
+            module, "model_lora_keys_unet", None
+        )
+        if function is not None:
+            return function
+    return None
 
 
 FORGES: tuple[type[PatcherSwitch], ...] = (ForgeSwitch, NeoSwitch, ClassicSwitch)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from klora.core.blocks import leader_of
 from klora.core.deltas import dense
-from klora.core.families import FAMILIES, listed, of_pipeline
+from klora.core.families import listed, of_pipeline
+from klora.core.families.base import Family
 from klora.core.lora_file import LoraFile
 from klora.core.lora_reader import LoraReader
 from klora.errors import HostError
@@ -28,24 +29,24 @@ class Lora:
     multiplier: float
 
 
-def base_of(pipeline: Any) -> str:
-    """The key of the pipeline's family.
+def family_of(pipeline: Any) -> Family:
+    """The pipeline's family.
 
     Raises:
         HostError: it belongs to none that K-LoRA knows.
     """
-    base = of_pipeline(pipeline)
-    if base is None:
+    family = of_pipeline(pipeline)
+    if family is None:
         raise HostError(
             f"K-LoRA knows {listed('and', short=True)} pipelines, not {type(pipeline).__name__}: choose a "
             "model of one of these kinds."
         )
-    return base
+    return family
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
     """The network whose layers K-LoRA switches."""
-    return getattr(pipeline, FAMILIES[base_of(pipeline)].component)
+    return getattr(pipeline, family_of(pipeline).component)
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,14 @@ class DiffusersSwitch:
 
     Args:
         denoiser: as `denoiser_of` returns it.
-        base: key of its family.
 
     Raises:
         HostError: the LoRAs change layers that the denoiser does not have.
         PairError: a layer of the denoiser differs in size from a LoRA.
     """
 
-    def __init__(self, denoiser: nn.Module, base: str, subject: Lora, style: Lora) -> None:
-        self._modules = dict(_layers(denoiser, base))
+    def __init__(self, denoiser: nn.Module, subject: Lora, style: Lora) -> None:
+        self._modules = dict(_layers(denoiser, subject.file.family))
         self._loras = {"subject": subject, "style": style}
         self._open: dict[str, OpenLora] = {}
         self._merger = Merger()
@@ -200,8 +200,7 @@ def text_encoders_with(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
     """A context in which the text-encoder parts of these LoRAs are applied at their multipliers."""
     merger = Merger()
     encoders = {
-        part: getattr(pipeline, name, None)
-        for part, name in FAMILIES[base_of(pipeline)].text_encoders.items()
+        part: getattr(pipeline, name, None) for part, name in family_of(pipeline).text_encoders.items()
     }
     modules = {
         part: dict(encoder.named_modules()) for part, encoder in encoders.items() if encoder is not None
@@ -221,10 +220,10 @@ def text_encoders_with(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
         yield
 
 
-def _layers(denoiser: nn.Module, base: str) -> Iterator[tuple[str, nn.Module]]:
+def _layers(denoiser: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]:
     """(canonical name, diffusers module) of each layer that `denoiser` has."""
     known = dict(denoiser.named_modules())
-    for module in FAMILIES[base].modules:
+    for module in family.modules:
         for layer, path in zip(module.layers, module.diffusers, strict=True):
             if path in known:
                 yield layer, known[path]

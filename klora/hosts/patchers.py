@@ -22,7 +22,6 @@ from torch import Tensor
 
 from klora.core.blocks import leader_of
 from klora.core.deltas import dense
-from klora.core.families import FAMILIES
 from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
@@ -87,7 +86,7 @@ class PatcherSwitch(ABC):
 
     @property
     def _fused(self) -> Mapping[str, Module]:
-        return FAMILIES[self._pair.loras[0].file.base].fused
+        return self._pair.loras[0].file.family.fused
 
     def expire_loaded(self) -> None:
         """Change the hash by which the host sees that a prompt has the same LoRAs as the last one.
@@ -248,7 +247,7 @@ class PatcherSwitch(ABC):
 
         Source: model_lora_keys_unet in backend/patcher/lora.py.
         """
-        return is_in(lora, FAMILIES[lora.base].readable)
+        return is_in(lora, lora.family.readable)
 
     def _find_layers(self) -> None:
         """Note which layers of the plan each weight holds. A norm or a bias belongs to its leading layer."""

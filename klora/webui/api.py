@@ -112,6 +112,7 @@ def _answer(content: bytes, cancelled: Callable[[], bool]) -> Response:
                     settings,
                     steps=steps,
                     seed=seed,
+                    loaded=loras.loaded_family(),
                     cancelled=cancelled,
                     turn=lambda: turn(cancelled),
                     **options.read().for_analysis(),

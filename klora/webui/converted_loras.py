@@ -41,12 +41,12 @@ def readable_copy(lora: LoraFile) -> Path:
         raise changed
 
     def fill(place: Path) -> None:
-        rewrite(loras.read(path), place)
+        rewrite(loras.read(path, lora.family), place)
         if cache.content(path) != content:
             raise changed
 
     try:
-        return store.get_or_make(f"{content}.{FORMAT}.safetensors", fill)
+        return store.get_or_make(f"{content}.{lora.base}.{FORMAT}.safetensors", fill)
     except OSError as error:
         raise LoraFileError(
             f'"{path.name}" has keys that this WebUI cannot load, and the copy that it would load instead '

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from klora import analysis
-from klora.core.families import FAMILIES, listed
+from klora.core.families.base import Family
 from klora.core.file_state import version_of
-from klora.core.lora_file import LoraFile, read_lora
+from klora.core.lora_file import LoraFile, for_one_base, read_lora
 from klora.core.score_cache import ScoreCache
-from klora.errors import PairError, SettingsError, printable
-from klora.hosts.base import Checkpoint, HostLora, LoraLibrary
-from klora.hosts.detect import name_of_base
+from klora.errors import HostError, PairError, SettingsError, printable
+from klora.hosts.base import Checkpoint, Host, HostLora, LoraLibrary
 from klora.hosts.sizes import check_fit
 from klora.hosts.webui import HOST
-from klora.lora_metadata import trained_on
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt")
 
@@ -83,18 +81,44 @@ def find_by_hash(shorthash: str, like: str = "", host: LoraLibrary = HOST) -> Ho
     return next((lora for lora in unhashed if lora.hash() == shorthash), None)
 
 
-def read(path: Path) -> LoraFile:
+def read(path: Path, loaded: Family | None = None) -> LoraFile:
     """As `read_lora`, but a file that has not changed is not read again. Only names and shapes are kept.
+
+    Args:
+        loaded: the family of the loaded checkpoint, None while none is loaded.
 
     Raises:
         LoraFileError: as `read_lora`.
     """
-    return _read(path, version_of(path))
+    return _read(path, version_of(path), loaded)
+
+
+def read_pair(paths: Mapping[str, Path], loaded: Family | None) -> dict[str, LoraFile]:
+    """Files by role, read for the loaded checkpoint if possible, otherwise for one base model if possible.
+
+    Raises:
+        LoraFileError: as `read_lora`.
+    """
+    return as_pair({role: read(path, loaded) for role, path in paths.items()})
+
+
+def as_pair(files: Mapping[str, LoraFile]) -> dict[str, LoraFile]:
+    """The same files, read for one base model if there is one that they may all be for."""
+    return dict(zip(files, for_one_base(list(files.values()), read), strict=True))
 
 
 @lru_cache(maxsize=16)
-def _read(path: Path, _version: str) -> LoraFile:
-    return read_lora(path)
+def _read(path: Path, _version: str, loaded: Family | None) -> LoraFile:
+    return read_lora(path, loaded)
+
+
+def loaded_family(host: Host = HOST) -> Family | None:
+    """The family of the loaded checkpoint; None while none is loaded or the WebUI is unknown."""
+    try:
+        checkpoint = host.checkpoint_at_rest()
+    except HostError:
+        return None
+    return None if checkpoint is None else checkpoint.family
 
 
 def check_pair(subject: LoraFile, style: LoraFile, cache: ScoreCache | None = None) -> None:
@@ -141,34 +165,14 @@ def check_checkpoint(files: Sequence[LoraFile], checkpoint: Checkpoint) -> None:
         PairError: with the sentence for the user.
         HostError: LoRAs cannot be applied to single layers of this checkpoint.
     """
-    base, loaded = files[0].base, checkpoint.base
-    if base == loaded:
+    wanted, loaded = files[0].family, checkpoint.family
+    if wanted is loaded:
         check_fit(files, checkpoint.sizes())
-    elif loaded is None:
-        raise PairError(_of_another_base(files, name_of_base(checkpoint.model)))
-    else:
-        wanted = analysis.BASE_NAMES[base]
-        raise PairError(
-            f"{_named_together(files)} {'is' if len(files) == 1 else 'are'} for {wanted} and the loaded "
-            f"checkpoint is {analysis.BASE_NAMES[loaded]}: load a checkpoint of {wanted}, or choose LoRAs "
-            "made for this one."
-        )
-
-
-def _of_another_base(files: Sequence[LoraFile], checkpoint: str | None) -> str:
-    """The sentence for a checkpoint of a base model that K-LoRA does not support.
-
-    The files may well be made for it: LoRAs for Chroma, and some for FLUX.2, have FLUX.1's keys.
-    """
-    wanted = FAMILIES[files[0].base].name
-    notes = ", ".join(dict.fromkeys(filter(None, (trained_on(file.metadata) for file in files))))
-    header = f" (and in the header: {notes})" if notes else ""
-    has, it, it_was = ("has", "it", "it was") if len(files) == 1 else ("have", "them", "they were")
-    return (
-        f"K-LoRA works on checkpoints of {listed('and')}, and the loaded one is "
-        f"{checkpoint or 'of another kind'}. {_named_together(files)} {has} the keys of {wanted}{header}: "
-        f"load a checkpoint of {wanted} if that is what {it_was} made for; otherwise use {it} in the prompt, "
-        "with K-LoRA off."
+        return
+    raise PairError(
+        f"{_named_together(files)} {'is' if len(files) == 1 else 'are'} for {wanted.short_name} and the "
+        f"loaded checkpoint is {loaded.short_name}: load a checkpoint of {wanted.short_name}, or choose "
+        "LoRAs made for this one."
     )
 
 

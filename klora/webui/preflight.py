@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from klora.analysis import BASE_NAMES, pair_warnings, plan_for
+from klora.analysis import pair_warnings, plan_for
 from klora.core.blocks import block_of, forward_order, group_of
 from klora.core.changes import as_changes, number
-from klora.core.families import FAMILIES
+from klora.core.families.base import Family
 from klora.core.lora_file import LoraFile
 from klora.core.methods import MAGNITUDES, METHODS, Comparison
 from klora.core.pair_scores import PairScores
@@ -96,14 +96,17 @@ def card(names: Mapping[str, str]) -> dict[str, Any]:
         "problems": [],
         "checkpoint": None,
     }
+    found: dict[str, HostLora] = {}
+    loaded = loras.loaded_family()
     for role in ROLES:
         if names.get(role):
             try:
-                lora = loras.find(names[role], role)
-                files[role] = loras.read(lora.path)
-                answer[role] = _file(lora, files[role])
+                found[role] = loras.find(names[role], role)
+                files[role] = loras.read(found[role].path, loaded)
             except KLoraError as error:
                 answer[role] = {"name": printable(names[role]), "problem": str(error)}
+    files = loras.as_pair(files)
+    answer |= {role: _file(found[role], file) for role, file in files.items()}
     if len(files) == len(ROLES):
         subject, style = (set(files[role].layers) for role in ROLES)
         answer["layers"] = {
@@ -182,7 +185,8 @@ def strengths(
 def _scored(
     names: Mapping[str, str], k_scale: float, cancelled: Callable[[], bool], turn: Turn
 ) -> tuple[LoraFile, LoraFile, PairScores]:
-    subject, style = (loras.read(loras.find(names[role], role).path) for role in ROLES)
+    paths = {role: loras.find(names[role], role).path for role in ROLES}
+    subject, style = loras.read_pair(paths, loras.loaded_family()).values()
     chosen = options.read()
     loras.check_pair(subject, style, chosen.cache())
     found = score_pair(
@@ -208,8 +212,8 @@ def _file(lora: HostLora, file: LoraFile) -> dict[str, Any]:
     layers = file.layers.values()
     return {
         "name": printable(lora.name),
-        "base": BASE_NAMES[file.base],
-        "schedule": FAMILIES[file.base].schedule,
+        "base": base_name(file.family),
+        "schedule": file.family.schedule,
         "trainedOn": trained_on(file.metadata),
         "dialect": file.dialect,
         "kinds": ", ".join(
@@ -223,6 +227,12 @@ def _file(lora: HostLora, file: LoraFile) -> dict[str, Any]:
         "words": _words(lora.path, file),
         "preview": HOST.preview_of(lora),
     }
+
+
+def base_name(family: Family) -> str:
+    """What the panel calls a base model."""
+    own = "" if family.find is None else " (listed by the WebUI's own names)"
+    return f"{family.short_name}{own}"
 
 
 def _words(path: Path, file: LoraFile) -> list[str]:
@@ -249,6 +259,6 @@ def _add_checkpoint(answer: dict[str, Any], files: Sequence[LoraFile]) -> None:
     checkpoint = HOST.checkpoint_at_rest()
     if checkpoint is None:
         return
-    answer["checkpoint"] = {"name": checkpoint.name, "base": BASE_NAMES.get(checkpoint.base or "")}
-    if len({file.base for file in files}) == 1:
+    answer["checkpoint"] = {"name": checkpoint.name, "base": base_name(checkpoint.family)}
+    if len({file.family for file in files}) == 1:
         loras.check_checkpoint(files, checkpoint)

@@ -59,8 +59,8 @@ def prepare(p: Any, settings: Settings, host: Host) -> tuple[Preparation, Checkp
     """
     chosen = options.read(host)
     found = {role: loras.find(getattr(settings, role), role, host) for role in ROLES}
-    files = {role: loras.read(lora.path) for role, lora in found.items()}
     checkpoint = host.checkpoint()
+    files = loras.read_pair({role: lora.path for role, lora in found.items()}, checkpoint.family)
     if p.disable_extra_networks:
         raise KLoraError(
             "Extra networks are off for this run, and K-LoRA needs them: switch them on, or K-LoRA off."

@@ -10,7 +10,7 @@ from host import SAME_MODULES, pixels, same, tag
 from plans import assert_follows, plan_of, references_of
 from standin import ANOTHER_BASE
 
-from klora.analysis import BASE_NAMES
+from klora.core.families import FAMILIES
 
 REFINER_AT = {"refiner_switch_at": 0.5}
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "None", **SAME_MODULES}
@@ -154,7 +154,7 @@ def test_a_hires_pass_on_another_base_model_goes_without_the_pair_and_that_is_sa
     assert "K-LoRA stopped: in the hires pass (the LoRAs do not fit its checkpoint)" in infotext
     said = answer["info"]["extra_generation_params"]["K-LoRA warnings"]
     assert f"the hires pass, on {name}, has neither LoRA of the pair. " in said
-    assert f"load a checkpoint of {BASE_NAMES[host.base]}" in said
+    assert f"load a checkpoint of {FAMILIES[host.base].short_name}" in said
     hashes = re.compile(r"Lora hashes: [^\n,]*")
     assert hashes.findall(infotext) == hashes.findall(expected)
     assert same(host.image(host.pair), fused)

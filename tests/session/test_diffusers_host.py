@@ -177,7 +177,7 @@ def test_every_model_evaluation_runs_on_the_plan_of_its_step(
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config)
     analysis = bench.analysis(steps=steps)
     plan, seen = analysis.plan, []
-    switch = DiffusersSwitch(bench.denoiser, base, Lora(analysis.subject, 1.0), Lora(analysis.style, 1.0))
+    switch = DiffusersSwitch(bench.denoiser, Lora(analysis.subject, 1.0), Lora(analysis.style, 1.0))
     expected = {}
     with analysis.subject.open() as subject, analysis.style.open() as style:
         for name in plan.layer_names:
@@ -222,7 +222,7 @@ def test_a_layer_at_half_levels_is_that_of_the_loras_at_half_the_multipliers(ben
         loras = [
             Lora(file, m) for file, m in zip((analysis.subject, analysis.style), multipliers, strict=True)
         ]
-        switch = DiffusersSwitch(bench.denoiser, bench.base, *loras)
+        switch = DiffusersSwitch(bench.denoiser, *loras)
         switch.attach()
         switch.apply(dict.fromkeys(layers, own or tuple(float(m > 0) for m in multipliers)))
         weights.append([switch._modules[name].weight.detach().clone() for name in layers])
@@ -242,7 +242,7 @@ def test_work_is_one_merge_a_layer_and_one_a_switch(sdxl, monkeypatch):
 
 def test_session_records_what_was_applied(sdxl):
     analysis = sdxl.analysis()
-    switch = DiffusersSwitch(sdxl.denoiser, "sdxl", Lora(analysis.subject, 1.0), Lora(analysis.style, 1.0))
+    switch = DiffusersSwitch(sdxl.denoiser, Lora(analysis.subject, 1.0), Lora(analysis.style, 1.0))
     with Session(analysis.plan, switch) as session:
         for index in (0, 1, 1):
             session.step(index)
@@ -299,4 +299,4 @@ def test_loras_of_other_sizes_are_refused_before_anything_is_scored(flux, tmp_pa
         match=r"LoRA style.safetensors does not fit the model: its layer double_blocks.0.img_attn.qkv:k is "
         rf"{2 * rows} × {columns} and there it is {rows} × {columns} ",
     ):
-        DiffusersSwitch(flux.denoiser, "flux", subject, style)
+        DiffusersSwitch(flux.denoiser, subject, style)

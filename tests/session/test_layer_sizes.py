@@ -12,8 +12,9 @@ from klora.core.families.sdxl import sdxl_modules
 from klora.core.lora_file import LayerInfo
 from klora.errors import HostError, PairError
 from klora.hosts.a1111 import A1111
-from klora.hosts.detect import find_adapter, name_of_base
+from klora.hosts.detect import find_adapter
 from klora.hosts.sizes import LayerSize, check_fit, left_out, native_sizes, true_shape
+from klora.hosts.unlisted import name_of_checkpoint
 
 WIDTH = 8
 
@@ -191,11 +192,10 @@ def test_nunchaku_is_refused_before_its_packed_weights_are_looked_at():
 @pytest.mark.parametrize(
     ("engine", "flags", "name"),
     [
-        ("Chroma", {}, "Chroma"), ("Flux2", {}, "FLUX.2 Klein"), ("QwenImage", {}, "Qwen-Image"),
-        ("LatentDiffusion", {"is_sd1": True}, "Stable Diffusion 1.x"),
+        ("OfNextYear", {}, "OfNextYear"),
         ("StableDiffusion", {"is_sd1": False, "is_sd2": True}, "Stable Diffusion 2.x"),
-        ("OfNextYear", {}, None),
+        ("LatentDiffusion", {"is_sd3": True}, "Stable Diffusion 3"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_of_another_base_is_called_what_people_call_it(engine, flags, name):
-    assert name_of_base(type(engine, (), flags)()) == name
+def test_a_checkpoint_that_nobody_listed_has_a_name(engine, flags, name):
+    assert name_of_checkpoint(type(engine, (), flags)()) == name

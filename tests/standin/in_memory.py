@@ -14,11 +14,14 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 
+from klora.core.families import FAMILIES
+from klora.core.families.unlisted import unlisted
 from klora.core.lora_file import read_lora
 from klora.hosts.base import Checkpoint, HostLora, PassSchedule
 from klora.hosts.sizes import LayerSize
 from klora.webui import run as runs
 
+UNLISTED = unlisted("another model", {}, lambda _key: None, {})
 SIZES = {f"input_blocks.4.1.transformer_blocks.0.attn1.to_{name}": (8, 8) for name in "qkv"}
 RANK = 2
 
@@ -87,8 +90,8 @@ class Adapter:
     def __init__(self):
         self.switches = []
 
-    def base_of(self, model):
-        return model.base
+    def family_of(self, model):
+        return FAMILIES[model.base] if model.base else UNLISTED
 
     def sizes_of(self, _model):
         return {layer: LayerSize(shape) for layer, shape in SIZES.items()}

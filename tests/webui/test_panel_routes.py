@@ -41,7 +41,7 @@ def model(base="sdxl", name="tiny", filename="/models/tiny.safetensors", higher=
     }
     denoiser = SimpleNamespace(named_modules=modules.items)
     return SimpleNamespace(
-        is_sdxl=base == "sdxl", is_sd1=base == "sd1", model=SimpleNamespace(diffusion_model=denoiser),
+        is_sdxl=base == "sdxl", is_sd2=base == "sd2", model=SimpleNamespace(diffusion_model=denoiser),
         sd_checkpoint_info=SimpleNamespace(name_for_extra=name, filename=filename),
     )  # fmt: skip
 
@@ -151,40 +151,20 @@ def test_a_file_that_cannot_be_used_has_its_sentence_and_the_other_its_card(name
     assert found["style"]["base"] == "SDXL"
 
 
-def test_a_checkpoint_of_an_unsupported_base_model_gets_a_sentence(host):
-    host.models.model_data.sd_model = model(base="sd1")
-    assert "SDXL and FLUX.1, and the loaded one is Stable Diffusion 1.x. " in the_card(**NAMES)["problems"][0]
+def test_a_checkpoint_that_nobody_listed_is_known_by_its_hosts_names(host):
+    host.models.model_data.sd_model = model(base="sd2")
+    found = the_card(subject="subject")
+    known_as = "Stable Diffusion 2.x (listed by the WebUI's own names)"
+    assert found["checkpoint"]["base"] == found["subject"]["base"] == known_as
+    assert found["problems"] == []
 
 
-class Chroma:
-    """The class that Forge and Forge Neo have for it: FLUX.1's blocks without modulation."""
-
-    sd_checkpoint_info = SimpleNamespace(name_for_extra="chroma", filename="/models/chroma.safetensors")
-    _denoiser = SimpleNamespace(double_blocks=[None] * 19, single_blocks=[None] * 38)
-    forge_objects = SimpleNamespace(
-        unet=SimpleNamespace(
-            patches_uuid=1, patch_weight_to_device=None, model=SimpleNamespace(diffusion_model=_denoiser)
-        )
-    )
-
-
-def test_loras_with_the_keys_of_flux_may_be_for_the_loaded_checkpoint(host, tmp_path):
-    """A LoRA for Chroma without the guidance layer looks like one for FLUX.1; at most its header tells."""
-    host.models.model_data.sd_model = Chroma()
-    found = the_card(subject="flux")
-    assert found["checkpoint"] == {"name": "chroma", "base": None}
-    assert found["problems"] == [
-        "K-LoRA works on checkpoints of SDXL and FLUX.1, and the loaded one is Chroma. The LoRA "
-        "style.safetensors has the keys of FLUX.1: load a checkpoint of FLUX.1 if that is what it was made "
-        "for; otherwise use it in the prompt, with K-LoRA off."
+def test_a_lora_that_such_a_checkpoint_does_not_know_gets_a_sentence(host):
+    host.models.model_data.sd_model = model(base="sd2")
+    assert the_card(style="style")["problems"] == [
+        "The LoRA style.safetensors is for SDXL and the loaded checkpoint is Stable Diffusion 2.x: load a "
+        "checkpoint of SDXL, or choose LoRAs made for this one."
     ]
-    tensors = load_file(GOLDEN / "flux_fused_split" / "style.safetensors")
-    save_file(tensors, tmp_path / "ink.safetensors", metadata={"modelspec.architecture": "chroma/lora"})
-    host.networks.put(*host.networks.on_disk, NetworkOnDisk("ink", folder=tmp_path))
-    assert (
-        "The LoRA ink.safetensors has the keys of FLUX.1 (and in the header: chroma): load"
-        in the_card(subject="ink")["problems"][0]
-    )
 
 
 def test_a_pair_that_does_not_fit_the_checkpoint_gets_a_sentence(host):

@@ -18,16 +18,16 @@ def listed(word: str, short: bool = False) -> str:
     return f"{', '.join(names)} {word} {last}" if names else last
 
 
-def of_checkpoint(model: Any, denoiser: Any) -> str | None:
-    """The key of the family of a WebUI's loaded checkpoint, None if it belongs to none.
+def of_checkpoint(model: Any, denoiser: Any) -> Family | None:
+    """The family of a WebUI's loaded checkpoint, None if it belongs to none.
 
     Args:
         model: the WebUI's record of the checkpoint.
         denoiser: the network that is sampled.
     """
-    return next((family.key for family in FAMILIES.values() if family.is_checkpoint(model, denoiser)), None)
+    return next((family for family in FAMILIES.values() if family.is_checkpoint(model, denoiser)), None)
 
 
-def of_pipeline(pipeline: Any) -> str | None:
-    """The key of a diffusers pipeline's family, None if it belongs to none."""
-    return next((family.key for family in FAMILIES.values() if family.is_pipeline(pipeline)), None)
+def of_pipeline(pipeline: Any) -> Family | None:
+    """A diffusers pipeline's family, None if it belongs to none."""
+    return next((family for family in FAMILIES.values() if family.is_pipeline(pipeline)), None)

@@ -11,6 +11,7 @@ from klora.core.topology import Module
 
 NATIVE, DIFFUSERS, OLD_PROCESSOR, XLABS = "native", "diffusers", "old processor", "XLabs"
 DIFFUSERS_FUSED, SHORT = "diffusers, fused", "without text_model"
+HOSTS_OWN = "the WebUI's own names"
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,18 @@ class Block(NamedTuple):
     numbered: bool = False
 
 
+class Found(NamedTuple):
+    """What a key without its suffix stands for.
+
+    Attributes:
+        module: the network's module.
+        layers: those of its layers whose rows the matrix under this key holds, top first.
+    """
+
+    module: Module
+    layers: tuple[str, ...]
+
+
 LayerShapes = Mapping[str, tuple[int, int]]
 """{canonical layer: (rows, columns)}"""
 
@@ -97,12 +110,15 @@ class Family:
         is_pipeline: (diffusers pipeline) -> whether it is of this family.
         other_by_size: (layer, rows, columns) -> the other model with the same module names in which the layer
             has this size; None if it may be this family's.
-        namesakes: (pattern, name) of models with the same module names; the pattern, in lower case, matches
-            what a file's header says of its base model.
+        in_headers: patterns that match, in lower case, what headers of LoRA files call this model.
+        namesakes: (pattern, name) of models with the same module names that belong to no family; the pattern,
+            in lower case, matches what a file's header says of its base model.
         is_control: (keys of a file that belong to no dialect, shapes of its layers) -> whether it is a
             control LoRA.
         schedule: the schedule that the paper's authors recommend for it.
         prefixes: what the keys of its denoiser start with in each dialect.
+        find: for a model known only by a WebUI's own names: (key without its suffix) -> what it stands for,
+            None if the WebUI does not know it.
     """
 
     key: str
@@ -118,15 +134,21 @@ class Family:
     readable: tuple[str, ...] = ("kohya",)
     list_aliases: Callable[[], Iterator[Alias]] = lambda: iter(())
     other_by_size: Callable[[str, int, int], str | None] = lambda _name, _rows, _columns: None
+    in_headers: tuple[str, ...] = ()
     namesakes: tuple[tuple[str, str], ...] = ()
     is_control: Callable[[Collection[str], LayerShapes], bool] = lambda _unknown, _shapes: False
     schedule: str = "s"
     prefixes: tuple[Prefix, ...] = DENOISER_PREFIXES
+    find: Callable[[str], Found | None] | None = None
 
     @property
     def diffusers_is_read(self) -> bool:
         """Whether Forge and its relatives load the keys that diffusers itself writes (`component`.…)."""
         return "diffusers PEFT" in self.readable
+
+    def dotted(self, name: str) -> str:
+        """The key of the module `name` as diffusers writes it, or as the WebUI whose own name it is."""
+        return name if self.find is not None else f"{self.component}.{name}"
 
     @cached_property
     def modules(self) -> tuple[Module, ...]:

@@ -117,6 +117,11 @@ def layer_of(key):
     return own if own in shared.sd_model.network_layer_mapping else None
 
 
+def convert_diffusers_name_to_compvis(key, is_sd2):
+    """The stand-in's files have the names of the original network."""
+    return key
+
+
 def load_network(name, network_on_disk):
     net = network.Network(name, network_on_disk)
     found = defaultdict(dict)
