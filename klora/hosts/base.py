@@ -136,7 +136,7 @@ class Adapter(Protocol):
     """How one kind of WebUI handles checkpoints. hosts/detect.py finds the adapter that fits a WebUI."""
 
     def family_of(self, model: Any) -> Family:
-        """The family of a loaded checkpoint, if need be one made of the WebUI's own names (`families.unlisted`).
+        """The family of a loaded checkpoint; an unlisted one is made of the WebUI's own names.
 
         Raises:
             HostError: it is of no listed family, and the WebUI does not tell its names for it.

@@ -60,8 +60,8 @@ class ForgeLike:
         list_keys = _lister_of_keys(self._networks)
         if list_keys is None:
             raise HostError(
-                f"K-LoRA has no list of the layers of {name_of_checkpoint(model)}, and this WebUI does not give "
-                "one: load a checkpoint of another base model, or switch K-LoRA off."
+                f"K-LoRA has no list of the layers of {name_of_checkpoint(model)}, and the WebUI gives none: "
+                "load a checkpoint of another base model, or switch K-LoRA off."
             )
         key_map = list_keys(model.forge_objects.unet.model, {})
         opening, ending = DENOISER_KEY_PREFIX, ".weight"
@@ -86,7 +86,7 @@ class ForgeLike:
 
 
 def _lister_of_keys(networks: Any) -> Callable[[Any, dict[str, Any]], Mapping[str, Any]] | None:
-    """The host's `model_lora_keys_unet`, which the Lora extension imports, or ComfyUI's copy in older relatives."""
+    """The host's `model_lora_keys_unet`: imported by the Lora extension, or in older relatives ComfyUI's."""
     for module in (networks, sys.modules.get("ldm_patched.modules.lora")):
         function: Callable[[Any, dict[str, Any]], Mapping[str, Any]] | None = getattr(
             module, "model_lora_keys_unet", None

@@ -26,6 +26,7 @@ from forge_family import (
 
 from klora.core import file_state
 from klora.core.blocks import leader_of
+from klora.core.families.flux import FLUX
 from klora.errors import HostError
 from klora.hosts.base import Pair, PairLora
 from klora.hosts.detect import UnknownHost, find_adapter
@@ -85,7 +86,7 @@ def pair_lora(role, weight=1.0, dialect="kohya"):
     shapes = {layer: SimpleNamespace(shape=(WIDTH, WIDTH)) for layer in LAYERS}
     file = SimpleNamespace(
         path=Path(f"/loras/{role}"), dialects={dialect}, scale_from_metadata=False, unused_keys=(),
-        modules=(), base="flux", layers=shapes,
+        modules=(), family=FLUX, layers=shapes,
     )  # fmt: skip
     return PairLora(role, role, file, weight, True)
 

@@ -17,10 +17,11 @@ from webui_host import NetworkOnDisk
 
 from klora.analysis import analyze
 from klora.core import scores
+from klora.core.families import FAMILIES
 from klora.errors import Cancelled
 from klora.selection_map import draw_map
 from klora.settings import Settings, json_schema
-from klora.webui import analysis_queue, api, paths
+from klora.webui import analysis_queue, api, loras, paths
 
 PAIR = Path(__file__).parents[1] / "data" / "golden" / "sdxl_attention_same_rank"
 NAMES = {"subject": "subject", "style": "style"}
@@ -29,6 +30,7 @@ NAMES = {"subject": "subject", "style": "style"}
 @pytest.fixture(autouse=True)
 def registry(networks, shared, monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "cache_folder", lambda: tmp_path / "scores")
+    monkeypatch.setattr(loras, "loaded_family", lambda: None)
     return networks.put(
         NetworkOnDisk("subject", folder=PAIR, alias="sks", digest="aa"), NetworkOnDisk("style", folder=PAIR)
     )
@@ -38,6 +40,16 @@ def client():
     app = FastAPI()
     api.register(app)
     return TestClient(app)
+
+
+def test_files_are_read_for_the_loaded_checkpoint(monkeypatch):
+    told = []
+    monkeypatch.setattr(loras, "loaded_family", lambda: FAMILIES["sdxl"])
+    monkeypatch.setattr(
+        api, "analyze", lambda *files, loaded, **more: told.append(loaded) or analyze(*files, **more)
+    )
+    client().post("/klora/v1/analyze", json={**NAMES, "steps": 2})
+    assert told == [FAMILIES["sdxl"]]
 
 
 def test_the_schema_is_that_of_the_declaration():
