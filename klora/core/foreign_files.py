@@ -17,7 +17,6 @@ _OTHER_BASES = tuple(
         (r"input_blocks[._][12][._]1[._]|output_blocks[._](9|10|11)[._]", "Stable Diffusion 1.x or 2.x"),
         (r"joint_transformer_blocks[._]\d|(^|[._])(double|single)_layers[._]\d", "AuraFlow (Pony V7)"),
         (r"(double|single)_stream_blocks[._]\d", "HiDream"),
-        (r"distilled_guidance_layer[._]", "Chroma"),
         (r"diffusion_model[._]transformer_blocks[._]\d+[._](audio_)?attn1[._]", "LTX-Video"),
         (
             r"(^|lycoris_|base_model\.model\.|transformer[._])transformer_blocks[._]\d+[._]attn1[._]",
@@ -34,7 +33,6 @@ _OTHER_BASES = tuple(
             "HunyuanVideo",
         ),
         (r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)", "HunyuanVideo"),
-        (r"double_stream_modulation|to_qkv_mlp_proj|ff[._]linear_in", "FLUX.2"),
         (_BLOCKS + r"(self_attn|cross_attn)[._][qkv]_proj", "Anima or Cosmos"),
         (_BLOCKS + r"((self_attn|cross_attn)[._]|attn1[._]to_)", "Wan"),
         (_BLOCKS + r"attn[._](w[qkvo]|gate)[._]", "Krea 2"),
@@ -106,7 +104,7 @@ def _by_number_of_blocks(lines: str) -> str | None:
     if double >= 19 or (blocks == 19 and single >= 0) or (single >= 38 and max(double, blocks) >= 8):
         return "HunyuanVideo"
     if single >= 38:
-        return "FLUX.2" if single >= 40 else "FLUX.2 or HunyuanVideo"
+        return "FLUX.2 dev" if single >= 40 else "FLUX.2 dev or HunyuanVideo"
     if blocks >= 38:
         return "Qwen-Image"
     return "Stable Diffusion 3.5 or another transformer" if blocks >= 19 else None

@@ -17,7 +17,7 @@ class Module:
 
     Attributes:
         native: its dotted path in the original network.
-        diffusers: its dotted path in diffusers; one path per piece where diffusers splits it.
+        diffusers: its dotted path in diffusers; one path per piece where diffusers splits it, otherwise one.
         kind: LINEAR, CONV or NORM; norms are applied, but have no score.
         pieces: names of the stacked pieces, empty for a module that is one layer.
         square: how many pieces at the top have as many rows as the matrix has columns; the others share the
@@ -25,6 +25,7 @@ class Module:
         widths: rows of the matrix divided by its columns in checkpoints. It is needed to cut a bias, whose
             matrix is not known, where only some pieces are square.
         halves_swapped: diffusers stores the two halves of the rows (shift, scale) in the opposite order.
+        unread: the WebUIs' loaders do not know its path in diffusers.
     """
 
     native: str
@@ -34,6 +35,7 @@ class Module:
     square: int = 0
     widths: int = 1
     halves_swapped: bool = False
+    unread: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:

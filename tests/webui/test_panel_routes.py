@@ -18,6 +18,7 @@ from klora.analysis import analyze
 from klora.core import scores as scored
 from klora.core.blocks import block_of, forward_order
 from klora.core.changes import as_changes
+from klora.core.families import listed
 from klora.core.lora_file import read_lora
 from klora.core.methods import LARGEST, METHODS
 from klora.hosts.webui import HOST
@@ -153,14 +154,16 @@ def test_a_file_that_cannot_be_used_has_its_sentence_and_the_other_its_card(name
 
 def test_a_checkpoint_of_an_unsupported_base_model_gets_a_sentence(host):
     host.models.model_data.sd_model = model(base="sd1")
-    assert "SDXL and FLUX.1, and the loaded one is Stable Diffusion 1.x. " in the_card(**NAMES)["problems"][0]
+    assert (
+        f"{listed('and')}, and the loaded one is Stable Diffusion 1.x. " in the_card(**NAMES)["problems"][0]
+    )
 
 
-class Chroma:
-    """The class that Forge and Forge Neo have for it: FLUX.1's blocks without modulation."""
+class PiD:
+    """A loaded checkpoint of a base model without a family, as Forge Neo calls it."""
 
-    sd_checkpoint_info = SimpleNamespace(name_for_extra="chroma", filename="/models/chroma.safetensors")
-    _denoiser = SimpleNamespace(double_blocks=[None] * 19, single_blocks=[None] * 38)
+    sd_checkpoint_info = SimpleNamespace(name_for_extra="pid", filename="/models/pid.safetensors")
+    _denoiser = SimpleNamespace()
     forge_objects = SimpleNamespace(
         unet=SimpleNamespace(
             patches_uuid=1, patch_weight_to_device=None, model=SimpleNamespace(diffusion_model=_denoiser)
@@ -169,20 +172,20 @@ class Chroma:
 
 
 def test_loras_with_the_keys_of_flux_may_be_for_the_loaded_checkpoint(host, tmp_path):
-    """A LoRA for Chroma without the guidance layer looks like one for FLUX.1; at most its header tells."""
-    host.models.model_data.sd_model = Chroma()
+    """Other models have modules of FLUX.1's names, too; at most the header of a file tells."""
+    host.models.model_data.sd_model = PiD()
     found = the_card(subject="flux")
-    assert found["checkpoint"] == {"name": "chroma", "base": None}
+    assert found["checkpoint"] == {"name": "pid", "base": None}
     assert found["problems"] == [
-        "K-LoRA works on checkpoints of SDXL and FLUX.1, and the loaded one is Chroma. The LoRA "
+        f"K-LoRA works on checkpoints of {listed('and')}, and the loaded one is PiD. The LoRA "
         "style.safetensors has the keys of FLUX.1: load a checkpoint of FLUX.1 if that is what it was made "
         "for; otherwise use it in the prompt, with K-LoRA off."
     ]
     tensors = load_file(GOLDEN / "flux_fused_split" / "style.safetensors")
-    save_file(tensors, tmp_path / "ink.safetensors", metadata={"modelspec.architecture": "chroma/lora"})
+    save_file(tensors, tmp_path / "ink.safetensors", metadata={"modelspec.architecture": "hidream/lora"})
     host.networks.put(*host.networks.on_disk, NetworkOnDisk("ink", folder=tmp_path))
     assert (
-        "The LoRA ink.safetensors has the keys of FLUX.1 (and in the header: chroma): load"
+        "The LoRA ink.safetensors has the keys of FLUX.1 (and in the header: hidream): load"
         in the_card(subject="ink")["problems"][0]
     )
 

@@ -11,6 +11,7 @@ from klora.core.topology import Module
 
 NATIVE, DIFFUSERS, OLD_PROCESSOR, XLABS = "native", "diffusers", "old processor", "XLabs"
 DIFFUSERS_FUSED, SHORT = "diffusers, fused", "without text_model"
+DIFFUSERS_UNREAD = "diffusers, unknown to WebUIs"
 
 
 @dataclass(frozen=True)
