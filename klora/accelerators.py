@@ -36,7 +36,7 @@ _VERSIONS = {"v", "version", "alpha", "beta"}
 _COUNTED = {"rank", "r", "dim", "fp", "bf"}
 _NEUTRAL = {
     *AMBIGUOUS, "lora", "loras", "weights", "unet", "model", "adapter", "base", "to", "cfg", "converted",
-    "comfyui", "diffusers", "pytorch", "safetensors", "ckpt", "pt",
+    "comfyui", "diffusers", "pytorch", "safetensors", "ckpt", "pt", "b", "heun", "low", "step", "steps",
 }  # fmt: skip
 
 

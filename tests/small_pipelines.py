@@ -1,4 +1,4 @@
-"""Small random pipelines with the real topology of SDXL and FLUX, and LoRA pairs for them."""
+"""Small random pipelines built like SDXL, FLUX.1, Chroma and FLUX.2 Klein, and LoRA pairs for them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ import tokenizers
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     StableDiffusionXLPipeline,
@@ -26,12 +31,13 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
 
-from klora.core.families.flux import flux_modules
-from klora.core.families.sdxl import sdxl_modules
+from klora.core.families import FAMILIES
 from klora.core.topology import Module
 
 
@@ -61,19 +67,98 @@ def flux_pipeline() -> FluxPipeline:
     """FLUX.1's 19 double and 38 single blocks at a hidden size of 64."""
     torch.manual_seed(2)
     transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=19, num_single_layers=38,
-        attention_head_dim=16, num_attention_heads=4, axes_dims_rope=(4, 6, 6),
-        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True,
-    )  # fmt: skip
-    return _ready(FluxPipeline(
-        vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611),
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(),
-        text_encoder=CLIPTextModel(_clip_config(12)), tokenizer=_clip_tokenizer(),
-        text_encoder_2=T5EncoderModel(
-            T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4)
-        ),
-        tokenizer_2=_letter_tokenizer(),
-    ))  # fmt: skip
+        in_channels=16,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+    )
+    return _ready(
+        FluxPipeline(
+            vae=_flux_vae(),
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            text_encoder=CLIPTextModel(_clip_config(12)),
+            tokenizer=_clip_tokenizer(),
+            text_encoder_2=_t5(),
+            tokenizer_2=_letter_tokenizer(),
+        )
+    )
+
+
+def chroma_pipeline() -> ChromaPipeline:
+    """Chroma's 19 double and 38 single blocks at a hidden size of 64."""
+    torch.manual_seed(3)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=32,
+        approximator_hidden_dim=32,
+        approximator_num_channels=16,
+    )
+    return _ready(
+        ChromaPipeline(
+            vae=_flux_vae(),
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            text_encoder=_t5(),
+            tokenizer=_letter_tokenizer(),
+        )
+    )
+
+
+def klein_pipeline() -> Flux2KleinPipeline:
+    """FLUX.2 Klein 4B's 5 double and 20 single blocks at a hidden size of 64."""
+    torch.manual_seed(4)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=5,
+        num_single_layers=20,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        axes_dims_rope=(4, 4, 4, 4),
+        joint_attention_dim=3 * 16,
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=27,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+    return _ready(
+        Flux2KleinPipeline(
+            vae=vae,
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            text_encoder=encoder,
+            tokenizer=_letter_tokenizer(
+                chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}"
+            ),
+            is_distilled=True,
+        )
+    )
 
 
 def write_kohya(
@@ -109,7 +194,7 @@ def write_peft(
     """The same with the key names of diffusers and PEFT (FLUX: split)."""
     tensors: dict[str, Tensor] = {}
     shapes = _linear_shapes(denoiser)
-    prefix = {"sdxl": "unet", "flux": "transformer"}[base]
+    prefix = FAMILIES[base].component
     for module in _trained(base):
         for name in module.diffusers:
             down, up = _factors(name, shapes[name], rank, strength, seed)
@@ -126,15 +211,14 @@ def _linear_shapes(denoiser: torch.nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _trained(base: str) -> list[Module]:
-    modules = sdxl_modules() if base == "sdxl" else flux_modules()
     parts = (
         (".attn1.", ".attn2.", ".ff.")
         if base == "sdxl"
-        else ("_attn.qkv", "_attn.proj", "_mlp.", "linear1", "linear2")
+        else ("_attn.qkv", "_attn.proj", "_mlp.", "linear1", "linear2", "distilled_guidance_layer")
     )
     return [
         module
-        for module in modules
+        for module in FAMILIES[base].modules
         if module.kind == "linear" and any(part in module.native for part in parts)
     ]
 
@@ -168,6 +252,14 @@ def _vae(**more: Any) -> AutoencoderKL:
     )  # fmt: skip
 
 
+def _flux_vae() -> AutoencoderKL:
+    return _vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611)
+
+
+def _t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4))
+
+
 def _bytes() -> list[str]:
     return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
@@ -190,12 +282,17 @@ def _clip_config(layers: int) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _letter_tokenizer() -> PreTrainedTokenizerFast:
+def _letter_tokenizer(**more: Any) -> PreTrainedTokenizerFast:
     vocabulary = {
         word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])
     }
     letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(
-        tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+        tokenizer_object=letters,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=64,
+        **more,
     )

@@ -10,6 +10,8 @@ hypersd_lora sdxl_lightning_8step_lora lcm-lora-sdxl LCM_LoRA_Weights lcmLoraXL 
 sd_xl_turbo_lora_v1 SDXL-Turbo FluxDevTurbo8Steps FLUX.1-dev_tdd_lora_weights TDD-adv_lora flash-sdxl
 SDXL_Flash_LoRA pcm_sdxl_smallcfg_4step_converted dmd2_sdxl_4step_lora_fp16 flux_schnell_lora
 flux1-dev-to-schnell-4step-lora schnell-lora-rank64 flux-schnell-lora-r128 TCD-SDXL-LoRA
+chroma-flash-heun_r256-fp32 Hyper-Chroma-low-step-LoRA Hyper-Chroma-Turbo-Alpha-16steps-lora
+Flux_2-Turbo-LoRA_comfyui flux2-klein-base-9b-turbo
 """
 """Names of files that people download, or close to them."""
 
@@ -17,7 +19,7 @@ OTHERS = """
 lightning_mcqueen Lightning_FFXIII black_lightning raiden_lightning porsche_911_turbo 911-turbo-flux
 turbo_granny turbografx_xl the_flash Flash_Gordon_SDXL flash_photography flashlight hyperrealism
 Hyper-Realistic_SDXL hyper_detailed_sdxl HyperDimensionNeptunia style_schnell schnellzug michael_schnell_v2
-turbo lightning 8_steps_of_ink pcmcia sdxl_v1
+turbo lightning 8_steps_of_ink pcmcia sdxl_v1 chroma_v2 FLUX.2-klein-4B turbo_b hyper_chroma_low_poly
 """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
 from klora.core.families import FAMILIES
@@ -17,7 +17,6 @@ _OTHER_BASES = tuple(
         (r"input_blocks[._][12][._]1[._]|output_blocks[._](9|10|11)[._]", "Stable Diffusion 1.x or 2.x"),
         (r"joint_transformer_blocks[._]\d|(^|[._])(double|single)_layers[._]\d", "AuraFlow (Pony V7)"),
         (r"(double|single)_stream_blocks[._]\d", "HiDream"),
-        (r"distilled_guidance_layer[._]", "Chroma"),
         (r"diffusion_model[._]transformer_blocks[._]\d+[._](audio_)?attn1[._]", "LTX-Video"),
         (
             r"(^|lycoris_|base_model\.model\.|transformer[._])transformer_blocks[._]\d+[._]attn1[._]",
@@ -34,7 +33,6 @@ _OTHER_BASES = tuple(
             "HunyuanVideo",
         ),
         (r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)", "HunyuanVideo"),
-        (r"double_stream_modulation|to_qkv_mlp_proj|ff[._]linear_in", "FLUX.2"),
         (_BLOCKS + r"(self_attn|cross_attn)[._][qkv]_proj", "Anima or Cosmos"),
         (_BLOCKS + r"((self_attn|cross_attn)[._]|attn1[._]to_)", "Wan"),
         (_BLOCKS + r"attn[._](w[qkvo]|gate)[._]", "Krea 2"),
@@ -106,7 +104,7 @@ def _by_number_of_blocks(lines: str) -> str | None:
     if double >= 19 or (blocks == 19 and single >= 0) or (single >= 38 and max(double, blocks) >= 8):
         return "HunyuanVideo"
     if single >= 38:
-        return "FLUX.2" if single >= 40 else "FLUX.2 or HunyuanVideo"
+        return "FLUX.2 dev" if single >= 40 else "FLUX.2 dev or HunyuanVideo"
     if blocks >= 38:
         return "Qwen-Image"
     return "Stable Diffusion 3.5 or another transformer" if blocks >= 19 else None
@@ -118,26 +116,15 @@ def other_base_by_metadata(family: Family, metadata: Mapping[str, str]) -> str |
     Some models give their modules the same names (`Family.namesakes`), so only the header shows the
     difference.
     """
-    found = (
-        name for text in _given(metadata) for pattern, name in family.namesakes if re.search(pattern, text)
-    )
+    given = (metadata.get(key, "").lower() for key in ("modelspec.architecture", "ss_base_model_version"))
+    found = (name for text in given for pattern, name in family.namesakes if re.search(pattern, text))
     return next(found, None)
 
 
-def named_in_header(families: Iterable[Family], metadata: Mapping[str, str]) -> Family | None:
-    """The one of these families that the header of a LoRA names, None if it names none."""
-    told = (
-        family
-        for text in _given(metadata)
-        for family in families
-        if any(re.search(pattern, text) for pattern in family.in_headers)
-    )
-    return next(told, None)
-
-
-def _given(metadata: Mapping[str, str]) -> list[str]:
-    """What a header says of the base model, in lower case."""
-    return [metadata.get(key, "").lower() for key in ("modelspec.architecture", "ss_base_model_version")]
+def named_in_header(families: Sequence[Family], metadata: Mapping[str, str]) -> Family:
+    """The one of these families that a LoRA's header names, the first if it names none of them."""
+    told = other_base_by_metadata(families[0], metadata)
+    return next((family for family in families if told and family.name.startswith(told)), families[0])
 
 
 def foreign_lora(keys: Iterable[str]) -> str | None:

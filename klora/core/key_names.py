@@ -19,6 +19,7 @@ from klora.core.families import FAMILIES
 from klora.core.families.base import (
     DIFFUSERS,
     DIFFUSERS_FUSED,
+    DIFFUSERS_UNREAD,
     HOSTS_OWN,
     NATIVE,
     OLD_PROCESSOR,
@@ -268,7 +269,7 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
             else "diffusers, old attention processors"
         )
     family = FAMILIES.get(target.base)
-    if prefix.dialect == "kohya" and target.naming == DIFFUSERS and family is not None:
+    if prefix.dialect == "kohya" and target.naming in (DIFFUSERS, DIFFUSERS_UNREAD) and family is not None:
         return "kohya with diffusers names"
     if prefix.dialect == "doubled unet prefix":
         return "paper authors' (unet.unet.)"
@@ -316,11 +317,12 @@ def _names(network: Family | TextEncoder) -> Iterator[tuple[str, Target]]:
 
 def _module_names(base: str, module: Module) -> Iterator[tuple[str, Target]]:
     yield module.native, Target(base, module, module.layers, NATIVE)
-    if module.pieces:
-        for name, layer in zip(module.diffusers, module.layers, strict=True):
-            yield name, Target(base, module, (layer,), DIFFUSERS)
+    naming = DIFFUSERS_UNREAD if module.unread else DIFFUSERS
+    if len(module.diffusers) == 1:
+        yield module.diffusers[0], Target(base, module, module.layers, naming, module.halves_swapped)
     else:
-        yield module.diffusers[0], Target(base, module, module.layers, DIFFUSERS, module.halves_swapped)
+        for name, layer in zip(module.diffusers, module.layers, strict=True):
+            yield name, Target(base, module, (layer,), naming)
 
 
 def _text_encoder_names(encoder: str, module: Module) -> Iterator[tuple[str, Target]]:

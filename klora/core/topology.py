@@ -17,7 +17,7 @@ class Module:
 
     Attributes:
         native: its dotted path in the original network.
-        diffusers: its dotted path in diffusers; one path per piece where diffusers splits it.
+        diffusers: its dotted path in diffusers; one path per piece where diffusers splits it, otherwise one.
         kind: LINEAR, CONV or NORM; norms are applied, but have no score.
         pieces: names of the stacked pieces, empty for a module that is one layer.
         square: how many pieces at the top have as many rows as the matrix has columns; the others share the
@@ -26,6 +26,7 @@ class Module:
             matrix is not known, where only some pieces are square.
         halves_swapped: diffusers stores the two halves of the rows (shift, scale) in the opposite order.
         rows: the heights of the pieces, top first, where they are known; otherwise the matrix tells them.
+        unread: the WebUIs' loaders do not know its path in diffusers.
     """
 
     native: str
@@ -36,6 +37,7 @@ class Module:
     widths: int = 1
     halves_swapped: bool = False
     rows: tuple[int, ...] = ()
+    unread: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from klora.core.families import listed, of_pipeline
 from klora.core.families.base import Family
 from klora.core.lora_file import LoraFile
 from klora.core.lora_reader import LoraReader
+from klora.core.topology import Module
 from klora.errors import HostError
 from klora.hosts.base import Strengths, present
 from klora.hosts.sizes import LayerSize, check_fit, matrix_of, true_shape
@@ -117,14 +119,16 @@ class Merger:
     def __init__(self) -> None:
         self._originals: dict[nn.Parameter, Tensor] = {}
 
-    def put(self, module: nn.Module, name: str, loras: Sequence[OpenLora]) -> None:
+    def put(self, module: nn.Module, name: str, loras: Sequence[OpenLora], rows: slice | None = None) -> None:
         """Set a module's parameters to their originals plus the changes of these LoRAs, added in this order.
 
         Args:
-            name: canonical name of the module.
+            name: canonical name of the layer.
+            rows: the module's rows that are this layer; None for all.
         """
         for kind, parameter in module.named_parameters(recurse=False):
-            original = self._originals.get(parameter, parameter.data)
+            whole = self._originals.get(parameter, parameter.data)
+            original = whole if rows is None else whole[rows]
             merged = original
             for lora in loras:
                 merged = (
@@ -132,9 +136,14 @@ class Merger:
                     if kind == "weight"
                     else lora.add_bias(merged, name)
                 )
+            if rows is None:
+                parameter.data = merged.to(original.dtype)
+            elif merged is not original or parameter in self._originals:
+                if parameter not in self._originals:
+                    parameter.data = whole.clone()
+                parameter.data[rows] = merged.to(original.dtype)
             if merged is not original:
-                self._originals[parameter] = original
-            parameter.data = merged.to(original.dtype)
+                self._originals[parameter] = whole
 
     def restore(self) -> None:
         """Put all original tensors back. May be called more than once."""
@@ -155,28 +164,28 @@ class DiffusersSwitch:
     """
 
     def __init__(self, denoiser: nn.Module, subject: Lora, style: Lora) -> None:
-        self._modules = dict(_layers(denoiser, subject.file.family))
+        self._places = dict(_layers(denoiser, subject.file.family))
         self._loras = {"subject": subject, "style": style}
         self._open: dict[str, OpenLora] = {}
         self._merger = Merger()
         self._stack = ExitStack()
         names = sorted({*subject.file.layers, *style.file.layers})
-        missing = [name for name in names if name not in self._modules]
+        missing = [name for name in names if name not in self._places]
         if missing:
             raise HostError(
                 f"The model has no layer {missing[0]} ({len(missing)} of {len(names)} layers are missing), "
                 f"which the LoRAs {subject.file.path.name} and {style.file.path.name} change: choose LoRAs "
                 "made for this model."
             )
-        sizes = {name: true_shape(getattr(module, "weight", None)) for name, module in self._modules.items()}
+        sizes = {name: place.size for name, place in self._places.items()}
         check_fit(
             (subject.file, style.file),
-            {name: LayerSize(matrix_of(shape)) for name, shape in sizes.items() if shape is not None},
+            {name: LayerSize(size) for name, size in sizes.items() if size is not None},
             "the model",
         )
         self._followers: dict[str, list[str]] = {}
         for name in sorted({*subject.file.unscored, *style.file.unscored} - set(names)):
-            if name in self._modules:
+            if name in self._places:
                 self._followers.setdefault(leader_of(name, names), []).append(name)
 
     def attach(self) -> None:
@@ -188,7 +197,8 @@ class DiffusersSwitch:
         for layer, own in strengths.items():
             loras = [self._open[role].at(strength) for role, strength in present(own)]
             for name in (layer, *self._followers.get(layer, ())):
-                self._merger.put(self._modules[name], name, loras)
+                place = self._places[name]
+                self._merger.put(place.module, name, loras, place.rows)
 
     def detach(self) -> None:
         self._stack.close()
@@ -220,10 +230,36 @@ def text_encoders_with(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
         yield
 
 
-def _layers(denoiser: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]:
-    """(canonical name, diffusers module) of each layer that `denoiser` has."""
+class _Place(NamedTuple):
+    """The diffusers module that holds a layer, and which of its rows, None for all."""
+
+    module: nn.Module
+    rows: slice | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(rows, columns) of the layer, None if the module has no weight."""
+        shape = true_shape(getattr(self.module, "weight", None))
+        if shape is None:
+            return None
+        rows, columns = matrix_of(shape)
+        return (rows if self.rows is None else len(range(*self.rows.indices(rows)))), columns
+
+
+def _layers(denoiser: nn.Module, family: Family) -> Iterator[tuple[str, _Place]]:
+    """(canonical name, place) of each layer that `denoiser` has."""
     known = dict(denoiser.named_modules())
     for module in family.modules:
-        for layer, path in zip(module.layers, module.diffusers, strict=True):
-            if path in known:
-                yield layer, known[path]
+        places = [_Place(known[path]) for path in module.diffusers if path in known]
+        if len(places) == 1 and len(module.layers) > 1:
+            places = list(_rows_of(places[0], module))
+        if places:
+            yield from zip(module.layers, places, strict=True)
+
+
+def _rows_of(place: _Place, module: Module) -> Iterator[_Place]:
+    """The places of the layers that diffusers, too, has in one module."""
+    size = place.size
+    assert size is not None
+    for start, stop in pairwise(accumulate(module.heights(module.layers, *size), initial=0)):
+        yield place._replace(rows=slice(start, stop))

@@ -21,6 +21,7 @@ from torch import Tensor
 from wild_files import STEPS, Maker, Wild
 
 from klora.analysis import Analysis, analyze
+from klora.core.families import listed
 from klora.core.key_names import parse_key
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.methods import FULL
@@ -169,16 +170,19 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         ),
         "HunyuanVideo",
     ),
-    "FLUX.2 Klein by heights": (wild.klein, "FLUX.2"),
-    "FLUX.2 Klein 9B by width": (
+    "FLUX.2 dev by width": (
         lambda: wild.peft(
-            "diffusion_model.double_blocks.0.img_attn.proj", torch.ones(4096, 1), torch.ones(1, 4096)
+            "diffusion_model.double_blocks.0.img_attn.proj", torch.ones(6144, 1), torch.ones(1, 6144)
         ),
-        "FLUX.2 Klein 9B",
+        "FLUX.2 dev",
+    ),
+    "FLUX.2 dev by its number of blocks": (
+        lambda: wild.some_lora(
+            *(f"transformer.single_transformer_blocks.{n}.attn.to_qkv_mlp_proj" for n in range(48))
+        ),
+        "FLUX.2 dev",
     ),
     "AuraFlow, attention": (wild.aura_flow, "AuraFlow (Pony V7)"),
-    "Chroma by OneTrainer": (lambda: wild.chroma("transformer"), "Chroma"),
-    "Chroma by ai-toolkit": (lambda: wild.chroma("diffusion_model"), "Chroma"),
     "Anima by LyCORIS": (
         lambda: wild.some_lora(
             *(
@@ -367,7 +371,7 @@ def test_an_adapter_that_is_no_lora_for_a_webui_is_said_as_it_is(tmp_path: Path,
 @pytest.mark.parametrize("style", ["peft", "kohya"])
 def test_a_lora_is_never_called_a_models_weights(tmp_path: Path, stem: str, style: str) -> None:
     sentence = refusal_of(Wild(wild.some_lora(stem, style=style)).save(tmp_path / "odd.safetensors"))
-    assert "is not a LoRA for SDXL or FLUX.1 in any key names that K-LoRA knows" in sentence
+    assert f"is not a LoRA for {listed('or')} in any key names that K-LoRA knows" in sentence
     assert "weights," not in sentence
 
 

@@ -13,7 +13,7 @@ from klora.core import foreign_files
 from klora.core.blocks import block_of
 from klora.core.families import FAMILIES, listed
 from klora.core.families.flux import FLUX
-from klora.core.lora_file import read_lora
+from klora.core.lora_file import for_one_base, read_lora
 from klora.core.text_encoders import TEXT_ENCODERS
 from klora.core.topology import Module
 from klora.errors import LoraFileError
@@ -51,21 +51,7 @@ def test_the_heights_of_pieces_come_from_the_matrix_itself(module, layers, rows,
     assert module.heights(layers, rows, columns) == heights
 
 
-@pytest.fixture
-def twin(monkeypatch):
-    """A family of FLUX.1's names, whose single blocks are 9 widths high."""
-
-    def other_by_size(name, rows, columns):
-        return "FLUX.1" if name.endswith(".linear1:mlp") and rows != 6 * columns else None
-
-    monkeypatch.setitem(
-        FAMILIES,
-        "twin",
-        replace(FLUX, key="twin", name="FLUX.2", short_name="FLUX.2", other_by_size=other_by_size),
-    )
-
-
-def single_block(folder, widths, name=SINGLE, columns=8):
+def single_block(folder, widths, columns=8, name=SINGLE):
     path = folder / f"{widths}.safetensors"
     tensors = {"lora_up": torch.ones(widths * columns, 2), "lora_down": torch.ones(2, columns)}
     stem = f"lora_unet_{name.replace('.', '_')}"
@@ -73,31 +59,83 @@ def single_block(folder, widths, name=SINGLE, columns=8):
     return path
 
 
-@pytest.mark.parametrize(("widths", "base"), [(7, "flux"), (9, "twin")])
-def test_of_two_families_of_the_same_names_sizes_tell_the_files(tmp_path, twin, widths, base):
+@pytest.mark.parametrize(("widths", "base"), [(7, "flux"), (9, "klein4b")])
+def test_of_two_families_of_the_same_names_sizes_tell_the_files(tmp_path, widths, base):
     lora = read_lora(single_block(tmp_path, widths))
     assert lora.base == base
     assert lora.layers[f"{SINGLE}:mlp"].shape == ((widths - 3) * 8, 8)
 
 
 def test_a_file_of_sizes_that_no_family_of_its_names_has_is_refused(tmp_path):
-    sentence = re.escape(f"was made for FLUX.2, and K-LoRA fuses LoRAs for {listed('and')}:")
+    sentence = re.escape(f"was made for FLUX.2 dev, and K-LoRA fuses LoRAs for {listed('and')}:")
     with pytest.raises(LoraFileError, match=sentence):
-        read_lora(single_block(tmp_path, 9))
+        read_lora(single_block(tmp_path, 9, columns=6144))
 
 
-def test_sentences_list_every_family(twin, monkeypatch):
-    for other in FAMILIES.keys() - {"sdxl", "flux", "twin"}:
-        monkeypatch.delitem(FAMILIES, other)
-    assert listed("or") == "SDXL, FLUX.1 or FLUX.2"
-    assert listed("and", short=True) == "SDXL, FLUX and FLUX.2"
+def test_sentences_list_every_family(monkeypatch):
+    three = {key: FAMILIES[key] for key in ("sdxl", "flux", "chroma")}
+    monkeypatch.setattr("klora.core.families.FAMILIES", three)
+    assert listed("or") == "SDXL, FLUX.1 or Chroma"
+    assert listed("and", short=True) == "SDXL, FLUX and Chroma"
 
 
-def test_a_model_is_foreign_only_while_no_family_has_its_name(twin):
-    keys = ["diffusion_model.double_stream_modulation_img.lin.lora_A.weight"]
+def test_a_model_is_foreign_only_while_no_family_has_its_name(monkeypatch):
+    keys = ["lora_prior_unet_0.lora_A.weight"]
+    assert foreign_files.other_base(keys) == "Stable Cascade"
+    monkeypatch.setitem(FAMILIES, "cascade", replace(FLUX, key="cascade", name="Stable Cascade"))
     assert foreign_files.other_base(keys) is None
-    del FAMILIES["twin"]
-    assert foreign_files.other_base(keys) == "FLUX.2"
+
+
+SHARED = "double_blocks.3.img_attn.proj"
+"""A layer of FLUX.1 and of Chroma, of one size in both."""
+
+
+def shared_by_two(folder, name="some", layers=(SHARED,), metadata=None):
+    tensors = {}
+    for layer in layers:
+        stem = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{stem}.lora_up.weight"] = torch.ones(3072, 2)
+        tensors[f"{stem}.lora_down.weight"] = torch.ones(2, 3072)
+    save_file(tensors, folder / f"{name}.safetensors", metadata)
+    return folder / f"{name}.safetensors"
+
+
+def test_a_file_that_may_be_for_two_models_says_so_and_is_read_for_the_first(tmp_path):
+    lora = read_lora(shared_by_two(tmp_path))
+    assert lora.families[:2] == ("flux", "chroma")
+    assert lora.base == "flux"
+
+
+def test_such_a_file_is_read_for_the_loaded_checkpoint(tmp_path):
+    lora = read_lora(shared_by_two(tmp_path), FAMILIES["chroma"])
+    assert lora.family is FAMILIES["chroma"]
+    assert lora.families[:2] == ("chroma", "flux")
+
+
+def test_a_checkpoint_of_a_third_model_does_not_decide(tmp_path):
+    assert read_lora(shared_by_two(tmp_path), FAMILIES["sdxl"]).base == "flux"
+
+
+@pytest.mark.parametrize(
+    ("header", "base"), [("chroma/lora", "chroma"), ("Flux.1-dev/lora", "flux"), ("", "flux")]
+)
+def test_such_a_file_is_read_for_the_model_that_its_header_names(tmp_path, header, base):
+    path = shared_by_two(tmp_path, metadata={"modelspec.architecture": header})
+    assert read_lora(path).base == base
+    assert read_lora(path, FAMILIES["flux"]).base == "flux"
+
+
+def test_the_other_file_of_the_pair_decides_where_no_checkpoint_does(tmp_path):
+    """Chroma has no modulation in its blocks, and FLUX.1 no guidance layer."""
+    either = read_lora(shared_by_two(tmp_path))
+    guided = read_lora(
+        shared_by_two(tmp_path, "chroma", (SHARED, "distilled_guidance_layer.layers.0.in_layer"))
+    )
+    modulated = read_lora(shared_by_two(tmp_path, "flux", (SHARED, "time_in.out_layer")))
+    assert [lora.base for lora in (guided, modulated)] == ["chroma", "flux"]
+    for other in (guided, modulated):
+        assert {lora.base for lora in for_one_base([either, other])} == {other.base}
+    assert [lora.base for lora in for_one_base([guided, modulated])] == ["chroma", "flux"]
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -1,4 +1,4 @@
-"""A real diffusers pipeline with SDXL's and FLUX's layers: what is applied when, and that nothing stays."""
+"""Real diffusers pipelines of small networks: what is applied, when, and that nothing stays behind."""
 
 from dataclasses import replace
 
@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_pipelines import flux_pipeline, sdxl_pipeline, write_kohya, write_peft
+from small_pipelines import (
+    chroma_pipeline,
+    flux_pipeline,
+    klein_pipeline,
+    sdxl_pipeline,
+    write_kohya,
+    write_peft,
+)
 
 from klora.analysis import analyze
 from klora.core.lora_file import read_lora
@@ -57,10 +64,10 @@ class Bench:
         )
 
     def weights(self):
-        parts = [self.denoiser, self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         return [
             (parameter, parameter.data_ptr(), parameter.detach().clone())
-            for part in parts
+            for part in self.pipeline.components.values()
+            if isinstance(part, torch.nn.Module)
             for parameter in part.parameters()
         ]
 
@@ -81,7 +88,17 @@ def flux(tmp_path_factory):
     return Bench("flux", flux_pipeline(), tmp_path_factory.mktemp("flux"))
 
 
-@pytest.fixture(params=["sdxl", "flux"])
+@pytest.fixture(scope="module")
+def chroma(tmp_path_factory):
+    return Bench("chroma", chroma_pipeline(), tmp_path_factory.mktemp("chroma"))
+
+
+@pytest.fixture(scope="module")
+def klein4b(tmp_path_factory):
+    return Bench("klein4b", klein_pipeline(), tmp_path_factory.mktemp("klein4b"))
+
+
+@pytest.fixture(params=["sdxl", "flux", "chroma", "klein4b"])
 def bench(request):
     return request.getfixturevalue(request.param)
 
@@ -96,7 +113,7 @@ def test_subject_only_equals_the_pipeline_with_that_lora_fused_by_diffusers(benc
     bench.pipeline.fuse_lora(lora_scale=0.7)
     try:
         own = bench.pipeline(
-            "a cat",
+            prompt="a cat",
             num_inference_steps=STEPS,
             width=64,
             height=64,
@@ -163,7 +180,15 @@ CLOCKS = [
     ("sdxl", "EulerDiscreteScheduler", 1, [0]),
     ("flux", "FlowMatchEulerDiscreteScheduler", 4, [0, 1, 2, 3]),
     ("flux", "FlowMatchEulerDiscreteScheduler", 1, [0]),
+    ("chroma", "FlowMatchEulerDiscreteScheduler", 4, [0, 0, 1, 1, 2, 2, 3, 3]),
+    ("klein4b", "FlowMatchEulerDiscreteScheduler", 4, [0, 1, 2, 3]),
 ]
+
+
+def weight_of(switch, name):
+    """The weight of a layer, which may be some rows of its module's."""
+    place = switch._places[name]
+    return place.module.weight.data[... if place.rows is None else place.rows]
 
 
 @pytest.mark.parametrize(("base", "scheduler", "steps", "clock"), CLOCKS)
@@ -181,7 +206,7 @@ def test_every_model_evaluation_runs_on_the_plan_of_its_step(
     expected = {}
     with analysis.subject.open() as subject, analysis.style.open() as style:
         for name in plan.layer_names:
-            weight = switch._modules[name].weight.data
+            weight = weight_of(switch, name)
             expected[name] = {
                 SUBJECT: weight + weight_change(subject, name, weight),
                 STYLE: weight + weight_change(style, name, weight),
@@ -194,7 +219,7 @@ def test_every_model_evaluation_runs_on_the_plan_of_its_step(
                     (
                         levels
                         for levels, weight in expected[n].items()
-                        if torch.equal(switch._modules[n].weight, weight)
+                        if torch.equal(weight_of(switch, n), weight)
                     ),
                     None,
                 )
@@ -225,7 +250,7 @@ def test_a_layer_at_half_levels_is_that_of_the_loras_at_half_the_multipliers(ben
         switch = DiffusersSwitch(bench.denoiser, *loras)
         switch.attach()
         switch.apply(dict.fromkeys(layers, own or tuple(float(m > 0) for m in multipliers)))
-        weights.append([switch._modules[name].weight.detach().clone() for name in layers])
+        weights.append([weight_of(switch, name).clone() for name in layers])
         switch.detach()
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
@@ -272,7 +297,11 @@ def test_text_encoder_rule(sdxl, tmp_path):
 
 def test_weights_of_zero_give_the_plain_image(bench):
     plain = bench.pipeline(
-        "a cat", num_inference_steps=STEPS, width=64, height=64, generator=torch.Generator().manual_seed(3)
+        prompt="a cat",
+        num_inference_steps=STEPS,
+        width=64,
+        height=64,
+        generator=torch.Generator().manual_seed(3),
     ).images[0]
     assert (bench.image(Settings(subject_weight=0.0, style_weight=0.0)) == np.asarray(plain)).all()
 

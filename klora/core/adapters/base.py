@@ -19,9 +19,9 @@ from klora.core.deltas import Delta, LowRank
 from klora.core.families import listed
 from klora.core.products import second_axis_product
 
-MAX_ENTRIES = 1 << 27
-"""Twice as many as the largest layer of SDXL and FLUX.1 has. Without a limit, two thin factors could make a
-matrix of any size."""
+MAX_ENTRIES = 1 << 29
+"""More than the largest layer that files are told apart by: linear1 of FLUX.2 dev has 340 million. Without a
+limit, two thin factors could make a matrix of any size."""
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]

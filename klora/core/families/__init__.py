@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from klora.core.families.base import Family
+from klora.core.families.chroma import CHROMA
 from klora.core.families.flux import FLUX
+from klora.core.families.flux2 import KLEIN_4B, KLEIN_9B
 from klora.core.families.sdxl import SDXL
 
-FAMILIES: Mapping[str, Family] = {family.key: family for family in (SDXL, FLUX)}
+FAMILIES: Mapping[str, Family] = {family.key: family for family in (SDXL, FLUX, CHROMA, KLEIN_4B, KLEIN_9B)}
 
 
 def listed(word: str, short: bool = False) -> str:

@@ -12,6 +12,7 @@ from klora.core.topology import Module
 NATIVE, DIFFUSERS, OLD_PROCESSOR, XLABS = "native", "diffusers", "old processor", "XLabs"
 DIFFUSERS_FUSED, SHORT = "diffusers, fused", "without text_model"
 HOSTS_OWN = "the WebUI's own names"
+DIFFUSERS_UNREAD = "diffusers, unknown to WebUIs"
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,8 @@ class Family:
         is_pipeline: (diffusers pipeline) -> whether it is of this family.
         other_by_size: (layer, rows, columns) -> the other model with the same module names in which the layer
             has this size; None if it may be this family's.
-        in_headers: patterns that match, in lower case, what headers of LoRA files call this model.
-        namesakes: (pattern, name) of models with the same module names that belong to no family; the pattern,
-            in lower case, matches what a file's header says of its base model.
+        namesakes: (pattern, name) of models with the same module names; the pattern, in lower case, matches
+            what a file's header says of its base model.
         is_control: (keys of a file that belong to no dialect, shapes of its layers) -> whether it is a
             control LoRA.
         schedule: the schedule that the paper's authors recommend for it.
@@ -134,7 +134,6 @@ class Family:
     readable: tuple[str, ...] = ("kohya",)
     list_aliases: Callable[[], Iterator[Alias]] = lambda: iter(())
     other_by_size: Callable[[str, int, int], str | None] = lambda _name, _rows, _columns: None
-    in_headers: tuple[str, ...] = ()
     namesakes: tuple[tuple[str, str], ...] = ()
     is_control: Callable[[Collection[str], LayerShapes], bool] = lambda _unknown, _shapes: False
     schedule: str = "s"
