@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from klora.analysis import BASE_NAMES, Analysis, Progress, analyze, check_pair
-from klora.core.families import listed
+from klora.core.families import FAMILIES, models_taken
 from klora.core.lora_file import read_lora
 from klora.core.score_cache import ScoreCache
 from klora.errors import HostError, KLoraError, PairError
@@ -44,7 +44,7 @@ def fused_image(pipeline: Any, analysis: Analysis, settings: Settings, request: 
     """Make one image. The pipeline's weights are the same bit for bit when this returns or raises.
 
     Args:
-        pipeline: StableDiffusionXLPipeline or FluxPipeline.
+        pipeline: diffusers' of one of the families.
         analysis: has a plan for `request.steps` steps.
 
     Raises:
@@ -111,7 +111,7 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
     """
     files = read_lora(options.subject), read_lora(options.style)
     check_pair(*files)
-    pipeline = load_pipeline(options.model, options.config)
+    pipeline = load_pipeline(options.model, files[0].base, options.config)
     _switch(pipeline, *(Lora(file, 1.0) for file in files))
     analysis = analyze(
         Path(options.subject),
@@ -126,8 +126,9 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
         print(f"warning: {warning}")
     if options.scheduler:
         pipeline.scheduler = _scheduler(options.scheduler).from_config(pipeline.scheduler.config)
+    size = options.size or own_size(pipeline)
     request = Request(
-        options.prompt, options.seed, options.steps, options.size, options.negative, options.guidance
+        options.prompt, options.seed, options.steps, size, options.negative, options.guidance
     )
     image = fused_image(pipeline, analysis, settings, request)
     _save(image, options.out, _parameters(request, analysis, settings))
@@ -163,29 +164,41 @@ def _save(image: Image.Image, path: Path, parameters: str) -> None:
         ) from error
 
 
-def load_pipeline(model: Path, config: Path | None = None) -> Any:
-    """A pipeline from a diffusers folder or a single SDXL file, on the GPU if there is one.
+def own_size(pipeline: Any) -> tuple[int, int]:
+    """Width and height of the images that a pipeline's base model was trained on, in pixels."""
+    side = FAMILIES[base_of(pipeline)].side
+    return side, side
+
+
+def load_pipeline(model: Path, base: str, config: Path | None = None) -> Any:
+    """A pipeline from a diffusers folder or a single file, on the GPU if there is one.
+
+    Args:
+        base: the key of the LoRAs' family, as which a single file is opened: it does not say what it is.
+        config: a diffusers folder with a single file's configuration.
 
     Raises:
-        HostError: there is no such model, or diffusers cannot load it.
+        HostError: there is no such model, it is a single file of a family that has none, or diffusers cannot load it.
     """
     import diffusers
 
     if not model.exists():
+        raise HostError(f"There is no model at {model}: give --model {models_taken()}.")
+    family = FAMILIES[base]
+    if not model.is_dir() and family.single_file is None:
         raise HostError(
-            f"There is no model at {model}: give --model an {listed('or', short=True)} folder, or an SDXL "
-            ".safetensors file."
+            f"The LoRAs are for {family.short_name}, which `generate` opens from a diffusers folder, not from "
+            f"one file such as {model}: give --model a folder."
         )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        if model.is_dir():
+        if model.is_dir() or family.single_file is None:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype)
         else:
             more = {"config": str(config)} if config else {}
-            pipeline = diffusers.StableDiffusionXLPipeline.from_single_file(
-                str(model), torch_dtype=dtype, **more
-            )
+            kind = getattr(diffusers, family.single_file)
+            pipeline = kind.from_single_file(str(model), torch_dtype=dtype, **more)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise HostError(f"diffusers cannot load the model {model}: {error}") from error
     base_of(pipeline)

@@ -78,7 +78,7 @@ def load_model() -> Any:
     """
     from klora.runner import load_pipeline
 
-    pipeline = load_pipeline(FOLDER / "model")
+    pipeline = load_pipeline(FOLDER / "model", "sdxl")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cpu")
 

@@ -21,7 +21,6 @@ ENGINES = {
 """Name of the class of a loaded checkpoint in Forge and Forge Neo -> what people call its base model."""
 
 FLAGS = {
-    "is_sd1": "Stable Diffusion 1.x",
     "is_sd2": "Stable Diffusion 2.x",
     "is_sd3": "Stable Diffusion 3",
 }

@@ -88,16 +88,12 @@ TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
         "no weight differences",
     ),
     "no tensors": ({}, "no tensors"),
-    "SD 1.5": (
+    "SD 2.x": (
         {
-            f"lora_unet_down_blocks_0_attentions_0_proj_in.lora_{x}.weight": torch.ones(2, 2)
-            for x in ("up", "down")
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight": torch.ones(320, 2),
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.ones(2, 1024),
         },
-        "Stable Diffusion 1.x",
-    ),
-    "SD 1.5 beside layers that SDXL has too": (
-        GOOD | {"lora_unet_up_blocks_3_attentions_0_proj_in.alpha": torch.ones(())},
-        "Stable Diffusion 1.x",
+        "Stable Diffusion 2.x",
     ),
     "SD 3": (
         {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": torch.ones(2, 2)},

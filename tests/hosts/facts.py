@@ -32,6 +32,7 @@ class Facts:
 
 FIELDS: Mapping[str, Mapping[str, Any]] = {
     "sdxl": {"sampler_name": "Euler a", "scheduler": "Automatic"},
+    "sd15": {"sampler_name": "Euler a", "scheduler": "Automatic"},
     "flux": {"sampler_name": "Euler", "scheduler": "Simple", "cfg_scale": 1, "distilled_cfg_scale": 3.5},
 }
 """What a request needs for a base model."""
@@ -85,7 +86,7 @@ FAMILY_STORAGES = {
 """With "(fp16 LoRA)" LoRAs are online, in Forge for weights of 8 bits and fewer only."""
 
 A1111 = Facts(
-    {"sdxl": {**SDXL, **ANCESTRAL}},
+    dict.fromkeys(("sdxl", "sd15"), {**SDXL, **ANCESTRAL}),
     upscalers=("Latent", "None"),
     places={**FAMILY_PLACES, "load": 3, "apply": 1, "restore": 1},
     storages={
@@ -100,7 +101,9 @@ and K-LoRA has it load that one once more."""
 
 FORGE = Facts(
     {
-        "sdxl": {**SDXL, **ANCESTRAL, **HEUNPP2, **OF_FORGE, ("DPM++ 2S a", 4): twice(4)},
+        **dict.fromkeys(
+            ("sdxl", "sd15"), {**SDXL, **ANCESTRAL, **HEUNPP2, **OF_FORGE, ("DPM++ 2S a", 4): twice(4)}
+        ),
         "flux": {**COMMON, **HEUNPP2, **OF_FORGE_FLUX},
     },
     upscalers=("Latent", "None"),
@@ -111,7 +114,7 @@ FORGE = Facts(
 
 NEO = Facts(
     {
-        "sdxl": {**SDXL, **KOHAKU, **OF_NEO},
+        **dict.fromkeys(("sdxl", "sd15"), {**SDXL, **KOHAKU, **OF_NEO}),
         "flux": {**COMMON, **KOHAKU, **OF_NEO, ("DPM++ 2s a RF", 4): twice(4), ("DPM++ 2s a RF", 1): [0]},
     },
     upscalers=("None",),

@@ -18,6 +18,7 @@ from klora.analysis import analyze
 from klora.core import scores as scored
 from klora.core.blocks import block_of, forward_order
 from klora.core.changes import as_changes
+from klora.core.families import listed
 from klora.core.lora_file import read_lora
 from klora.core.methods import LARGEST, METHODS
 from klora.hosts.webui import HOST
@@ -41,7 +42,7 @@ def model(base="sdxl", name="tiny", filename="/models/tiny.safetensors", higher=
     }
     denoiser = SimpleNamespace(named_modules=modules.items)
     return SimpleNamespace(
-        is_sdxl=base == "sdxl", is_sd1=base == "sd1", model=SimpleNamespace(diffusion_model=denoiser),
+        is_sdxl=base == "sdxl", is_sd2=base == "sd2", model=SimpleNamespace(diffusion_model=denoiser),
         sd_checkpoint_info=SimpleNamespace(name_for_extra=name, filename=filename),
     )  # fmt: skip
 
@@ -152,8 +153,9 @@ def test_a_file_that_cannot_be_used_has_its_sentence_and_the_other_its_card(name
 
 
 def test_a_checkpoint_of_an_unsupported_base_model_gets_a_sentence(host):
-    host.models.model_data.sd_model = model(base="sd1")
-    assert "SDXL and FLUX.1, and the loaded one is Stable Diffusion 1.x. " in the_card(**NAMES)["problems"][0]
+    host.models.model_data.sd_model = model(base="sd2")
+    sentence = f"{listed('and')}, and the loaded one is Stable Diffusion 2.x. "
+    assert sentence in the_card(**NAMES)["problems"][0]
 
 
 class Chroma:
@@ -174,7 +176,7 @@ def test_loras_with_the_keys_of_flux_may_be_for_the_loaded_checkpoint(host, tmp_
     found = the_card(subject="flux")
     assert found["checkpoint"] == {"name": "chroma", "base": None}
     assert found["problems"] == [
-        "K-LoRA works on checkpoints of SDXL and FLUX.1, and the loaded one is Chroma. The LoRA "
+        f"K-LoRA works on checkpoints of {listed('and')}, and the loaded one is Chroma. The LoRA "
         "style.safetensors has the keys of FLUX.1: load a checkpoint of FLUX.1 if that is what it was made "
         "for; otherwise use it in the prompt, with K-LoRA off."
     ]
@@ -201,7 +203,7 @@ def test_a_pair_that_does_not_fit_the_checkpoint_gets_a_sentence(host):
         SimpleNamespace(sd_model=None),
         SimpleNamespace(sd_model=SimpleNamespace()),
         SimpleNamespace(
-            sd_model=model("sd1"),
+            sd_model=model("sd2"),
             forge_loading_parameters={
                 "checkpoint_info": SimpleNamespace(filename="/models/next.safetensors")
             },
