@@ -71,10 +71,20 @@ def fused_images(
         session.step(0)
 
         def at_step_end(pipe: Any, call: int, _timestep: Any, values: dict) -> dict:
-            session.step((call + 1) // pipe.scheduler.order)
+            session.step(_step_of(pipe.scheduler, call + 1))
             return values
 
         return pipeline(**_arguments(pipeline, request, count), callback_on_step_end=at_step_end).images
+
+
+def _step_of(scheduler: Any, call: int) -> int:
+    """The step that a call of the denoiser belongs to, both 0-based.
+
+    A scheduler of second order calls it twice a step, and PNDM, which Stable Diffusion 1.5 comes with, once more at its second timestep.
+    """
+    if scheduler.order > 1:
+        return int(call // scheduler.order)
+    return len(scheduler.timesteps[: call + 1].unique_consecutive()) - 1
 
 
 def _switch(pipeline: Any, subject: Lora, style: Lora) -> DiffusersSwitch:

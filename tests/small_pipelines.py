@@ -1,4 +1,4 @@
-"""Small random pipelines with the real topology of SDXL and FLUX, and LoRA pairs for them."""
+"""Small random pipelines with the real topology of SDXL, SD 1.5 and FLUX, and LoRA pairs for them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -30,8 +31,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from klora.core.families.flux import flux_modules
-from klora.core.families.sdxl import sdxl_modules
+from klora.core.families import FAMILIES
 from klora.core.topology import Module
 
 
@@ -54,6 +54,21 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(32)),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
         add_watermarker=False,
+    ))  # fmt: skip
+
+
+def sd15_pipeline() -> StableDiffusionPipeline:
+    """SD 1.5's blocks and names at a tenth of its width: 16 transformer blocks."""
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64, 128, 128), layers_per_block=2, attention_head_dim=8, cross_attention_dim=32, norm_num_groups=8,
+    )  # fmt: skip
+    return _ready(StableDiffusionPipeline(
+        vae=_vae(), unet=unet, tokenizer=_clip_tokenizer(), text_encoder=CLIPTextModel(_clip_config(12)),
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ))  # fmt: skip
 
 
@@ -88,12 +103,11 @@ def write_kohya(
 ) -> None:
     """A random LoRA on all attention and feed-forward layers, with kohya's key names (FLUX: fused)."""
     tensors: dict[str, Tensor] = {}
-    shapes = _linear_shapes(denoiser)
+    shapes = _shapes(denoiser)
     for module in _trained(base):
         rows = sum(shapes[name][0] for name in module.diffusers)
-        down, up = _factors(
-            module.native, (rows, shapes[module.diffusers[0]][1]), rank, strength * rank / network_alpha, seed
-        )
+        shape = (rows, *shapes[module.diffusers[0]][1:])
+        down, up = _factors(module.native, shape, rank, strength * rank / network_alpha, seed)
         stem = "lora_unet_" + module.native.replace(".", "_")
         tensors |= {
             f"{stem}.lora_down.weight": down,
@@ -108,8 +122,8 @@ def write_peft(
 ) -> None:
     """The same with the key names of diffusers and PEFT (FLUX: split)."""
     tensors: dict[str, Tensor] = {}
-    shapes = _linear_shapes(denoiser)
-    prefix = {"sdxl": "unet", "flux": "transformer"}[base]
+    shapes = _shapes(denoiser)
+    prefix = FAMILIES[base].component
     for module in _trained(base):
         for name in module.diffusers:
             down, up = _factors(name, shapes[name], rank, strength, seed)
@@ -117,38 +131,40 @@ def write_peft(
     save_file(tensors, path)
 
 
-def _linear_shapes(denoiser: torch.nn.Module) -> dict[str, tuple[int, int]]:
+def _shapes(denoiser: torch.nn.Module) -> dict[str, torch.Size]:
     return {
-        name: (module.out_features, module.in_features)
+        name: module.weight.shape
         for name, module in denoiser.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
     }
 
 
+_PARTS = {
+    "sdxl": (".attn1.", ".attn2.", ".ff."),
+    "sd15": (".attn1.", ".attn2.", ".ff.", ".proj_in", ".proj_out"),
+    "flux": ("_attn.qkv", "_attn.proj", "_mlp.", "linear1", "linear2"),
+}
+"""Of the names of what is trained; those of SD 1.5 are convolutions of one tap."""
+
+
 def _trained(base: str) -> list[Module]:
-    modules = sdxl_modules() if base == "sdxl" else flux_modules()
-    parts = (
-        (".attn1.", ".attn2.", ".ff.")
-        if base == "sdxl"
-        else ("_attn.qkv", "_attn.proj", "_mlp.", "linear1", "linear2")
-    )
     return [
         module
-        for module in modules
-        if module.kind == "linear" and any(part in module.native for part in parts)
+        for module in FAMILIES[base].modules
+        if module.kind != "norm" and any(part in module.native for part in _PARTS[base])
     ]
 
 
 def _factors(
-    name: str, shape: tuple[int, int], rank: int, strength: float, seed: int
+    name: str, shape: tuple[int, ...], rank: int, strength: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """down (rank, columns) and up (rows, rank), with a few strong entries and a size for each layer."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
-    rows, columns = shape
+    rows, columns, *taps = shape
     size = strength * math.exp(0.5 * torch.randn((), generator=generator).clamp(-2, 2).item())
-    down = torch.randn(rank, columns, generator=generator) ** 3 / 4
-    up = torch.randn(rows, rank, generator=generator)
-    return (down / math.sqrt(columns)).half(), (up * size / math.sqrt(rank)).half()
+    down = (torch.randn(rank, columns, generator=generator) ** 3 / 4 / math.sqrt(columns)).half()
+    up = (torch.randn(rows, rank, generator=generator) * size / math.sqrt(rank)).half()
+    return down.reshape(rank, columns, *taps), up.reshape(rows, rank, *taps)
 
 
 def _ready(pipeline: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A real diffusers pipeline of SDXL's and FLUX's topology: what is applied, when, and that nothing stays behind."""
+"""A real diffusers pipeline of SDXL's, SD 1.5's and FLUX's topology: what is applied, when, and that nothing stays behind."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_pipelines import flux_pipeline, sdxl_pipeline, write_kohya, write_peft
+from small_pipelines import flux_pipeline, sd15_pipeline, sdxl_pipeline, write_kohya, write_peft
 
 from klora.analysis import analyze
 from klora.core.lora_file import read_lora
@@ -57,7 +57,8 @@ class Bench:
         )
 
     def weights(self):
-        parts = [self.denoiser, self.pipeline.text_encoder, self.pipeline.text_encoder_2]
+        names = ("text_encoder", "text_encoder_2")
+        parts = [self.denoiser, *filter(None, (getattr(self.pipeline, name, None) for name in names))]
         return [
             (parameter, parameter.data_ptr(), parameter.detach().clone())
             for part in parts
@@ -81,7 +82,12 @@ def flux(tmp_path_factory):
     return Bench("flux", flux_pipeline(), tmp_path_factory.mktemp("flux"))
 
 
-@pytest.fixture(params=["sdxl", "flux"])
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+    return Bench("sd15", sd15_pipeline(), tmp_path_factory.mktemp("sd15"))
+
+
+@pytest.fixture(params=["sdxl", "sd15", "flux"])
 def bench(request):
     return request.getfixturevalue(request.param)
 
@@ -161,6 +167,8 @@ CLOCKS = [
     ("sdxl", "DPMSolverMultistepScheduler", 4, [0, 1, 2, 3]),
     ("sdxl", "KDPM2DiscreteScheduler", 3, [0, 0, 1, 1, 2]),
     ("sdxl", "EulerDiscreteScheduler", 1, [0]),
+    ("sd15", "PNDMScheduler", 4, [0, 1, 1, 2, 3]),
+    ("sd15", "EulerAncestralDiscreteScheduler", 4, [0, 1, 2, 3]),
     ("flux", "FlowMatchEulerDiscreteScheduler", 4, [0, 1, 2, 3]),
     ("flux", "FlowMatchEulerDiscreteScheduler", 1, [0]),
 ]
@@ -174,7 +182,8 @@ def test_every_model_evaluation_runs_on_the_plan_of_its_step(
     bench = request.getfixturevalue(base)
     pipeline = bench.pipeline
     before = pipeline.scheduler
-    pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config)
+    more = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}  # as SD 1.5 has it
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config, **more)
     analysis = bench.analysis(steps=steps)
     plan, seen = analysis.plan, []
     switch = DiffusersSwitch(bench.denoiser, base, Lora(analysis.subject, 1.0), Lora(analysis.style, 1.0))
@@ -267,6 +276,17 @@ def test_text_encoder_rule(sdxl, tmp_path):
     }
     assert (pictures["both"] == pictures["style"]).all()
     assert (pictures["subject"] == pictures["none"]).all()
+    assert (pictures["both"] != pictures["none"]).any()
+
+
+def test_the_one_text_encoder_of_sd15_has_what_the_rule_says(sd15, tmp_path):
+    tensors = load_file(sd15.style)
+    stem = "lora_te_text_model_encoder_layers_11_self_attn_v_proj"
+    tensors |= {f"{stem}.lora_down.weight": torch.randn(4, 32), f"{stem}.lora_up.weight": torch.randn(32, 4)}
+    with_text = Bench("sd15", sd15.pipeline, tmp_path)
+    save_file(tensors, with_text.style)
+    pictures = {rule: with_text.picture(Settings(text_encoder=rule)) for rule in ("both", "style", "none")}
+    assert (pictures["both"] == pictures["style"]).all()
     assert (pictures["both"] != pictures["none"]).any()
 
 
