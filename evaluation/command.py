@@ -66,7 +66,7 @@ def _evaluate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("--subject-weight", type=float, default=1.0, help="default 1")
     command.add_argument("--style-weight", type=float, default=1.0, help="default 1")
     command.add_argument("--prompt", help="with the trigger words of both LoRAs")
-    command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="default: that of the images that the base model was trained on")
+    command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="default: the base model's own")
     command.add_argument("--subject-images", type=Path, metavar="FOLDER", help="images of the subject")
     command.add_argument("--style-images", type=Path, metavar="FOLDER", help="images in the style")
     command.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it")

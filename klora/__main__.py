@@ -106,7 +106,7 @@ def _generate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", default="", help="negative prompt")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=positive, default=30, help="default 30")
-    command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="default: that of the images that the base model was trained on")
+    command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="default: the base model's own")
     command.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
     command.add_argument(
         "--scheduler",

@@ -80,7 +80,8 @@ def fused_images(
 def _step_of(scheduler: Any, call: int) -> int:
     """The step that a call of the denoiser belongs to, both 0-based.
 
-    A scheduler of second order calls it twice a step, and PNDM, which Stable Diffusion 1.5 comes with, once more at its second timestep.
+    A scheduler of second order calls it twice a step, and PNDM, which Stable Diffusion 1.5 comes with, twice
+    at its second timestep.
     """
     if scheduler.order > 1:
         return int(call // scheduler.order)
@@ -137,9 +138,7 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
     if options.scheduler:
         pipeline.scheduler = _scheduler(options.scheduler).from_config(pipeline.scheduler.config)
     size = options.size or own_size(pipeline)
-    request = Request(
-        options.prompt, options.seed, options.steps, size, options.negative, options.guidance
-    )
+    request = Request(options.prompt, options.seed, options.steps, size, options.negative, options.guidance)
     image = fused_image(pipeline, analysis, settings, request)
     _save(image, options.out, _parameters(request, analysis, settings))
     print(f"wrote {options.out}")
@@ -188,7 +187,8 @@ def load_pipeline(model: Path, base: str, config: Path | None = None) -> Any:
         config: a diffusers folder with a single file's configuration.
 
     Raises:
-        HostError: there is no such model, it is a single file of a family that has none, or diffusers cannot load it.
+        HostError: there is no such model, it is a single file of a family that is not opened from one, or
+            diffusers cannot load it.
     """
     import diffusers
 
@@ -197,8 +197,8 @@ def load_pipeline(model: Path, base: str, config: Path | None = None) -> Any:
     family = FAMILIES[base]
     if not model.is_dir() and family.single_file is None:
         raise HostError(
-            f"The LoRAs are for {family.short_name}, which `generate` opens from a diffusers folder, not from "
-            f"one file such as {model}: give --model a folder."
+            f"The LoRAs are for {family.short_name}, which is opened from a diffusers folder, not from one file "
+            f"such as {model}: give --model a folder."
         )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

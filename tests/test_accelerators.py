@@ -10,6 +10,8 @@ hypersd_lora sdxl_lightning_8step_lora lcm-lora-sdxl LCM_LoRA_Weights lcmLoraXL 
 sd_xl_turbo_lora_v1 SDXL-Turbo FluxDevTurbo8Steps FLUX.1-dev_tdd_lora_weights TDD-adv_lora flash-sdxl
 SDXL_Flash_LoRA pcm_sdxl_smallcfg_4step_converted dmd2_sdxl_4step_lora_fp16 flux_schnell_lora
 flux1-dev-to-schnell-4step-lora schnell-lora-rank64 flux-schnell-lora-r128 TCD-SDXL-LoRA
+lcm-lora-sdv1-5 LCM_LoRA_Weights_SD15 Hyper-SD15-8steps-CFG-lora pcm_sd15_smallcfg_2step_converted
+TCD-SD15-LoRA AnimateLCM_sd15_t2v_lora perflow-sd15-lora sd15_turbo_lora flash-sd Stable-Diffusion-v1-5-Turbo-LoRA
 """
 """Names of files that people download, or close to them."""
 
@@ -17,7 +19,7 @@ OTHERS = """
 lightning_mcqueen Lightning_FFXIII black_lightning raiden_lightning porsche_911_turbo 911-turbo-flux
 turbo_granny turbografx_xl the_flash Flash_Gordon_SDXL flash_photography flashlight hyperrealism
 Hyper-Realistic_SDXL hyper_detailed_sdxl HyperDimensionNeptunia style_schnell schnellzug michael_schnell_v2
-turbo lightning 8_steps_of_ink pcmcia sdxl_v1
+turbo lightning 8_steps_of_ink pcmcia sdxl_v1 sd15_v2 stable_diffusion_style turbo_diffusion_art
 """
 
 

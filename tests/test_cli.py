@@ -167,7 +167,7 @@ def test_generate_says_of_which_base_model_there_are_no_single_files(tmp_path, c
     options = ["--subject", pair[0], "--style", pair[1], "--prompt", "a cat", "--out", "never.png"]
     assert main(["generate", "--model", str(tmp_path / "flux.safetensors"), *options]) == 1
     said = capsys.readouterr().err
-    assert "The LoRAs are for FLUX, which `generate` opens from a diffusers folder, not from one file" in said
+    assert "The LoRAs are for FLUX, which is opened from a diffusers folder, not from one file" in said
 
 
 def test_generate_refuses_loras_of_other_sizes_before_it_scores(monkeypatch, capsys):

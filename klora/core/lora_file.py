@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from os import PathLike
 from math import prod
+from os import PathLike
 from pathlib import Path
 
 from klora.core import foreign_files

@@ -16,6 +16,7 @@ from weakref import ref
 
 from klora.core.blocks import leader_of
 from klora.core.families import FAMILIES, of_checkpoint
+from klora.core.families.base import DIFFUSERS
 from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
 from klora.core.rewrite import is_in
@@ -285,8 +286,16 @@ class A1111Switch:
 
 
 def host_reads(lora: LoraFile) -> bool:
-    """Whether A1111's loader understands a file's keys as they are: it knows kohya's underscore names."""
-    return is_in(lora, ("kohya", "kohya with diffusers names"))
+    """Whether A1111's loader understands a file's keys as they are: it knows kohya's underscore names, but for `_LOST`."""
+    lost = any(
+        module.target.naming == DIFFUSERS and module.target.module.native in _LOST for module in lora.modules
+    )
+    return is_in(lora, ("kohya", "kohya with diffusers names")) and not lost
+
+
+_LOST = frozenset(("label_emb.0.0", "label_emb.0.2", "out.0", "output_blocks.2.2.conv"))
+"""Modules that it leaves out without a word where a key has diffusers' name of them (convert_diffusers_name_to_compvis): it knows no
+add_embedding and no conv_norm_out, and takes the first upsampler to be where SD 1.5 has it, which has no attention before it."""
 
 
 def _padded_for_inpainting(shape: tuple[int, ...]) -> Padded:

@@ -81,9 +81,7 @@ def test_one_lora_in_every_dialect_gives_one_plan(tmp_path: Path, dialect: str) 
         for name, (up, down) in subject.items():
             expected = up.flatten(1).float() @ down.flatten(1).float() * (dialects.ALPHA / dialects.RANK)
             assert torch.equal(dense(delta_of(name)), expected)
-    plans = [
-        analyze(files[name], files["style"], Settings(), steps=8).to_json() for name in ("known", "odd")
-    ]
+    plans = [analyze(files[name], files["style"], Settings(), steps=8).to_json() for name in ("known", "odd")]
     assert plans[0] == plans[1]
 
 

@@ -90,8 +90,12 @@ TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "no tensors": ({}, "no tensors"),
     "SD 2.x": (
         {
-            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight": torch.ones(320, 2),
-            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.ones(2, 1024),
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight": torch.ones(
+                320, 2
+            ),
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.ones(
+                2, 1024
+            ),
         },
         "Stable Diffusion 2.x",
     ),

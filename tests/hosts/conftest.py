@@ -39,7 +39,14 @@ def host(request):
         yield standin
 
 
-ON_SD15 = ("test_dialects", "test_promises", "test_sizes", "test_text_encoders", "test_weights")
+ON_SD15 = (
+    "test_another_base",
+    "test_dialects",
+    "test_promises",
+    "test_sizes",
+    "test_text_encoders",
+    "test_weights",
+)
 """What is promised of images and depends on the base model; all else is held against SDXL alone, to be done sooner."""
 
 

@@ -4,9 +4,7 @@
 class NetworkModuleLora:
     def __init__(self, network, key, weights):
         self.network, self.key = network, key
-        self.up, self.down = (
-            weights[f"lora_{part}.weight"].float().flatten(1) for part in ("up", "down")
-        )
+        self.up, self.down = (weights[f"lora_{part}.weight"].float().flatten(1) for part in ("up", "down"))
         self.scale = float(weights["alpha"]) / len(self.down) if "alpha" in weights else 1.0
 
     def multiplier(self):
