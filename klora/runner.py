@@ -197,8 +197,8 @@ def load_pipeline(model: Path, base: str, config: Path | None = None) -> Any:
     family = FAMILIES[base]
     if not model.is_dir() and family.single_file is None:
         raise HostError(
-            f"The LoRAs are for {family.short_name}, which is opened from a diffusers folder, not from one file "
-            f"such as {model}: give --model a folder."
+            f"The LoRAs are for {family.short_name}, which is opened from a diffusers folder, not from one "
+            f"file such as {model}: give --model a folder."
         )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

@@ -11,7 +11,8 @@ sd_xl_turbo_lora_v1 SDXL-Turbo FluxDevTurbo8Steps FLUX.1-dev_tdd_lora_weights TD
 SDXL_Flash_LoRA pcm_sdxl_smallcfg_4step_converted dmd2_sdxl_4step_lora_fp16 flux_schnell_lora
 flux1-dev-to-schnell-4step-lora schnell-lora-rank64 flux-schnell-lora-r128 TCD-SDXL-LoRA
 lcm-lora-sdv1-5 LCM_LoRA_Weights_SD15 Hyper-SD15-8steps-CFG-lora pcm_sd15_smallcfg_2step_converted
-TCD-SD15-LoRA AnimateLCM_sd15_t2v_lora perflow-sd15-lora sd15_turbo_lora flash-sd Stable-Diffusion-v1-5-Turbo-LoRA
+TCD-SD15-LoRA AnimateLCM_sd15_t2v_lora perflow-sd15-lora sd15_turbo_lora flash-sd
+Stable-Diffusion-v1-5-Turbo-LoRA
 """
 """Names of files that people download, or close to them."""
 

@@ -79,8 +79,10 @@ def test_a_1x1_convolution_is_the_linear_layer_of_its_channels(host):
 
 
 def missing_layer(host):
-    """A linear layer of the base model that the host's checkpoint lacks, with its sizes there."""
-    modules = FAMILIES[host.base].modules
+    """A linear layer of the base model, and of no other, that the host's checkpoint lacks."""
+    others = [family for family in FAMILIES.values() if family.key != host.base]
+    shared = {module.native for family in others for module in family.modules}
+    modules = [module for module in FAMILIES[host.base].modules if module.native not in shared]
     with safe_open(host.folder / "models" / "Stable-diffusion" / host.checkpoint, "pt") as file:
         known = [key.removesuffix(".weight") for key in file.keys()]  # noqa: SIM118
     return next(
