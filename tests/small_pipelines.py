@@ -61,7 +61,8 @@ def sd15_pipeline() -> StableDiffusionPipeline:
     """SD 1.5's blocks and names at a tenth of its width: 16 transformer blocks."""
     torch.manual_seed(3)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64, 128, 128), layers_per_block=2, attention_head_dim=8, cross_attention_dim=32, norm_num_groups=8,
+        sample_size=8, block_out_channels=(32, 64, 128, 128), layers_per_block=2, attention_head_dim=8,
+        cross_attention_dim=32, norm_num_groups=8,
     )  # fmt: skip
     return _ready(StableDiffusionPipeline(
         vae=_vae(), unet=unet, tokenizer=_clip_tokenizer(), text_encoder=CLIPTextModel(_clip_config(12)),

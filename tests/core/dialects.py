@@ -47,13 +47,15 @@ SD15_BLOCKS = {
 }
 SD15_ATTENTION = {
     f"{a}.transformer_blocks.0.{name}": f"{b}.transformer_blocks.0.{name}"
-    for a, b in SD15_BLOCKS.items() for name in _IN_BLOCK
-}  # fmt: skip
+    for a, b in SD15_BLOCKS.items()
+    for name in _IN_BLOCK
+}
+_FIRST = ".transformer_blocks.0."
 SD15_OTHERS = {
+    f"output_blocks.6.1{_FIRST}ff.net.0.proj": f"up_blocks.2.attentions.0{_FIRST}ff.net.0.proj",
+    f"output_blocks.6.1{_FIRST}ff.net.2": f"up_blocks.2.attentions.0{_FIRST}ff.net.2",
     "input_blocks.2.1.proj_in": "down_blocks.0.attentions.1.proj_in",
     "output_blocks.9.1.proj_out": "up_blocks.3.attentions.0.proj_out",
-    "output_blocks.6.1.transformer_blocks.0.ff.net.0.proj": "up_blocks.2.attentions.0.transformer_blocks.0.ff.net.0.proj",
-    "output_blocks.6.1.transformer_blocks.0.ff.net.2": "up_blocks.2.attentions.0.transformer_blocks.0.ff.net.2",
     "time_embed.2": "time_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
@@ -136,7 +138,7 @@ def sdxl_factors(width: int = 16, seed: int = 0, attention_only: bool = False) -
 
 
 def sd15_factors(width: int = 16, seed: int = 0, attention_only: bool = False) -> Factors:
-    """The same for SD 1.5, whose proj_in and proj_out are convolutions of one tap: (rows, 4, 1, 1) and (4, columns, 1, 1)."""
+    """The same for SD 1.5; the factors of its proj_in and proj_out have the shape of 1x1 convolutions."""
     names = SD15_ATTENTION if attention_only else {**SD15_ATTENTION, **SD15_OTHERS}
     generator = torch.Generator().manual_seed(seed)
     factors = {name: (_grid(generator, width, RANK), _grid(generator, RANK, width)) for name in names}

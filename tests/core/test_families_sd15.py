@@ -1,4 +1,4 @@
-"""SD 1.5: its names against the real network, one LoRA in every dialect, and how its files are told from SDXL's, which share names."""
+"""SD 1.5: names against the real network, one LoRA in every dialect, and files that SDXL's names fit too."""
 
 from __future__ import annotations
 
@@ -23,14 +23,22 @@ from klora.errors import LoraFileError
 from klora.settings import Settings
 
 UNETS = {
-    "sdxl": (sdxl_modules, {
-        "block_out_channels": (4, 8, 16), "attention_head_dim": (1, 2, 4), "transformer_layers_per_block": (1, 2, 10),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32,
-    }),
+    "sdxl": (
+        sdxl_modules,
+        {
+            "block_out_channels": (4, 8, 16),
+            "attention_head_dim": (1, 2, 4),
+            "transformer_layers_per_block": (1, 2, 10),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 32,
+        },
+    ),
     "sd15": (sd15_modules, {"block_out_channels": (4, 8, 16, 16), "attention_head_dim": 1}),
-}  # fmt: skip
+}
 
 
 def real_unet(base: str) -> torch.nn.Module:
@@ -71,9 +79,11 @@ def test_one_lora_in_every_dialect_gives_one_plan(tmp_path: Path, dialect: str) 
     files = {
         name: dialects.write_sd15(tmp_path / f"{name}.safetensors", written_in, factors)
         for name, written_in, factors in (
-            ("known", "kohya", subject), ("style", "kohya", style), ("odd", dialect, subject),
+            ("known", "kohya", subject),
+            ("style", "kohya", style),
+            ("odd", dialect, subject),
         )
-    }  # fmt: skip
+    }
     lora = read_lora(files["odd"])
     assert (lora.base, lora.dialect, lora.unknown_keys) == ("sd15", dialect.removesuffix(", bare"), ())
     assert lora.kinds == {"LoRA": len(subject)}
@@ -132,11 +142,14 @@ OUTPUT_Q = "output_blocks_4_1_transformer_blocks_0_attn1_to_q"
 @pytest.mark.parametrize(
     ("stem", "shape", "base"),
     [
-        (TO_K, (640, 768), "sd15"), (TO_K, (640, 2048), "sdxl"),
-        (OUTPUT_Q, (1280, 1280), "sd15"), (OUTPUT_Q, (640, 640), "sdxl"),
-        ("output_blocks_3_1_proj_in", (1280, 1280), "sd15"), ("output_blocks_5_1_transformer_blocks_0_ff_net_2", (640, 2560), "sdxl"),
+        (TO_K, (640, 768), "sd15"),
+        (TO_K, (640, 2048), "sdxl"),
+        (OUTPUT_Q, (1280, 1280), "sd15"),
+        (OUTPUT_Q, (640, 640), "sdxl"),
+        ("output_blocks_3_1_proj_in", (1280, 1280), "sd15"),
+        ("output_blocks_5_1_transformer_blocks_0_ff_net_2", (640, 2560), "sdxl"),
     ],
-)  # fmt: skip
+)
 def test_a_file_on_blocks_that_both_have_is_told_by_its_sizes(
     tmp_path: Path, stem: str, shape: tuple[int, int], base: str
 ) -> None:
@@ -153,9 +166,13 @@ def test_models_of_its_names_that_klora_does_not_know_are_refused_by_name(
 
 
 HEADERS = [
-    ("stable-diffusion-v2-768-v/lora", "Stable Diffusion 2.x"), ("sd_v2", "Stable Diffusion 2.x"), ("sdxl_base_v1-0", "SDXL"),
-    ("stable-diffusion-xl-v1-base/lora", "SDXL"), ("stable-diffusion-v1/lora", None), ("sd_v1", None),
-]  # fmt: skip
+    ("stable-diffusion-v2-768-v/lora", "Stable Diffusion 2.x"),
+    ("sd_v2", "Stable Diffusion 2.x"),
+    ("sdxl_base_v1-0", "SDXL"),
+    ("stable-diffusion-xl-v1-base/lora", "SDXL"),
+    ("stable-diffusion-v1/lora", None),
+    ("sd_v1", None),
+]
 
 
 @pytest.mark.parametrize(("header", "other"), HEADERS)

@@ -37,6 +37,7 @@ def sentence(path: Path) -> str:
     return text
 
 
+SD2_TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "up without down": ({UP: torch.ones(8, 2)}, f'"{UP}" has no partner "down"'),
     "down without up": ({DOWN: torch.ones(2, 8)}, f'"{DOWN}" has no partner "up"'),
@@ -90,12 +91,8 @@ TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "no tensors": ({}, "no tensors"),
     "SD 2.x": (
         {
-            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight": torch.ones(
-                320, 2
-            ),
-            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.ones(
-                2, 1024
-            ),
+            f"{SD2_TO_K}.lora_up.weight": torch.ones(320, 2),
+            f"{SD2_TO_K}.lora_down.weight": torch.ones(2, 1024),
         },
         "Stable Diffusion 2.x",
     ),

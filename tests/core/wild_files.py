@@ -160,7 +160,7 @@ def sd15_lora(
     separator: str,
     blocks: tuple[str, ...] = ("input_blocks.1.1", "input_blocks.4.1", "middle_block.1", "output_blocks.9.1"),
 ) -> Wild:
-    """kohya's plain LoRA for SD 1.5: attention under diffusers' names, text of 768 numbers, proj_in as a convolution of one tap."""
+    """A plain LoRA for SD 1.5, as kohya trains it: context 768 wide, proj_in a 1x1 convolution."""
     names = {
         "input_blocks.1.1": "down_blocks.0.attentions.0",
         "input_blocks.4.1": "down_blocks.1.attentions.0",

@@ -285,9 +285,9 @@ def test_the_one_text_encoder_of_sd15_has_what_the_rule_says(sd15, tmp_path):
     tensors |= {f"{stem}.lora_down.weight": torch.randn(4, 32), f"{stem}.lora_up.weight": torch.randn(32, 4)}
     with_text = Bench("sd15", sd15.pipeline, tmp_path)
     save_file(tensors, with_text.style)
-    pictures = {rule: with_text.picture(Settings(text_encoder=rule)) for rule in ("both", "style", "none")}
-    assert (pictures["both"] == pictures["style"]).all()
-    assert (pictures["both"] != pictures["none"]).any()
+    images = {rule: with_text.picture(Settings(text_encoder=rule)) for rule in ("both", "style", "none")}
+    assert (images["both"] == images["style"]).all()
+    assert (images["both"] != images["none"]).any()
 
 
 def test_weights_of_zero_give_the_plain_picture(bench):

@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.5, and all that is trained from it or from 1.4: the base model of the largest stock of LoRAs.
+"""Stable Diffusion 1.5, and the models trained from it or from 1.4.
 
-Native names are CompVis': ldm/modules/diffusionmodules/openaimodel.py with v1-inference.yaml.
+Native names are CompVis' (ldm/modules/diffusionmodules/openaimodel.py with v1-inference.yaml).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from klora.core.topology import CONV, Module
 
 
 def sd15_modules() -> Iterator[Module]:
-    """All modules of its UNet: 4 levels of 320, 640, 1280 and 1280 channels, the first three with a transformer block each."""
+    """All modules of its UNet: 320, 640, 1280 and 1280 channels with 1, 1, 1 and 0 transformer blocks."""
     return unet_modules(
         widths=(1, 2, 4, 4), depths=(1, 1, 1, 0), middle_depth=1, projection=CONV, labelled=False
     )
@@ -31,7 +31,7 @@ def _aliases() -> Iterator[Alias]:
 
 
 _CONTEXTS = {1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
-"""Columns of a key projection of cross-attention, where it has 768."""
+"""{columns of a key projection in cross-attention: model}; SD 1.5 has 768."""
 
 
 def _other_by_size(name: str, rows: int, columns: int) -> str | None:
@@ -45,7 +45,7 @@ def _is_checkpoint(model: Any, denoiser: Any) -> bool:
 
 
 def _is_pipeline(pipeline: Any) -> bool:
-    """By the transformer of the outermost level, which SDXL has not, and its convolution, which Stable Diffusion 2 has not."""
+    """By its outermost transformer, which SDXL lacks, with a convolution where SD 2 has a linear layer."""
     unet = getattr(pipeline, "unet", None)
     modules = {} if unet is None else dict(unet.named_modules())
     weight = getattr(modules.get("down_blocks.0.attentions.0.proj_in"), "weight", None)

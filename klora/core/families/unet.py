@@ -1,6 +1,7 @@
-"""What the UNets of Stable Diffusion have in common: the names of their modules, and how trainers alter these names.
+"""The module names of Stable Diffusion's UNets, and the variants of these names that trainers write.
 
-Native names are CompVis' and SGM's (openaimodel.py). The others are those of diffusers' conversion script.
+Native names are CompVis' and SGM's (openaimodel.py). The other names are those of diffusers'
+conversion script.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _Pairs = Iterator[tuple[str, str, str]]
 def unet_modules(
     widths: Sequence[int], depths: Sequence[int], middle_depth: int, projection: str, labelled: bool
 ) -> Iterator[Module]:
-    """All modules of a UNet of two residual blocks a level on the way down and three on the way up.
+    """All modules of a UNet with two residual blocks per level on the way down and three on the way up.
 
     Args:
-        widths: channels of each level, from the outermost on, in any unit.
-        depths: transformer blocks beside each residual block of a level; 0 for a level without attention.
-        middle_depth: transformer blocks in the middle.
-        projection: kind of the transformers' proj_in and proj_out.
-        labelled: whether sizes and crops are embedded beside the time.
+        widths: relative number of channels of each level, the outermost first.
+        depths: transformer blocks after each residual block of a level; 0 for a level without attention.
+        middle_depth: transformer blocks in the middle block.
+        projection: kind of the transformers' proj_in and proj_out, LINEAR or CONV.
+        labelled: whether image size and crop are embedded beside the time.
     """
     pairs = [
         ("time_embed.0", "time_embedding.linear_1", LINEAR),
@@ -113,7 +114,7 @@ def _transformer(native: str, diffusers: str, depth: int, projection: str) -> _P
 
 
 def attention_aliases(modules: Iterable[Module]) -> Iterator[Alias]:
-    """Attention as diffusers wrote it before PEFT: `attn1.processor.to_q_lora.up.weight`, `attn1.to_out_lora…`."""
+    """Attention as diffusers wrote it before PEFT: `attn1.processor.to_q_lora.up.weight`, `to_out_lora.…`."""
     for module in modules:
         for name, naming in ((module.diffusers[0], DIFFUSERS), (module.native, NATIVE)):
             block, dot, projection = name.rpartition(".to_")
@@ -126,10 +127,10 @@ def attention_aliases(modules: Iterable[Module]) -> Iterator[Alias]:
 
 
 def reads_context(layer: str) -> bool:
-    """Whether a layer has as many columns as the text encoders' outputs have numbers."""
+    """Whether a layer reads the text encoders' output: its columns are that output's width."""
     return layer.endswith((".attn2.to_k", ".attn2.to_v"))
 
 
 def narrower_in_sdxl(layer: str) -> bool:
-    """Whether a layer is of the transformers that are 640 channels wide in SDXL and 1280 in Stable Diffusion 1 and 2 under the same names."""
+    """Whether a layer belongs to a transformer that is 640 channels wide in SDXL and 1280 in SD 1 and 2."""
     return layer.startswith(("output_blocks.3.1.", "output_blocks.4.1.", "output_blocks.5.1."))
