@@ -9,7 +9,7 @@ from evaluation.demo import demo
 from evaluation.evaluate import evaluate
 from evaluation.tables import GROUPS
 from klora.__main__ import RESEARCH, positive, size
-from klora.core.families import listed
+from klora.core.families import models_taken
 
 
 def run(arguments: list[str]) -> None:
@@ -54,7 +54,7 @@ def _evaluate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model",
         type=Path,
-        help=f"an {listed('or', short=True)} folder, or an SDXL single file; with it, use the options below",
+        help=f"{models_taken()} (opened as the base model of the LoRAs); with it, use the options below",
     )
     command.add_argument(
         "--config",
@@ -66,7 +66,7 @@ def _evaluate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("--subject-weight", type=float, default=1.0, help="default 1")
     command.add_argument("--style-weight", type=float, default=1.0, help="default 1")
     command.add_argument("--prompt", help="with the trigger words of both LoRAs")
-    command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="default 1024x1024")
+    command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="default: the base model's own")
     command.add_argument("--subject-images", type=Path, metavar="FOLDER", help="images of the subject")
     command.add_argument("--style-images", type=Path, metavar="FOLDER", help="images in the style")
     command.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it")

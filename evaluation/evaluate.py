@@ -20,11 +20,12 @@ from evaluation.image_metrics import Metric, clip_similarity, dino_similarity, g
 from evaluation.miniature import shipped
 from evaluation.tables import GROUPS, Row, as_text, tables
 from klora.analysis import analyze
+from klora.core.lora_file import read_lora
 from klora.core.methods import METHODS, STYLE, SUBJECT, everywhere
 from klora.core.plan import Plan
 from klora.core.score_cache import ScoreCache
 from klora.errors import KLoraError
-from klora.runner import Request, fused_images, load_pipeline
+from klora.runner import Request, fused_images, load_pipeline, own_size
 from klora.settings import Settings
 
 K_SCALES = (1.0, 0.125, 0.5, 2.0, 8.0, 64.0)
@@ -330,9 +331,10 @@ def evaluate(options: argparse.Namespace) -> None:
 
     groups = options.tables or list(GROUPS)
     if options.model:
-        pairs, pipeline = [own_pair(options)], load_pipeline(options.model, options.config)
+        pairs = [own_pair(options)]
+        pipeline = load_pipeline(options.model, read_lora(pairs[0].subject).family, options.config)
         pipeline.set_progress_bar_config(disable=True)
-        size, guidance, batch = options.size or (1024, 1024), options.guidance, 1
+        size, guidance, batch = options.size or own_size(pipeline), options.guidance, 1
         made_of = f"{options.model} {pairs[0].name}"
     else:
         pairs, pipeline = miniature_pairs(options.pairs), shipped.load_model()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from klora.analysis import Analysis, analyze
-from klora.core.families import listed
+from klora.core.families import models_taken
 from klora.core.score_cache import ScoreCache
 from klora.errors import Cancelled, KLoraError
 from klora.report import preflight
@@ -93,7 +93,7 @@ def _generate_command(command: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         required=True,
-        help=f"an {listed('or', short=True)} folder, or an SDXL single file",
+        help=f"{models_taken()}; a single file is opened as the base model of the LoRAs",
     )
     command.add_argument(
         "--config",
@@ -106,9 +106,7 @@ def _generate_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", default="", help="negative prompt")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=positive, default=30, help="default 30")
-    command.add_argument(
-        "--size", type=size, default=(1024, 1024), metavar="WIDTHxHEIGHT", help="default 1024x1024"
-    )
+    command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="default: the base model's own")
     command.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
     command.add_argument(
         "--scheduler",

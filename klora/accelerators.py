@@ -31,7 +31,7 @@ ACCELERATORS = (
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_]+")
 _LORA = re.compile("lora", re.IGNORECASE)
 _STEPS = ("step", "steps")
-_MODELS = {"sd", *(word for family in FAMILIES.values() for word in family.words)}
+_MODELS = {word for family in FAMILIES.values() for word in family.words}
 _VERSIONS = {"v", "version", "alpha", "beta"}
 _COUNTED = {"rank", "r", "dim", "fp", "bf"}
 _NEUTRAL = {

@@ -14,7 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from klora.analysis import Analysis, Progress, analyze, check_pair
-from klora.core.families import listed
+from klora.core.families import models_taken
+from klora.core.families.base import Family
 from klora.core.lora_file import for_one_base, read_lora
 from klora.core.score_cache import ScoreCache
 from klora.errors import HostError, KLoraError, PairError
@@ -44,7 +45,7 @@ def fused_image(pipeline: Any, analysis: Analysis, settings: Settings, request: 
     """Make one image. The pipeline's weights are the same bit for bit when this returns or raises.
 
     Args:
-        pipeline: StableDiffusionXLPipeline or FluxPipeline.
+        pipeline: diffusers' of one of the families.
         analysis: has a plan for `request.steps` steps.
 
     Raises:
@@ -71,10 +72,21 @@ def fused_images(
         session.step(0)
 
         def at_step_end(pipe: Any, call: int, _timestep: Any, values: dict) -> dict:
-            session.step((call + 1) // pipe.scheduler.order)
+            session.step(_step_of(pipe.scheduler, call + 1))
             return values
 
         return pipeline(**_arguments(pipeline, request, count), callback_on_step_end=at_step_end).images
+
+
+def _step_of(scheduler: Any, call: int) -> int:
+    """The step that a call of the denoiser belongs to, both 0-based.
+
+    A scheduler of second order calls it twice a step, and PNDM, which Stable Diffusion 1.5 comes with, twice
+    at its second timestep.
+    """
+    if scheduler.order > 1:
+        return int(call // scheduler.order)
+    return len(scheduler.timesteps[: call + 1].unique_consecutive()) - 1
 
 
 def _switch(pipeline: Any, subject: Lora, style: Lora) -> DiffusersSwitch:
@@ -110,8 +122,9 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
         KLoraError: a file, an option or the model cannot be used.
     """
     paths = options.subject, options.style
-    check_pair(*for_one_base([read_lora(path) for path in paths]))
-    pipeline = load_pipeline(options.model, options.config)
+    files = for_one_base([read_lora(path) for path in paths])
+    check_pair(*files)
+    pipeline = load_pipeline(options.model, files[0].family, options.config)
     loaded = family_of(pipeline)
     files = [read_lora(path, loaded) for path in paths]
     _switch(pipeline, *(Lora(file, 1.0) for file in files))
@@ -129,9 +142,8 @@ def generate(options: argparse.Namespace, settings: Settings, cache: ScoreCache,
         print(f"warning: {warning}")
     if options.scheduler:
         pipeline.scheduler = _scheduler(options.scheduler).from_config(pipeline.scheduler.config)
-    request = Request(
-        options.prompt, options.seed, options.steps, options.size, options.negative, options.guidance
-    )
+    size = options.size or own_size(pipeline)
+    request = Request(options.prompt, options.seed, options.steps, size, options.negative, options.guidance)
     image = fused_image(pipeline, analysis, settings, request)
     _save(image, options.out, _parameters(request, analysis, settings))
     print(f"wrote {options.out}")
@@ -166,29 +178,41 @@ def _save(image: Image.Image, path: Path, parameters: str) -> None:
         ) from error
 
 
-def load_pipeline(model: Path, config: Path | None = None) -> Any:
-    """A pipeline from a diffusers folder or a single SDXL file, on the GPU if there is one.
+def own_size(pipeline: Any) -> tuple[int, int]:
+    """Width and height of the images that a pipeline's base model was trained on, in pixels."""
+    side = family_of(pipeline).side
+    return side, side
+
+
+def load_pipeline(model: Path, family: Family, config: Path | None = None) -> Any:
+    """A pipeline from a diffusers folder or a single file, on the GPU if there is one.
+
+    Args:
+        family: the LoRAs', as which a single file is opened: it does not say what it is.
+        config: a diffusers folder with a single file's configuration.
 
     Raises:
-        HostError: there is no such model, or diffusers cannot load it.
+        HostError: there is no such model, it is a single file of a family that is not opened from one, or
+            diffusers cannot load it.
     """
     import diffusers
 
     if not model.exists():
+        raise HostError(f"There is no model at {model}: give --model {models_taken()}.")
+    if not model.is_dir() and family.single_file is None:
         raise HostError(
-            f"There is no model at {model}: give --model an {listed('or', short=True)} folder, or an SDXL "
-            ".safetensors file."
+            f"The LoRAs are for {family.short_name}, which is opened from a diffusers folder, not from one "
+            f"file such as {model}: give --model a folder."
         )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        if model.is_dir():
+        if model.is_dir() or family.single_file is None:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype)
         else:
             more = {"config": str(config)} if config else {}
-            pipeline = diffusers.StableDiffusionXLPipeline.from_single_file(
-                str(model), torch_dtype=dtype, **more
-            )
+            kind = getattr(diffusers, family.single_file)
+            pipeline = kind.from_single_file(str(model), torch_dtype=dtype, **more)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise HostError(f"diffusers cannot load the model {model}: {error}") from error
     family_of(pipeline)

@@ -1,4 +1,4 @@
-"""Small random pipelines built like SDXL, FLUX.1, Chroma and FLUX.2 Klein, and LoRA pairs for them."""
+"""Small random pipelines built like SDXL, SD 1.5, FLUX.1, Chroma and FLUX.2 Klein, and LoRAs for them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -60,6 +61,22 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(32)),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
         add_watermarker=False,
+    ))  # fmt: skip
+
+
+def sd15_pipeline() -> StableDiffusionPipeline:
+    """SD 1.5's blocks and names at a tenth of its width: 16 transformer blocks."""
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64, 128, 128), layers_per_block=2, attention_head_dim=8,
+        cross_attention_dim=32, norm_num_groups=8,
+    )  # fmt: skip
+    return _ready(StableDiffusionPipeline(
+        vae=_vae(), unet=unet, tokenizer=_clip_tokenizer(), text_encoder=CLIPTextModel(_clip_config(12)),
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ))  # fmt: skip
 
 
@@ -173,12 +190,11 @@ def write_kohya(
 ) -> None:
     """A random LoRA on all attention and feed-forward layers, with kohya's key names (FLUX: fused)."""
     tensors: dict[str, Tensor] = {}
-    shapes = _linear_shapes(denoiser)
+    shapes = _shapes(denoiser)
     for module in _trained(base):
         rows = sum(shapes[name][0] for name in module.diffusers)
-        down, up = _factors(
-            module.native, (rows, shapes[module.diffusers[0]][1]), rank, strength * rank / network_alpha, seed
-        )
+        shape = (rows, *shapes[module.diffusers[0]][1:])
+        down, up = _factors(module.native, shape, rank, strength * rank / network_alpha, seed)
         stem = "lora_unet_" + module.native.replace(".", "_")
         tensors |= {
             f"{stem}.lora_down.weight": down,
@@ -193,7 +209,7 @@ def write_peft(
 ) -> None:
     """The same with the key names of diffusers and PEFT (FLUX: split)."""
     tensors: dict[str, Tensor] = {}
-    shapes = _linear_shapes(denoiser)
+    shapes = _shapes(denoiser)
     prefix = FAMILIES[base].component
     for module in _trained(base):
         for name in module.diffusers:
@@ -202,37 +218,40 @@ def write_peft(
     save_file(tensors, path)
 
 
-def _linear_shapes(denoiser: torch.nn.Module) -> dict[str, tuple[int, int]]:
+def _shapes(denoiser: torch.nn.Module) -> dict[str, torch.Size]:
     return {
-        name: (module.out_features, module.in_features)
+        name: module.weight.shape
         for name, module in denoiser.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
     }
 
 
+_PARTS = {
+    "sdxl": (".attn1.", ".attn2.", ".ff."),
+    "sd15": (".attn1.", ".attn2.", ".ff.", ".proj_in", ".proj_out"),
+    "flux": ("_attn.qkv", "_attn.proj", "_mlp.", "linear1", "linear2", "distilled_guidance_layer"),
+}
+"""Of the names of what is trained; those of SD 1.5 are convolutions of one tap."""
+
+
 def _trained(base: str) -> list[Module]:
-    parts = (
-        (".attn1.", ".attn2.", ".ff.")
-        if base == "sdxl"
-        else ("_attn.qkv", "_attn.proj", "_mlp.", "linear1", "linear2", "distilled_guidance_layer")
-    )
     return [
         module
         for module in FAMILIES[base].modules
-        if module.kind == "linear" and any(part in module.native for part in parts)
+        if module.kind != "norm" and any(part in module.native for part in _PARTS.get(base, _PARTS["flux"]))
     ]
 
 
 def _factors(
-    name: str, shape: tuple[int, int], rank: int, strength: float, seed: int
+    name: str, shape: tuple[int, ...], rank: int, strength: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """down (rank, columns) and up (rows, rank), with a few strong entries and a size for each layer."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
-    rows, columns = shape
+    rows, columns, *taps = shape
     size = strength * math.exp(0.5 * torch.randn((), generator=generator).clamp(-2, 2).item())
-    down = torch.randn(rank, columns, generator=generator) ** 3 / 4
-    up = torch.randn(rows, rank, generator=generator)
-    return (down / math.sqrt(columns)).half(), (up * size / math.sqrt(rank)).half()
+    down = (torch.randn(rank, columns, generator=generator) ** 3 / 4 / math.sqrt(columns)).half()
+    up = (torch.randn(rows, rank, generator=generator) * size / math.sqrt(rank)).half()
+    return down.reshape(rank, columns, *taps), up.reshape(rows, rank, *taps)
 
 
 def _ready(pipeline: Any) -> Any:

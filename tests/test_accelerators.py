@@ -12,6 +12,9 @@ SDXL_Flash_LoRA pcm_sdxl_smallcfg_4step_converted dmd2_sdxl_4step_lora_fp16 flux
 flux1-dev-to-schnell-4step-lora schnell-lora-rank64 flux-schnell-lora-r128 TCD-SDXL-LoRA
 chroma-flash-heun_r256-fp32 Hyper-Chroma-low-step-LoRA Hyper-Chroma-Turbo-Alpha-16steps-lora
 Flux_2-Turbo-LoRA_comfyui flux2-klein-base-9b-turbo
+lcm-lora-sdv1-5 LCM_LoRA_Weights_SD15 Hyper-SD15-8steps-CFG-lora pcm_sd15_smallcfg_2step_converted
+TCD-SD15-LoRA AnimateLCM_sd15_t2v_lora perflow-sd15-lora sd15_turbo_lora flash-sd
+Stable-Diffusion-v1-5-Turbo-LoRA
 """
 """Names of files that people download, or close to them."""
 
@@ -20,6 +23,7 @@ lightning_mcqueen Lightning_FFXIII black_lightning raiden_lightning porsche_911_
 turbo_granny turbografx_xl the_flash Flash_Gordon_SDXL flash_photography flashlight hyperrealism
 Hyper-Realistic_SDXL hyper_detailed_sdxl HyperDimensionNeptunia style_schnell schnellzug michael_schnell_v2
 turbo lightning 8_steps_of_ink pcmcia sdxl_v1 chroma_v2 FLUX.2-klein-4B turbo_b hyper_chroma_low_poly
+sd15_v2 stable_diffusion_style turbo_diffusion_art
 """
 
 

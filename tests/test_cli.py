@@ -135,6 +135,41 @@ def test_generate_makes_an_image_from_a_saved_model_and_says_what_is_missing(tmp
     assert "There is no model at" in capsys.readouterr().err
 
 
+def test_generate_opens_a_single_file_as_the_base_model_of_the_loras(tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    from small_pipelines import sd15_pipeline, write_kohya, write_peft
+
+    pipeline, opened = sd15_pipeline(), []
+
+    def from_single_file(path, **settings):
+        opened.append((Path(path).name, settings["config"]))
+        return pipeline
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", from_single_file)
+    model, subject, style, out = (
+        tmp_path / name for name in ("any.safetensors", "subject.safetensors", "style.safetensors", "a.png")
+    )
+    model.touch()
+    write_kohya(subject, pipeline.unet, base="sd15", rank=2, network_alpha=1, seed=1, strength=0.5)
+    write_peft(style, pipeline.unet, base="sd15", rank=2, seed=2, strength=0.5)
+    options = ["--subject", str(subject), "--style", str(style), "--prompt", "a cat", "--steps", "1"]
+    options += ["--model", str(model), "--config", "the/config", "--out", str(out)]
+    assert main(["generate", *options]) == 0
+    assert opened == [("any.safetensors", "the/config")]
+    with Image.open(out) as image:
+        assert image.size == (512, 512)
+
+
+def test_generate_says_of_which_base_model_there_are_no_single_files(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    (tmp_path / "flux.safetensors").touch()
+    pair = [str(GOLDEN / "flux_fused_split" / f"{role}.safetensors") for role in ("subject", "style")]
+    options = ["--subject", pair[0], "--style", pair[1], "--prompt", "a cat", "--out", "never.png"]
+    assert main(["generate", "--model", str(tmp_path / "flux.safetensors"), *options]) == 1
+    said = capsys.readouterr().err
+    assert "The LoRAs are for FLUX, which is opened from a diffusers folder, not from one file" in said
+
+
 def test_generate_refuses_loras_of_other_sizes_before_it_scores(monkeypatch, capsys):
     pytest.importorskip("diffusers")
     from small_pipelines import sdxl_pipeline

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from evaluation.image_metrics import Metric, Recogniser, gram, recognised
+from klora.core.families.sdxl import SDXL
 from klora.errors import HostError
 
 FOLDER = Path(__file__).resolve().parent / "data"
@@ -78,7 +79,7 @@ def load_model() -> Any:
     """
     from klora.runner import load_pipeline
 
-    pipeline = load_pipeline(FOLDER / "model")
+    pipeline = load_pipeline(FOLDER / "model", SDXL)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cpu")
 

@@ -13,8 +13,6 @@ _BLOCKS = r"(^|\.|lora_unet_|lycoris_)blocks[._]\d+[._]"
 _OTHER_BASES = tuple(
     (re.compile(pattern, re.MULTILINE), name)
     for pattern, name in (
-        (r"(down_blocks[._]0|up_blocks[._]3)[._]attentions", "Stable Diffusion 1.x or 2.x"),
-        (r"input_blocks[._][12][._]1[._]|output_blocks[._](9|10|11)[._]", "Stable Diffusion 1.x or 2.x"),
         (r"joint_transformer_blocks[._]\d|(^|[._])(double|single)_layers[._]\d", "AuraFlow (Pony V7)"),
         (r"(double|single)_stream_blocks[._]\d", "HiDream"),
         (r"diffusion_model[._]transformer_blocks[._]\d+[._](audio_)?attn1[._]", "LTX-Video"),

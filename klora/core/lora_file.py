@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from os import PathLike
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from klora.core.key_names import ParsedKey, foreign_prefix, parse_keys
 from klora.core.lora_modules import FileModule, Gathered, gather, used_rank
 from klora.core.lora_reader import LoraReader
 from klora.core.tensor_file import OpenTensors, TensorFile, read_tensor_file
-from klora.core.topology import CONV
 from klora.errors import LoraFileError
 
 _BUNDLED_EMBEDDING = "bundle_emb."
@@ -308,7 +308,7 @@ def _kind_name(module: FileModule) -> str:
     assert module.kind is not None
     if module.magnitude_role is not None:
         return dora.NAME
-    return module.kind.name_of(module.target.module.kind == CONV)
+    return module.kind.name_of(any(prod(shape[2:]) > 1 for shape in module.shapes.values()))
 
 
 def _unscored(gathered: Gathered) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from weakref import ref
 
 from klora.core.blocks import leader_of
 from klora.core.families import of_checkpoint
-from klora.core.families.base import HOSTS_OWN, Family
+from klora.core.families.base import DIFFUSERS, HOSTS_OWN, Family
 from klora.core.families.unlisted import Place, unlisted
 from klora.core.file_state import version_of
 from klora.core.lora_file import LoraFile
@@ -323,8 +323,19 @@ class A1111Switch:
 
 
 def host_reads(lora: LoraFile) -> bool:
-    """Whether A1111's loader understands a file's keys as they are. It knows kohya's underscore names."""
-    return is_in(lora, ("kohya", "kohya with diffusers names", HOSTS_OWN))
+    """Whether A1111's loader understands a file's keys as they are. It knows kohya's names, save `_LOST`."""
+    lost = any(
+        module.target.naming == DIFFUSERS and module.target.module.native in _LOST for module in lora.modules
+    )
+    return is_in(lora, ("kohya", "kohya with diffusers names", HOSTS_OWN)) and not lost
+
+
+_LOST = frozenset(("label_emb.0.0", "label_emb.0.2", "out.0", "output_blocks.2.2.conv"))
+"""Modules that A1111 leaves out without a word if a key has diffusers' name for them.
+
+Its convert_diffusers_name_to_compvis knows no add_embedding and no conv_norm_out, and looks for the first
+upsampler where SD 1.5 has it, which has no attention before it.
+"""
 
 
 def _padded_for_inpainting(shape: tuple[int, ...]) -> Padded:

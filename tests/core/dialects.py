@@ -38,6 +38,34 @@ SDXL_OTHERS = {
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.7.0.emb_layers.1": "down_blocks.2.resnets.0.time_emb_proj",
 }
+SD15_BLOCKS = {
+    "input_blocks.1.1": "down_blocks.0.attentions.0",
+    "input_blocks.8.1": "down_blocks.2.attentions.1",
+    "middle_block.1": "mid_block.attentions.0",
+    "output_blocks.3.1": "up_blocks.1.attentions.0",
+    "output_blocks.11.1": "up_blocks.3.attentions.2",
+}
+SD15_ATTENTION = {
+    f"{a}.transformer_blocks.0.{name}": f"{b}.transformer_blocks.0.{name}"
+    for a, b in SD15_BLOCKS.items()
+    for name in _IN_BLOCK
+}
+_FIRST = ".transformer_blocks.0."
+SD15_OTHERS = {
+    f"output_blocks.6.1{_FIRST}ff.net.0.proj": f"up_blocks.2.attentions.0{_FIRST}ff.net.0.proj",
+    f"output_blocks.6.1{_FIRST}ff.net.2": f"up_blocks.2.attentions.0{_FIRST}ff.net.2",
+    "input_blocks.2.1.proj_in": "down_blocks.0.attentions.1.proj_in",
+    "output_blocks.9.1.proj_out": "up_blocks.3.attentions.0.proj_out",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.2": "conv_out",
+    "input_blocks.9.0.op": "down_blocks.2.downsamplers.0.conv",
+    "input_blocks.11.0.in_layers.2": "down_blocks.3.resnets.1.conv1",
+    "middle_block.2.emb_layers.1": "mid_block.resnets.1.time_emb_proj",
+    "output_blocks.2.1.conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks.8.2.conv": "up_blocks.2.upsamplers.0.conv",
+    "output_blocks.11.0.skip_connection": "up_blocks.3.resnets.2.conv_shortcut",
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +135,17 @@ def sdxl_factors(width: int = 16, seed: int = 0, attention_only: bool = False) -
     names = SDXL_ATTENTION if attention_only else {**SDXL_ATTENTION, **SDXL_OTHERS}
     generator = torch.Generator().manual_seed(seed)
     return {name: (_grid(generator, width, RANK), _grid(generator, RANK, width)) for name in names}
+
+
+def sd15_factors(width: int = 16, seed: int = 0, attention_only: bool = False) -> Factors:
+    """The same for SD 1.5; the factors of its proj_in and proj_out have the shape of 1x1 convolutions."""
+    names = SD15_ATTENTION if attention_only else {**SD15_ATTENTION, **SD15_OTHERS}
+    generator = torch.Generator().manual_seed(seed)
+    factors = {name: (_grid(generator, width, RANK), _grid(generator, RANK, width)) for name in names}
+    return {
+        name: tuple(part[..., None, None] for part in pair) if ".proj_" in name else pair
+        for name, pair in factors.items()
+    }
 
 
 def flux_factors(modules: list[Fused], width: int = 12, seed: int = 0) -> Factors:
@@ -184,8 +223,16 @@ FLUX_SPLIT_DIALECTS: dict[str, tuple[Callable[[str], str], Style]] = {
 
 def write_sdxl(path: Path, dialect: str, factors: Factors) -> Path:
     """Saves `factors` in a dialect of either SDXL table."""
+    return _write_unet(path, dialect, factors, {**SDXL_ATTENTION, **SDXL_OTHERS})
+
+
+def write_sd15(path: Path, dialect: str, factors: Factors) -> Path:
+    """Saves `factors` in a dialect of either SDXL table, all of which trainers write for SD 1.5 too."""
+    return _write_unet(path, dialect, factors, {**SD15_ATTENTION, **SD15_OTHERS})
+
+
+def _write_unet(path: Path, dialect: str, factors: Factors, diffusers: dict[str, str]) -> Path:
     name, style = {**SDXL_DIALECTS, **SDXL_ATTENTION_DIALECTS}[dialect]
-    diffusers = {**SDXL_ATTENTION, **SDXL_OTHERS}
     file: dict[str, Tensor] = {}
     for native, (up, down) in factors.items():
         _put(file, name(native, diffusers[native]), style, up, down)

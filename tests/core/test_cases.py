@@ -30,7 +30,11 @@ from klora.core.score_cache import ScoreCache
 from klora.errors import KLoraError, LoraFileError, PairError
 from klora.settings import Settings
 
-HOST_DIALECTS = {"sdxl": ("kohya", "kohya with diffusers names"), "flux": ("kohya", "diffusers PEFT")}
+HOST_DIALECTS = {
+    "sdxl": ("kohya", "kohya with diffusers names"),
+    "sd15": ("kohya", "kohya with diffusers names"),
+    "flux": ("kohya", "diffusers PEFT"),
+}
 
 
 def hosts_read(lora: LoraFile) -> bool:
@@ -91,6 +95,14 @@ PLANNED: dict[str, tuple[Callable[[], Wild], Callable[[], Wild]]] = {
         wild.flux_partner,
     ),
     "a control LoRA beside one without img_in": (wild.control_lora, wild.flux_partner),
+    "SD 1.5 by kohya beside one by PEFT": (
+        lambda: wild.sd15_lora(1, wild.kohya, "lora_unet_", "_"),
+        lambda: wild.sd15_lora(2, wild.peft, "unet.", "."),
+    ),
+    "SD 1.5 on blocks that SDXL has too, by its context": (
+        lambda: wild.sd15_lora(1, wild.kohya, "lora_unet_", "_", wild.SHARED_BLOCKS),
+        lambda: wild.sd15_lora(2, wild.kohya, "lora_unet_", "_", wild.SHARED_BLOCKS),
+    ),
     "diffusers' alpha 4 in the header": (lambda: wild.alphas_in_the_header(4), wild.sdxl_partner),
     "diffusers' alpha 8 in the header": (lambda: wild.alphas_in_the_header(8), wild.sdxl_partner),
 }
@@ -240,13 +252,13 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     ),
     "Krea 2": (lambda: wild.some_lora("diffusion_model.blocks.0.attn.wq"), "Krea 2"),
     "Ernie-Image": (lambda: wild.some_lora("transformer.layers.0.self_attention.to_q"), "Ernie-Image"),
-    "SD 1.5 on a few blocks, by its context": (
+    "SD 2.x on a few blocks, by its context": (
         lambda: wild.peft(
             "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
             torch.ones(640, 1),
-            torch.ones(1, 768),
+            torch.ones(1, 1024),
         ),
-        "Stable Diffusion 1.x",
+        "Stable Diffusion 2.x",
     ),
 }
 
@@ -427,6 +439,7 @@ def test_any_other_prefix_is_named(tmp_path: Path, opening: str, prefix: str) ->
 READ_BY_THEMSELVES = {
     "kohya, SDXL": ("lora_unet_middle_block_1_proj_in", KOHYA, True),
     "kohya with diffusers names, SDXL": ("lora_unet_mid_block_attentions_0_proj_in", KOHYA, True),
+    "kohya with diffusers names, SD 1.5": ("lora_unet_up_blocks_3_attentions_0_proj_in", KOHYA, True),
     "diffusers PEFT, FLUX": ("transformer.transformer_blocks.0.attn.to_q", PEFT, True),
     "fused projections of diffusers": ("transformer.transformer_blocks.0.attn.to_qkv", PEFT, False),
     "native names after transformer.": ("transformer.double_blocks.0.img_attn.proj", PEFT, False),

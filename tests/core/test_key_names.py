@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klora.core import foreign_files
+from klora.core.families import FAMILIES
+from klora.core.families.base import Family
 from klora.core.families.flux import flux_modules
 from klora.core.families.sdxl import sdxl_modules
 from klora.core.key_names import SUFFIXES, parse_key
@@ -79,9 +81,9 @@ def test_sdxl_has_560_attention_layers() -> None:
     assert sum(".attn" in m.native and m.kind == LINEAR for m in sdxl_modules()) == 560
 
 
-def test_no_layer_of_sdxl_or_flux_is_taken_for_another_model() -> None:
+def test_no_layer_of_a_family_is_taken_for_another_model() -> None:
     text_encoders = [m for encoder in TEXT_ENCODERS.values() for m in encoder.modules]
-    for module in (*ALL, *text_encoders):
+    for module in (*(module for _, module in ALL), *text_encoders):
         for name in (module.native.partition(":")[2] or module.native, *module.diffusers):
             keys = [f"{name}.alpha", f"transformer.{name}.alpha", f"lora_unet_{name.replace('.', '_')}.alpha"]
             assert (
@@ -89,17 +91,20 @@ def test_no_layer_of_sdxl_or_flux_is_taken_for_another_model() -> None:
             ), name
 
 
-ALL = [*sdxl_modules(), *flux_modules()]
+ALL = [(family, module) for family in FAMILIES.values() for module in family.modules]
 
 
 @given(st.sampled_from(ALL), st.sampled_from(ROLES), st.sampled_from(["lora_unet_", "lycoris_"]))
-def test_underscore_names_mean_one_place(module: Module, role: tuple[str, str], prefix: str) -> None:
+def test_underscore_names_mean_one_place(
+    place: tuple[Family, Module], role: tuple[str, str], prefix: str
+) -> None:
+    family, module = place
     suffix, meaning = role
     for name, layers in (
         (module.native, module.layers),
         *((d, (layer,)) for d, layer in zip(module.diffusers, module.layers, strict=True)),
     ):
-        parsed = parse_key(f"{prefix}{name.replace('.', '_')}.{suffix}")
+        parsed = parse_key(f"{prefix}{name.replace('.', '_')}.{suffix}", [family])
         assert parsed is not None
         assert (parsed.target.layers, parsed.role) == (layers, meaning)
 
@@ -109,8 +114,11 @@ def test_underscore_names_mean_one_place(module: Module, role: tuple[str, str], 
     st.sampled_from(sorted(SUFFIXES)),
     st.sampled_from(["diffusion_model.", "unet.", "transformer.", "base_model.model.", ""]),
 )
-def test_dotted_names_are_understood_under_every_prefix(module: Module, suffix: str, prefix: str) -> None:
-    parsed = parse_key(prefix + module.native + suffix)
+def test_dotted_names_are_understood_under_every_prefix(
+    place: tuple[Family, Module], suffix: str, prefix: str
+) -> None:
+    family, module = place
+    parsed = parse_key(prefix + module.native + suffix, [family])
     assert parsed is not None
     assert parsed.target.module == module
     assert parsed.role == SUFFIXES[suffix]
@@ -188,7 +196,7 @@ def test_names_as_trainers_write_them(key: str, layers: str, role: str) -> None:
         "",
         "alpha",
         "lora_unet_",
-        "lora_unet_input_blocks_1_1_proj_in.alpha",
+        "lora_unet_input_blocks_10_1_proj_in.alpha",
         "lora_unet_input_blocks_4_1_proj_in.lora_sideways.weight",
         "transformer.transformer_blocks.19.attn.to_q.lora_A.weight",
         "model.diffusion_model.out.2.weight",

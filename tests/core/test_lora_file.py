@@ -22,6 +22,8 @@ TO_Q = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 LAYER_Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 CONV = "lora_unet_input_blocks_4_0_in_layers_2"
 LAYER_CONV = "input_blocks.4.0.in_layers.2"
+ONE_TAP = "lora_unet_input_blocks_7_0_skip_connection"
+LAYERS = {TO_Q: LAYER_Q, CONV: LAYER_CONV, ONE_TAP: "input_blocks.7.0.skip_connection"}
 
 
 def deltas_of(lora: LoraFile) -> dict[str, Tensor]:
@@ -187,8 +189,8 @@ KINDS = {
         2,
         lambda t: t["up"].flatten(1) @ t["down"].flatten(1),
     ),
-    "LoCon 1x1": (
-        CONV,
+    "LoRA of a 1x1 convolution": (
+        ONE_TAP,
         randoms(up=(6, 2, 1, 1), down=(2, 8, 1, 1)),
         2,
         lambda t: t["up"].flatten(1) @ t["down"].flatten(1),
@@ -300,7 +302,7 @@ def test_every_kind_equals_its_formula_in_float64(tmp_path: Path, kind: str, dty
         | {f"{stem}.alpha": torch.tensor(alpha)},
     )
     ((layer, info),) = lora.layers.items()
-    assert layer == (LAYER_CONV if stem == CONV else LAYER_Q)
+    assert layer == LAYERS[stem]
     expected = formula({role: t.double() for role, t in stored.items()}) * (alpha / rank if rank else 1.0)
     assert info.rank == rank
     assert kind.startswith(info.kind)

@@ -37,6 +37,7 @@ def sentence(path: Path) -> str:
     return text
 
 
+SD2_TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "up without down": ({UP: torch.ones(8, 2)}, f'"{UP}" has no partner "down"'),
     "down without up": ({DOWN: torch.ones(2, 8)}, f'"{DOWN}" has no partner "up"'),
@@ -88,16 +89,12 @@ TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
         "no weight differences",
     ),
     "no tensors": ({}, "no tensors"),
-    "SD 1.5": (
+    "SD 2.x": (
         {
-            f"lora_unet_down_blocks_0_attentions_0_proj_in.lora_{x}.weight": torch.ones(2, 2)
-            for x in ("up", "down")
+            f"{SD2_TO_K}.lora_up.weight": torch.ones(320, 2),
+            f"{SD2_TO_K}.lora_down.weight": torch.ones(2, 1024),
         },
-        "Stable Diffusion 1.x",
-    ),
-    "SD 1.5 beside layers that SDXL has too": (
-        GOOD | {"lora_unet_up_blocks_3_attentions_0_proj_in.alpha": torch.ones(())},
-        "Stable Diffusion 1.x",
+        "Stable Diffusion 2.x",
     ),
     "SD 3": (
         {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": torch.ones(2, 2)},

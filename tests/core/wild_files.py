@@ -6,6 +6,7 @@ of ours takes part in it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,6 +146,35 @@ def sdxl_partner(
             up, down = make.pair(32, 32)
             wild.tensors |= kohya(opening + underscored(name), up, down)
             wild.deltas[name] = product(up, down), RANK
+    return wild
+
+
+SHARED_BLOCKS = ("input_blocks.4.1", "middle_block.1")
+"""Of SD 1.5's blocks those that SDXL has under the same names, as wide."""
+
+
+def sd15_lora(
+    seed: int,
+    put: Callable[[str, Tensor, Tensor], Tensors],
+    opening: str,
+    separator: str,
+    blocks: tuple[str, ...] = ("input_blocks.1.1", "input_blocks.4.1", "middle_block.1", "output_blocks.9.1"),
+) -> Wild:
+    """A plain LoRA for SD 1.5, as kohya trains it: context 768 wide, proj_in a 1x1 convolution."""
+    names = {
+        "input_blocks.1.1": "down_blocks.0.attentions.0",
+        "input_blocks.4.1": "down_blocks.1.attentions.0",
+        "middle_block.1": "mid_block.attentions.0",
+        "output_blocks.9.1": "up_blocks.3.attentions.0",
+    }
+    make, wild = Maker(seed), Wild()
+    for block in blocks:
+        for leaf in ("proj_in", *ATTENTION):
+            up, down = make.pair(32, 768 if leaf.endswith(("attn2.to_k", "attn2.to_v")) else 32)
+            wild.deltas[f"{block}.{leaf}"] = product(up, down), RANK
+            if leaf == "proj_in":
+                up, down = up[..., None, None], down[..., None, None]
+            wild.tensors |= put(opening + f"{names[block]}.{leaf}".replace(".", separator), up, down)
     return wild
 
 

@@ -18,24 +18,44 @@ def standin(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def standin_sd15(tmp_path_factory):
+    return StandIn(tmp_path_factory.mktemp("webui"), "sd15")
+
+
+@pytest.fixture(scope="session")
 def running():
     with RUNNING.ready():
         yield RUNNING
 
 
-@pytest.fixture(scope="module", params=["stand-in", *(["running"] if RUNNING else [])])
+@pytest.fixture(scope="module")
 def host(request):
     if request.param == "running":
         yield request.getfixturevalue("running")
         return
-    standin = request.getfixturevalue("standin")
+    standin = request.getfixturevalue(request.param)
     with standin.in_place(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "EXTENSION", standin.folder)
         yield standin
 
 
+ON_SD15 = (
+    "test_another_base",
+    "test_dialects",
+    "test_promises",
+    "test_sizes",
+    "test_text_encoders",
+    "test_weights",
+)
+"""What is promised of images and depends on the base model; all else is tested on SDXL alone, to save time."""
+
+
 def pytest_generate_tests(metafunc):
     """Samplers, places of faults and the like are those of the hosts in this run; any others are skipped."""
+    if "host" in metafunc.fixturenames:
+        also = ["standin_sd15"] if metafunc.module.__name__ in ON_SD15 else []
+        hosts = ["standin", *also, *(["running"] if RUNNING else [])]
+        metafunc.parametrize("host", hosts, indirect=True, scope="module")
     of_hosts = {
         "timed": [timed for facts in PRESENT for clocks in facts.clocks.values() for timed in clocks],
         "place": [place for facts in PRESENT for place in facts.places],

@@ -32,6 +32,7 @@ class Facts:
 
 FIELDS: Mapping[str, Mapping[str, Any]] = {
     "sdxl": {"sampler_name": "Euler a", "scheduler": "Automatic"},
+    "sd15": {"sampler_name": "Euler a", "scheduler": "Automatic"},
     "flux": {"sampler_name": "Euler", "scheduler": "Simple", "cfg_scale": 1, "distilled_cfg_scale": 3.5},
 }
 """What a request needs for a base model."""
@@ -54,6 +55,9 @@ LENGTHS = {
 TIMESTEPS = {("PLMS", 4): once(4), ("DDIM", 4): once(3)}
 COMMON = {**FIRST_ORDER, **SECOND_ORDER, **LENGTHS}
 SDXL = {**COMMON, **TIMESTEPS, ("UniPC", 4): once(4), ("DPM2", 3): twice(3), ("Restart", 6): twice(6)}
+UNETS = ("sdxl", "sd15")
+"""Base models that are sampled alike."""
+
 ANCESTRAL = {("DPM2 a", 3): twice(3)}
 
 HEUNPP2 = {("HeunPP2", 4): [0, 0, 0, 1, 1, 1, 2, 2, 3], ("HeunPP2", 1): [0]}
@@ -85,7 +89,7 @@ FAMILY_STORAGES = {
 """With "(fp16 LoRA)" LoRAs are online, in Forge for weights of 8 bits and fewer only."""
 
 A1111 = Facts(
-    {"sdxl": {**SDXL, **ANCESTRAL}},
+    {base: {**SDXL, **ANCESTRAL} for base in UNETS},
     upscalers=("Latent", "None"),
     places={**FAMILY_PLACES, "load": 3, "apply": 1, "restore": 1},
     storages={
@@ -102,7 +106,7 @@ If it cannot load a LoRA it goes on to the next one, and K-LoRA makes it load th
 
 FORGE = Facts(
     {
-        "sdxl": {**SDXL, **ANCESTRAL, **HEUNPP2, **OF_FORGE, ("DPM++ 2S a", 4): twice(4)},
+        **{base: {**SDXL, **ANCESTRAL, **HEUNPP2, **OF_FORGE, ("DPM++ 2S a", 4): twice(4)} for base in UNETS},
         "flux": {**COMMON, **HEUNPP2, **OF_FORGE_FLUX},
     },
     upscalers=("Latent", "None"),
@@ -113,7 +117,7 @@ FORGE = Facts(
 
 NEO = Facts(
     {
-        "sdxl": {**SDXL, **KOHAKU, **OF_NEO},
+        **{base: {**SDXL, **KOHAKU, **OF_NEO} for base in UNETS},
         "flux": {**COMMON, **KOHAKU, **OF_NEO, ("DPM++ 2s a RF", 4): twice(4), ("DPM++ 2s a RF", 1): [0]},
     },
     upscalers=("None",),

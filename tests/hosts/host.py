@@ -62,7 +62,7 @@ class Host(ABC):
 
     @cached_property
     def base(self):
-        """ "sdxl" or "flux", as its LoRAs have it and so its checkpoint."""
+        """The key of the family of its LoRAs and so of its checkpoint."""
         return read_lora(self.file(self.subject)).base
 
     @property

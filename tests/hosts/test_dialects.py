@@ -9,8 +9,7 @@ from host import replaced, same
 from safetensors.torch import load_file
 
 from klora.core import file_state
-from klora.core.families.flux import flux_modules
-from klora.core.families.sdxl import sdxl_modules
+from klora.core.families import FAMILIES
 
 KOHYA = (".lora_down.weight", ".lora_up.weight")
 PEFT = (".lora_A.weight", ".lora_B.weight")
@@ -44,7 +43,7 @@ def in_double_attention(name):
     return name.startswith("double_blocks") and name.endswith(("attn.qkv", "attn.proj"))
 
 
-SDXL = {
+UNET = {
     "diffusers PEFT": (lambda module: f"unet.{module.diffusers[0]}", PEFT, anywhere),
     "diffusers middle": (lambda module: f"unet.{module.diffusers[0]}", MIDDLE, anywhere),
     "diffusers old processors": (lambda module: f"unet.{processor(module.diffusers[0])}", OLD, in_attention),
@@ -77,11 +76,13 @@ FLUX_SPLIT = {
 }
 """Of fused matrices and of their pieces: {dialect: how it names a module}."""
 
+DIALECTS = {"sdxl": UNET, "sd15": UNET, "flux": FLUX}
+
 
 def factors(host):
     """(module, down, up) of every low-rank pair of the host's kohya subject, the scale in `up`."""
     tensors = load_file(host.file(host.subject))
-    for module in sdxl_modules() if host.base == "sdxl" else flux_modules():
+    for module in FAMILIES[host.base].modules:
         stem = f"lora_unet_{flat(module.native)}"
         if stem + KOHYA[0] in tensors:
             down, up = (tensors[stem + suffix] for suffix in KOHYA)
@@ -99,9 +100,9 @@ def assert_fuse_alike(host, **files):
         assert not same(images[0], host.image({**host.pair, "method": "Style only"}))
 
 
-@pytest.mark.parametrize("dialect", dict.fromkeys([*SDXL, *FLUX]))
+@pytest.mark.parametrize("dialect", dict.fromkeys([*UNET, *FLUX]))
 def test_other_keys_fuse_as_kohyas(host, dialect):
-    dialects = SDXL if host.base == "sdxl" else FLUX
+    dialects = DIALECTS[host.base]
     if dialect not in dialects:
         pytest.skip("a dialect of the other base model")
     name_of, suffixes, includes = dialects[dialect]
@@ -146,7 +147,7 @@ def test_other_split_keys_fuse_as_those_of_diffusers(host, dialect):
 def test_what_is_loaded_is_a_copy_of_the_file_that_is_there(host, in_place, monkeypatch):
     """Another file of the same name, size and time has a copy of its own."""
     monkeypatch.setattr(file_state, "SETTLED_SECONDS", 0)  # where the host is in this process
-    name_of, suffixes, _ = (SDXL if host.base == "sdxl" else FLUX)["raw PEFT"]
+    name_of, suffixes, _ = DIALECTS[host.base]["raw PEFT"]
     before, after = {}, {}
     for module, down, up in factors(host):
         for tensors, sign in ((before, 1), (after, -1)):

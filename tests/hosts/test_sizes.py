@@ -6,8 +6,7 @@ from host import same
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from klora.core.families.flux import flux_modules
-from klora.core.families.sdxl import sdxl_modules
+from klora.core.families import FAMILIES
 from klora.core.lora_file import read_lora
 
 UP, DOWN = ("lora_up", "lora_B"), ("lora_down", "lora_A")
@@ -67,7 +66,7 @@ def test_a_1x1_convolution_is_the_linear_layer_of_its_channels(host):
         key for key in linear if "unet" in key and key.endswith(("lora_down.weight", "lora_up.weight"))
     ]
     if not factors:
-        pytest.skip("only kohya's SDXL files are written so")
+        pytest.skip("only kohya's files for SDXL and SD 1.5 are written so")
     convolution = {
         key: value[..., None, None] if key in factors and value.dim() == 2 else value
         for key, value in linear.items()
@@ -78,8 +77,10 @@ def test_a_1x1_convolution_is_the_linear_layer_of_its_channels(host):
 
 
 def missing_layer(host):
-    """A linear layer of the base model that the host's checkpoint lacks, with its sizes there."""
-    modules = sdxl_modules() if host.base == "sdxl" else flux_modules()
+    """A linear layer of the base model, and of no other, that the host's checkpoint lacks."""
+    others = [family for family in FAMILIES.values() if family.key != host.base]
+    shared = {module.native for family in others for module in family.modules}
+    modules = [module for module in FAMILIES[host.base].modules if module.native not in shared]
     with safe_open(host.folder / "models" / "Stable-diffusion" / host.checkpoint, "pt") as file:
         known = [key.removesuffix(".weight") for key in file.keys()]  # noqa: SIM118
     return next(

@@ -12,6 +12,10 @@ ENCODERS = {
             "conditioner.embedders.0.transformer.text_model.encoder.layers.{}.mlp.fc1.weight",
             "lora_te1_text_model_encoder_layers_{}_mlp_fc1",
         ),
+        "sd15": (
+            "cond_stage_model.transformer.text_model.encoder.layers.{}.mlp.fc1.weight",
+            "lora_te_text_model_encoder_layers_{}_mlp_fc1",
+        ),
         "flux": (
             "text_encoders.clip_l.transformer.text_model.encoder.layers.{}.mlp.fc1.weight",
             "lora_te1_text_model_encoder_layers_{}_mlp_fc1",
@@ -58,6 +62,8 @@ def with_part(host, encoder):
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_they_apply_as_the_setting_says(host, encoder):
     """Each under a name of its own: Forge's own tags go on applying an earlier file of the same name."""
+    if host.base not in ENCODERS[encoder]:
+        pytest.skip("this base model has no such text encoder")
     name = f"klora_test_{encoder}_encoder"
     with host.more_loras(**{name: with_part(host, encoder)}):
         klora = {"subject": name, "style": host.style, "method": "Subject only"}

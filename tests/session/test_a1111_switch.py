@@ -10,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from klora.core import file_state
+from klora.core.families.base import NATIVE
+from klora.core.lora_file import read_lora
 from klora.errors import HostError
 from klora.hosts.a1111 import A1111Switch, host_reads
 from klora.hosts.base import Pair, PairLora
@@ -102,7 +105,8 @@ def pair_lora(role, on_text_encoder):
 
 
 def lora_file(path=None, dialects=("kohya",), in_header=False, unused=(), roles=("up", "down")):
-    modules = [SimpleNamespace(keys=dict.fromkeys(roles))]
+    target = SimpleNamespace(naming=NATIVE)
+    modules = [SimpleNamespace(keys=dict.fromkeys(roles), target=target)]
     return SimpleNamespace(
         path=path,
         dialects=frozenset(dialects),
@@ -338,3 +342,26 @@ def test_copies_of_two_contents_have_two_names(tmp_path):
 )
 def test_only_underscore_names_are_left_to_the_hosts_loader(given, reads):
     assert host_reads(lora_file(**given)) is reads
+
+
+FIRST_UPSAMPLER = "lora_unet_up_blocks_0_upsamplers_0_conv"
+
+
+@pytest.mark.parametrize(
+    ("key", "beside", "reads"),
+    [
+        ("lora_unet_add_embedding_linear_1", None, False),
+        ("lora_unet_label_emb_0_0", None, True),
+        (FIRST_UPSAMPLER, "lora_unet_up_blocks_0_attentions_0_proj_in", False),
+        (FIRST_UPSAMPLER, "lora_unet_up_blocks_3_attentions_0_proj_in", True),
+        ("lora_unet_up_blocks_1_upsamplers_0_conv", "lora_unet_up_blocks_0_attentions_0_proj_in", True),
+    ],
+    ids=["size embedding", "its native name", "SDXL's first upsampler", "SD 1.5's", "SDXL's second"],
+)
+def test_a_file_with_names_that_the_hosts_loader_loses_is_converted(tmp_path, key, beside, reads):
+    """It makes an upsampler's name as SD 1.5 has it, whatever the checkpoint."""
+    tensors = {}
+    for stem in filter(None, (key, beside)):
+        tensors |= {f"{stem}.lora_up.weight": torch.ones(8, 2), f"{stem}.lora_down.weight": torch.ones(2, 8)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert host_reads(read_lora(tmp_path / "a.safetensors")) is reads

@@ -11,6 +11,7 @@ from small_pipelines import (
     chroma_pipeline,
     flux_pipeline,
     klein_pipeline,
+    sd15_pipeline,
     sdxl_pipeline,
     write_kohya,
     write_peft,
@@ -89,6 +90,11 @@ def flux(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+    return Bench("sd15", sd15_pipeline(), tmp_path_factory.mktemp("sd15"))
+
+
+@pytest.fixture(scope="module")
 def chroma(tmp_path_factory):
     return Bench("chroma", chroma_pipeline(), tmp_path_factory.mktemp("chroma"))
 
@@ -98,7 +104,7 @@ def klein4b(tmp_path_factory):
     return Bench("klein4b", klein_pipeline(), tmp_path_factory.mktemp("klein4b"))
 
 
-@pytest.fixture(params=["sdxl", "flux", "chroma", "klein4b"])
+@pytest.fixture(params=["sdxl", "sd15", "flux", "chroma", "klein4b"])
 def bench(request):
     return request.getfixturevalue(request.param)
 
@@ -178,6 +184,8 @@ CLOCKS = [
     ("sdxl", "DPMSolverMultistepScheduler", 4, [0, 1, 2, 3]),
     ("sdxl", "KDPM2DiscreteScheduler", 3, [0, 0, 1, 1, 2]),
     ("sdxl", "EulerDiscreteScheduler", 1, [0]),
+    ("sd15", "PNDMScheduler", 4, [0, 1, 1, 2, 3]),
+    ("sd15", "EulerAncestralDiscreteScheduler", 4, [0, 1, 2, 3]),
     ("flux", "FlowMatchEulerDiscreteScheduler", 4, [0, 1, 2, 3]),
     ("flux", "FlowMatchEulerDiscreteScheduler", 1, [0]),
     ("chroma", "FlowMatchEulerDiscreteScheduler", 4, [0, 0, 1, 1, 2, 2, 3, 3]),
@@ -199,7 +207,8 @@ def test_every_model_evaluation_runs_on_the_plan_of_its_step(
     bench = request.getfixturevalue(base)
     pipeline = bench.pipeline
     before = pipeline.scheduler
-    pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config)
+    more = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}  # as SD 1.5 has it
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config, **more)
     analysis = bench.analysis(steps=steps)
     plan, seen = analysis.plan, []
     switch = DiffusersSwitch(bench.denoiser, Lora(analysis.subject, 1.0), Lora(analysis.style, 1.0))
@@ -292,6 +301,17 @@ def test_text_encoder_rule(sdxl, tmp_path):
     }
     assert (images["both"] == images["style"]).all()
     assert (images["subject"] == images["none"]).all()
+    assert (images["both"] != images["none"]).any()
+
+
+def test_the_one_text_encoder_of_sd15_has_what_the_rule_says(sd15, tmp_path):
+    tensors = load_file(sd15.style)
+    stem = "lora_te_text_model_encoder_layers_11_self_attn_v_proj"
+    tensors |= {f"{stem}.lora_down.weight": torch.randn(4, 32), f"{stem}.lora_up.weight": torch.randn(32, 4)}
+    with_text = Bench("sd15", sd15.pipeline, tmp_path)
+    save_file(tensors, with_text.style)
+    images = {rule: with_text.image(Settings(text_encoder=rule)) for rule in ("both", "style", "none")}
+    assert (images["both"] == images["style"]).all()
     assert (images["both"] != images["none"]).any()
 
 

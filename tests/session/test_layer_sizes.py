@@ -8,6 +8,7 @@ from forge_family import ClassicPatcher, ComfyPatcher, ForgePatcher, Networks, c
 from torch import nn
 
 from klora.core.families.flux import flux_modules
+from klora.core.families.sd15 import sd15_modules
 from klora.core.families.sdxl import sdxl_modules
 from klora.core.lora_file import LayerInfo
 from klora.errors import HostError, PairError
@@ -89,6 +90,12 @@ def test_a_convolution_is_the_matrix_of_its_taps():
     }
 
 
+def test_a_convolution_of_one_tap_takes_the_matrix_of_its_channels():
+    """SD 1.5's proj_in; LoRAs have written its factors in either shape."""
+    sizes = native_sizes(sd15_modules(), {"input_blocks.1.1.proj_in": torch.empty(32, 32, 1, 1)}.get)
+    assert sizes["input_blocks.1.1.proj_in"].takes(of_kind((32, 32), "LoRA"))
+
+
 SIZES = {"a.q": LayerSize((8, 8)), "a.k": LayerSize((8, 8))}
 
 
@@ -118,15 +125,17 @@ def of_kind(shape, kind):
     return LayerInfo(4, shape, kind)
 
 
-def a1111_model(**weights):
+def a1111_model(flag, **weights):
     modules = {path: SimpleNamespace(weight=weight) for path, weight in weights.items()}
-    return SimpleNamespace(
-        is_sdxl=True, model=SimpleNamespace(diffusion_model=SimpleNamespace(named_modules=modules.items))
+    denoiser = SimpleNamespace(named_modules=modules.items)
+    return SimpleNamespace(**{flag: True}, model=SimpleNamespace(diffusion_model=denoiser))
+
+
+@pytest.mark.parametrize("flag", ["is_sdxl", "is_sd1"])
+def test_a1111_fills_up_the_channels_of_an_inpainting_model(flag):
+    model = a1111_model(
+        flag, **{"input_blocks.0.0": torch.empty(32, 9, 3, 3), "out.2": torch.empty(4, 32, 3, 3)}
     )
-
-
-def test_a1111_fills_up_the_channels_of_an_inpainting_model():
-    model = a1111_model(**{"input_blocks.0.0": torch.empty(32, 9, 3, 3), "out.2": torch.empty(4, 32, 3, 3)})
     sizes = A1111(None).sizes_of(model)
     assert sizes["input_blocks.0.0"].takes(of_kind((32, 36), "LoCon"))
     assert sizes["input_blocks.0.0"].takes(of_kind((32, 36), "full diff"))

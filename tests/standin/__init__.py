@@ -20,8 +20,16 @@ WEBUI = Path(__file__).parent / "webui"
 PROBES = sorted((TESTS / "hosts" / "probe" / "scripts").glob("*.py"))
 SCRIPTS = (TESTS.parent / "scripts" / "klora_script.py", *PROBES, WEBUI / "scripts" / "xyz_grid.py")
 ANOTHER_BASE = "another base model"
-"""Content of the configuration file of a checkpoint that the stand-in takes for one of another base model."""
+"""In the configuration file of a checkpoint that the stand-in takes for one of another base model."""
+OF_SD15 = "Stable Diffusion 1.5"
+"""In the configuration file of a checkpoint of SD 1.5; others are of SDXL."""
 OF_WEBUI = ("modules", "gradio", "network", "networks", "network_lora", "klora.webui.ui")
+
+
+NAMES = {
+    "sdxl": ("xl_subject", "xl_style", "xl_style_attn", "tiny_sdxl.safetensors"),
+    "sd15": ("sd_subject", "sd_style", "sd_other", "tiny_sd15.safetensors"),
+}
 
 
 def is_of_webui(name):
@@ -33,10 +41,12 @@ class StandIn(Host):
 
     Args:
         folder: an empty folder for its checkpoint and its LoRAs.
+        base: of its checkpoint and its LoRAs, "sdxl" or "sd15".
     """
 
-    def __init__(self, folder):
-        super().__init__("a1111", folder, "xl_subject", "xl_style", "xl_style_attn", "tiny_sdxl.safetensors")
+    def __init__(self, folder, base="sdxl"):
+        super().__init__("a1111", folder, *NAMES[base])
+        self._configuration = OF_SD15 if base == "sd15" else "of the stand-in"
         self._modules = {}
         with self.in_place():
             self._write_files()
@@ -68,9 +78,10 @@ class StandIn(Host):
         checkpoint = self.folder / "models" / "Stable-diffusion" / self.checkpoint
         for path in (checkpoint, self.folder / "models" / "Lora" / "any"):
             path.parent.mkdir(parents=True)
-        checkpoint.with_suffix(".yaml").write_text("of the stand-in")
+        configuration = checkpoint.with_suffix(".yaml")
+        configuration.write_text(self._configuration)
         generator = torch.Generator().manual_seed(1)
-        layers = sd_models.Model(None).layers()
+        layers = sd_models.Model(configuration).layers()
         save_file(
             {
                 f"{name}.weight": torch.randn(layer.weight.shape, generator=generator) * 0.3
@@ -81,7 +92,7 @@ class StandIn(Host):
         linear = [
             name
             for name, layer in layers.items()
-            if isinstance(layer, sd_models.Linear) and "time_embed" not in name
+            if isinstance(layer, (sd_models.Linear, sd_models.Projection)) and "time_embed" not in name
         ]
         attention = [name for name in linear if ".attn" in name]
         loras = [
@@ -90,16 +101,18 @@ class StandIn(Host):
             (self.other, attention, 3, 3.0),
         ]
         for seed, (name, changed, rank, alpha) in enumerate(loras):
-            self._write_lora(name, changed, rank, alpha, torch.Generator().manual_seed(seed))
+            random = torch.Generator().manual_seed(seed)
+            self._write_lora(name, {path: layers[path] for path in changed}, rank, alpha, random)
 
     def _write_lora(self, name, layers, rank, alpha, generator):
         width, tensors = sys.modules["modules.sd_models"].WIDTH, {}
-        for layer in layers:
-            stem = kohya_name(layer)
-            tensors[f"{stem}.lora_down.weight"] = torch.randn(rank, width, generator=generator) * 0.3
-            tensors[f"{stem}.lora_up.weight"] = torch.randn(width, rank, generator=generator) * torch.rand(
-                1, generator=generator
-            )
+        for path, layer in layers.items():
+            stem = kohya_name(path)
+            taps = layer.weight.shape[2:]
+            down = torch.randn(rank, width, generator=generator) * 0.3
+            up = torch.randn(width, rank, generator=generator) * torch.rand(1, generator=generator)
+            tensors[f"{stem}.lora_down.weight"] = down.reshape(*down.shape, *taps)
+            tensors[f"{stem}.lora_up.weight"] = up.reshape(*up.shape, *taps)
             tensors[f"{stem}.alpha"] = torch.tensor(alpha)
         save_file(tensors, self.folder / "models" / "Lora" / f"{name}.safetensors")
 

@@ -181,7 +181,7 @@ def test_a_pair_that_does_not_fit_the_checkpoint_gets_a_sentence(host):
         SimpleNamespace(sd_model=None),
         SimpleNamespace(sd_model=SimpleNamespace()),
         SimpleNamespace(
-            sd_model=model("sd1"),
+            sd_model=model("sd2"),
             forge_loading_parameters={
                 "checkpoint_info": SimpleNamespace(filename="/models/next.safetensors")
             },

@@ -97,7 +97,7 @@ class Adapter(ABC):
         return None
 
     def name_of(self, is_convolution: bool) -> str:
-        """The usual name of this kind on a linear layer or on a convolution."""
+        """The usual name of this kind on a linear layer or a 1x1 convolution, or on any other convolution."""
         return self.name
 
     def missing(self, roles: Shapes) -> str | None:

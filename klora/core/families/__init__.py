@@ -9,15 +9,24 @@ from klora.core.families.base import Family
 from klora.core.families.chroma import CHROMA
 from klora.core.families.flux import FLUX
 from klora.core.families.flux2 import KLEIN_4B, KLEIN_9B
+from klora.core.families.sd15 import SD15
 from klora.core.families.sdxl import SDXL
 
-FAMILIES: Mapping[str, Family] = {family.key: family for family in (SDXL, FLUX, CHROMA, KLEIN_4B, KLEIN_9B)}
+FAMILIES: Mapping[str, Family] = {
+    family.key: family for family in (SDXL, SD15, FLUX, CHROMA, KLEIN_4B, KLEIN_9B)
+}
 
 
 def listed(word: str, short: bool = False) -> str:
     """The names of all families as part of a sentence, with `word` before the last: "SDXL and FLUX.1"."""
     *names, last = [family.short_name if short else family.name for family in FAMILIES.values()]
     return f"{', '.join(names)} {word} {last}" if names else last
+
+
+def models_taken() -> str:
+    """What diffusers opens a model of these from, for a sentence."""
+    files = [family.short_name for family in FAMILIES.values() if family.single_file]
+    return f"a diffusers folder of {listed('or', short=True)}, or a single file of {' or '.join(files)}"
 
 
 def of_checkpoint(model: Any, denoiser: Any) -> Family | None:

@@ -106,9 +106,12 @@ class Family:
         blocks: {first part of a canonical layer's name: its block}, in the order of the forward pass.
         component: the denoiser's name in diffusers' pipelines.
         text_encoders: {key of `text_encoders.TEXT_ENCODERS`: its name in diffusers' pipelines}.
+        side: width and height in pixels of the square images that it was trained on.
         readable: the dialects that the loaders of Forge and its relatives read as they are.
         is_checkpoint: (WebUI's record of a loaded checkpoint, its denoiser) -> whether it is of this family.
         is_pipeline: (diffusers pipeline) -> whether it is of this family.
+        single_file: the diffusers pipeline class that opens its checkpoints stored in one file; None if one
+            file does not hold a whole model.
         other_by_size: (layer, rows, columns) -> the other model with the same module names in which the layer
             has this size; None if it may be this family's.
         namesakes: (pattern, name) of models with the same module names; the pattern, in lower case, matches
@@ -131,6 +134,8 @@ class Family:
     text_encoders: Mapping[str, str]
     is_checkpoint: Callable[[Any, Any], bool]
     is_pipeline: Callable[[Any], bool]
+    single_file: str | None = None
+    side: int = 1024
     readable: tuple[str, ...] = ("kohya",)
     list_aliases: Callable[[], Iterator[Alias]] = lambda: iter(())
     other_by_size: Callable[[str, int, int], str | None] = lambda _name, _rows, _columns: None

@@ -109,12 +109,13 @@ def of_tag(name):
 def layer_of(key):
     """The name of the model's layer that kohya's name of a module means; None if this model has none."""
     own = key.replace("lora_unet_", "diffusion_model_").replace(
-        "lora_te1_text_model", "0_transformer_text_model"
+        "lora_te2_text_model_encoder_layers_", "1_model_transformer_resblocks_"
     )
-    own = own.replace("lora_te2_text_model_encoder_layers_", "1_model_transformer_resblocks_")
     if own.startswith("1_"):
         own = own.replace("mlp_fc1", "mlp_c_fc").replace("mlp_fc2", "mlp_c_proj")
-    return own if own in shared.sd_model.network_layer_mapping else None
+    own = own.replace("lora_te_text_model_encoder", "transformer_text_model_encoder")
+    of_sdxl, of_sd1 = (own.replace("lora_te1_", start) for start in ("0_transformer_", "transformer_"))
+    return next((name for name in (of_sdxl, of_sd1) if name in shared.sd_model.network_layer_mapping), None)
 
 
 def convert_diffusers_name_to_compvis(key, is_sd2):

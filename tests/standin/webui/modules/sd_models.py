@@ -1,23 +1,25 @@
-"""A small denoiser with SDXL's layer names, and two small text encoders, read from files as the host does."""
+"""A small denoiser with SDXL's or SD 1.5's layer names and its text encoders, read as the host does."""
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from zlib import crc32
 
 import networks
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from standin import ANOTHER_BASE
+from standin import ANOTHER_BASE, OF_SD15
 from torch import nn
 
 from modules import shared
 
 WIDTH = 16
 CHUNK = 75
-BLOCKS = {"input_blocks": [4, 7], "middle_block": [None], "output_blocks": [0, 4]}
-"""Some of the places where SDXL's UNet has transformers; here each has one block."""
+BLOCKS = {
+    "sdxl": {"input_blocks": [4, 7], "middle_block": [None], "output_blocks": [0, 4]},
+    "sd15": {"input_blocks": [1, 7], "middle_block": [None], "output_blocks": [3, 11]},
+}
+"""Some of the places where a UNet has transformers; here each has one block."""
 
 TRANSFORMER = (
     "proj_in", *(f"transformer_blocks.0.{attention}.{part}" for attention in ("attn1",
@@ -53,6 +55,16 @@ class Linear(Patched, nn.Linear):
         return x @ self.weight.float().T
 
 
+class Projection(Patched, nn.Conv2d):
+    """SD 1.5's proj_in and proj_out: a linear layer that is written as a convolution of one tap."""
+
+    def __init__(self):
+        super().__init__(WIDTH, WIDTH, 1, bias=False)
+
+    def own_forward(self, x):
+        return x @ self.weight.float().flatten(1).T
+
+
 class Conv(Patched, nn.Conv2d):
     def __init__(self):
         super().__init__(4, 4, 3, padding=1, bias=False)
@@ -82,17 +94,18 @@ def put(root, path, module):
 class Denoiser(nn.Module):
     """Every layer changes what goes through it, so every weight in force shows in the result."""
 
-    def __init__(self):
+    def __init__(self, base):
         super().__init__()
         self.embedding = [put(self, f"time_embed.{i}", Linear()) for i in (0, 2)]
         self.conv_in = [put(self, "input_blocks.0.0", Conv())]
         places = [
             f"{stage}.{number}.1" if number is not None else f"{stage}.1"
-            for stage, numbers in BLOCKS.items()
+            for stage, numbers in BLOCKS[base].items()
             for number in numbers
         ]
+        kinds = {"norm": Norm, "proj": Projection if base == "sd15" else Linear}
         self.chain = [
-            put(self, f"{place}.{name}", Norm() if "norm" in name else Linear())
+            put(self, f"{place}.{name}", next((kinds[part] for part in kinds if part in name), Linear)())
             for place in places
             for name in TRANSFORMER
         ]
@@ -129,19 +142,20 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.used_config = config
-        self.is_sdxl = config is None or ANOTHER_BASE not in Path(config).read_text()
+        said = Path(config).read_text()
+        self.is_sd1 = OF_SD15 in said
+        self.is_sdxl = not self.is_sd1 and ANOTHER_BASE not in said
         self.model = nn.Module()
-        self.model.diffusion_model = Denoiser()
+        self.model.diffusion_model = Denoiser("sd15" if self.is_sd1 else "sdxl")
         first = TextEncoder(
             [f"transformer.text_model.encoder.layers.0.mlp.{name}" for name in ("fc1", "fc2")]
         )
         second = TextEncoder([f"model.transformer.resblocks.0.mlp.{name}" for name in ("c_fc", "c_proj")])
-        self.conditioner = SimpleNamespace(
-            embedders=[SimpleNamespace(wrapped=first), SimpleNamespace(wrapped=second)]
-        )
-        self.parts = {"model": self.model, "te1": first, "te2": second}
+        self.encoders = {"te": first} if self.is_sd1 else {"te1": first, "te2": second}
+        self.parts = {"model": self.model, **self.encoders}
+        prefixes = {"model": "", "te": "", "te1": "0_", "te2": "1_"}
         self.network_layer_mapping = {}
-        for prefix, part in (("", self.model), ("0_", first), ("1_", second)):
+        for prefix, part in ((prefixes[name], part) for name, part in self.parts.items()):
             for path, module in part.named_modules():
                 module.network_layer_name = prefix + path.replace(".", "_")
                 self.network_layer_mapping[module.network_layer_name] = module
@@ -175,7 +189,7 @@ class Model(nn.Module):
             row = torch.stack(
                 [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
             ).mean(0)
-            rows.append(sum(embedder.wrapped(row) for embedder in self.conditioner.embedders))
+            rows.append(sum(encoder(row) for encoder in self.encoders.values()))
         return torch.stack(rows)
 
     def decode_first_stage(self, latent, width, height):

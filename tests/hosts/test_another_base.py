@@ -1,0 +1,32 @@
+"""LoRAs of another base model than the checkpoint's are refused by name, even where layers have the same names."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from klora.core.families import FAMILIES
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+PAIRS = {"sdxl": "sdxl_attention_same_rank", "sd15": "sd15_kohya_peft", "flux": "flux_fused_split"}
+
+
+@pytest.mark.parametrize("base", PAIRS)
+def test_a_pair_of_another_base_is_refused_by_name(host, base):
+    if base == host.base:
+        pytest.skip("that is its own")
+    files = {
+        f"klora_test_{role}": load_file(GOLDEN / PAIRS[base] / f"{role}.safetensors")
+        for role in ("subject", "style")
+    }
+    with host.more_loras(**files):
+        status, answer = host.request({role: f"klora_test_{role}" for role in ("subject", "style")})
+        assert status == 422
+        theirs, loaded = FAMILIES[base].short_name, FAMILIES[host.base].short_name
+        assert (
+            f"are for {theirs} and the loaded checkpoint is {loaded}: load a checkpoint of"
+            in answer["detail"]
+        )
+        status, answer = host.request({**host.pair, "style": "klora_test_style"})
+        assert status == 422
+        assert f"for {theirs}: choose two LoRAs of the same base model" in answer["detail"]
