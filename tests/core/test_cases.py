@@ -274,7 +274,7 @@ def test_a_lora_of_another_model_is_told_by_that_models_name(tmp_path: Path, cas
 @pytest.mark.parametrize(
     ("key", "value", "model"),
     [
-        ("modelspec.architecture", "chroma/lora", "Chroma"),
+        ("modelspec.architecture", "hunyuan-video/lora", "HunyuanVideo"),
         ("ss_base_model_version", "flux2_klein_4b", "FLUX.2"),
         ("modelspec.architecture", "stable-diffusion-3-m/lora", "Stable Diffusion 3"),
     ],

@@ -186,8 +186,8 @@ def test_a_header_that_names_another_model_of_its_names_is_quoted(
 
 
 def test_a_checkpoint_is_told_by_the_flag_that_every_host_sets() -> None:
-    assert of_checkpoint(SimpleNamespace(is_sd1=True, is_sdxl=False), None) == "sd15"
-    assert of_checkpoint(SimpleNamespace(is_sd1=False, is_sdxl=True), None) == "sdxl"
+    assert of_checkpoint(SimpleNamespace(is_sd1=True, is_sdxl=False), None) is SD15
+    assert of_checkpoint(SimpleNamespace(is_sd1=False, is_sdxl=True), None) is FAMILIES["sdxl"]
     assert of_checkpoint(SimpleNamespace(is_sd1=False, is_sd2=True), None) is None
 
 
@@ -201,7 +201,7 @@ def test_a_pipeline_is_told_by_its_unet(settings: dict, base: str | None) -> Non
     unet = diffusers.UNet2DConditionModel(
         **{"norm_num_groups": 2, "cross_attention_dim": 8, **UNETS["sd15"][1], **settings}
     )
-    assert of_pipeline(SimpleNamespace(unet=unet, text_encoder=None)) == base
+    assert of_pipeline(SimpleNamespace(unet=unet, text_encoder=None)) is FAMILIES.get(base or "")
 
 
 def test_no_name_of_one_family_is_another_familys_layer_of_another_place() -> None:

@@ -1,4 +1,4 @@
-"""LoRAs of another base model than the checkpoint's are refused by name, even where layers have the same names."""
+"""LoRAs of another base model than the checkpoint's are refused by name, even where layers share names."""
 
 from pathlib import Path
 
