@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from klora.core.families.base import (
     HOSTS_OWN,
     NATIVE,
     OLD_PROCESSOR,
+    SHARED,
     SHORT,
     XLABS,
     Family,
@@ -259,6 +260,9 @@ _DIALECT_OF_DOTTED = {NATIVE: "dotted native", DIFFUSERS: "diffusers names after
 
 
 def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
+    if target.naming == SHARED:
+        naming = DIFFUSERS if prefix.dialect in ("diffusers", "bare") else NATIVE
+        return _dialect(prefix, replace(target, naming=naming), suffix)
     if target.naming == XLABS:
         return "XLabs"
     if target.naming == OLD_PROCESSOR or suffix.startswith("_lora"):
@@ -315,6 +319,9 @@ def _names(network: Family | TextEncoder) -> Iterator[tuple[str, Target]]:
 
 
 def _module_names(base: str, module: Module) -> Iterator[tuple[str, Target]]:
+    if module.diffusers == (module.native,) and not module.pieces:
+        yield module.native, Target(base, module, module.layers, SHARED, module.halves_swapped)
+        return
     yield module.native, Target(base, module, module.layers, NATIVE)
     if module.pieces:
         for name, layer in zip(module.diffusers, module.layers, strict=True):

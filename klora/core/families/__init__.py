@@ -7,9 +7,10 @@ from typing import Any
 
 from klora.core.families.base import Family
 from klora.core.families.flux import FLUX
+from klora.core.families.nextdit import LUMINA_2, Z_IMAGE
 from klora.core.families.sdxl import SDXL
 
-FAMILIES: Mapping[str, Family] = {family.key: family for family in (SDXL, FLUX)}
+FAMILIES: Mapping[str, Family] = {family.key: family for family in (SDXL, FLUX, Z_IMAGE, LUMINA_2)}
 
 
 def listed(word: str, short: bool = False) -> str:

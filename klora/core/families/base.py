@@ -12,6 +12,7 @@ from klora.core.topology import Module
 NATIVE, DIFFUSERS, OLD_PROCESSOR, XLABS = "native", "diffusers", "old processor", "XLabs"
 DIFFUSERS_FUSED, SHORT = "diffusers, fused", "without text_model"
 HOSTS_OWN = "the WebUI's own names"
+SHARED = "native and diffusers"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Family:
         name: its exact name for people.
         short_name: its usual name, for places where it cannot be confused with a similar model.
         words: parts of its name as they occur in file names, in lower case.
+        accelerated_names: names of its checkpoints, in lower case, that contain a word for accelerators.
         list_modules: makes all modules of its denoiser.
         list_aliases: makes their further names.
         blocks: {first part of a canonical layer's name: its block}, in the order of the forward pass.
@@ -132,6 +134,7 @@ class Family:
     is_checkpoint: Callable[[Any, Any], bool]
     is_pipeline: Callable[[Any], bool]
     readable: tuple[str, ...] = ("kohya",)
+    accelerated_names: tuple[str, ...] = ()
     list_aliases: Callable[[], Iterator[Alias]] = lambda: iter(())
     other_by_size: Callable[[str, int, int], str | None] = lambda _name, _rows, _columns: None
     in_headers: tuple[str, ...] = ()
