@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from klora.core.deltas import dense
 from klora.core.families import FAMILIES, of_checkpoint
+from klora.core.families.base import Family
 from klora.core.families.nextdit import LUMINA_2, Z_IMAGE
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.plan import make_plan
@@ -275,8 +276,7 @@ IMPOSSIBLE: dict[str, Tensors] = {
 def test_what_would_change_other_pieces_too_is_refused(tmp_path: Path, case: str) -> None:
     lora = read(tmp_path, IMPOSSIBLE[case] | out_projection())
     with pytest.raises(
-        LoraFileError,
-        match="DoRA or GLoRA of a part of a matrix.*lora.safetensors|lora.safetensors.*DoRA or GLoRA",
+        LoraFileError, match=r'of "lora\.safetensors" is of a DoRA or GLoRA of a part of a matrix'
     ):
         for_the_host(lora)
 
@@ -344,9 +344,7 @@ ONE_LAYER = {
     "modulation of Z-Image": ("diffusion_model.layers.0.adaLN_modulation.0", 15360, 256, "z_image"),
     "modulation of Lumina 2": ("diffusion_model.layers.0.adaLN_modulation.1", 9216, 1024, "lumina_2"),
     "q of Lumina 2 by diffusers": ("transformer.layers.0.attn.to_q", 2304, 2304, "lumina_2"),
-    "image input of Lumina 2": ("diffusion_model.x_embedder", 2304, 64, "lumina_2"),
     "caption input of Z-Image": ("diffusion_model.cap_embedder.1", 3840, 2560, "z_image"),
-    "output of Lumina 2": ("diffusion_model.final_layer.linear", 64, 2304, "lumina_2"),
     "w1 of a small Z-Image": ("diffusion_model.layers.0.feed_forward.w1", 768, 256, "z_image"),
 }
 
@@ -385,15 +383,15 @@ def denoiser(modulation: int, *parts: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("network", "base"),
+    ("network", "family"),
     [
-        (denoiser(1), "z_image"),
-        (denoiser(2), "lumina_2"),
+        (denoiser(1), Z_IMAGE),
+        (denoiser(2), LUMINA_2),
         (denoiser(2, "layers"), None),
         (SimpleNamespace(layers=[SimpleNamespace()]), None),
     ],
     ids=["Z-Image", "Lumina 2", "without refiners", "Ernie-Image"],
 )
-def test_a_checkpoint_is_told_by_its_refiners_and_modulation(network: Any, base: str | None) -> None:
+def test_a_checkpoint_is_told_by_its_refiners_and_modulation(network: Any, family: Family | None) -> None:
     """Forge Neo's NextDiT (backend/nn/lumina.py) holds a Linear, or an activation and a Linear."""
-    assert of_checkpoint(SimpleNamespace(), network) == base
+    assert of_checkpoint(SimpleNamespace(), network) is family
