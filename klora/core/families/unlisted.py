@@ -41,9 +41,7 @@ def unlisted(
     for key, place in pieces.items():
         if place.rows is not None and place.path in shapes:
             cuts.setdefault(place.path, {}).setdefault(place.rows, key)
-    modules = {
-        path: _module(path, shape, cuts.get(path, {})) for path, shape in shapes.items() if shape
-    }
+    modules = {path: _module(path, shape, cuts.get(path, {})) for path, shape in shapes.items() if shape}
 
     def find(key: str) -> Found | None:
         place = place_of(key)
