@@ -72,7 +72,7 @@ def flux_pipeline() -> FluxPipeline:
         text_encoder_2=T5EncoderModel(
             T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4)
         ),
-        tokenizer_2=_letter_tokenizer(),
+        tokenizer_2=letter_tokenizer(),
     ))  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def _clip_config(layers: int) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _letter_tokenizer() -> PreTrainedTokenizerFast:
+def letter_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {
         word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from types import MappingProxyType
@@ -22,7 +22,6 @@ from klora.core.families.base import (
     HOSTS_OWN,
     NATIVE,
     OLD_PROCESSOR,
-    SHARED,
     SHORT,
     XLABS,
     Family,
@@ -260,9 +259,6 @@ _DIALECT_OF_DOTTED = {NATIVE: "dotted native", DIFFUSERS: "diffusers names after
 
 
 def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
-    if target.naming == SHARED:
-        naming = DIFFUSERS if prefix.dialect in ("diffusers", "bare") else NATIVE
-        return _dialect(prefix, replace(target, naming=naming), suffix)
     if target.naming == XLABS:
         return "XLabs"
     if target.naming == OLD_PROCESSOR or suffix.startswith("_lora"):
@@ -289,7 +285,8 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
     if family is None:
         plain, naming = TEXT_ENCODERS[target.base].diffusers_is_read, ""
     else:
-        own = (prefix.text, target.naming) == (f"{family.component}.", DIFFUSERS)
+        in_diffusers = target.naming == DIFFUSERS or target.module.diffusers == (target.module.native,)
+        own = prefix.text == f"{family.component}." and in_diffusers
         plain = own or not family.diffusers_is_read
         naming = target.naming
     return "diffusers PEFT" if plain else f"diffusers PEFT ({prefix.text}{naming})"
@@ -319,9 +316,6 @@ def _names(network: Family | TextEncoder) -> Iterator[tuple[str, Target]]:
 
 
 def _module_names(base: str, module: Module) -> Iterator[tuple[str, Target]]:
-    if module.diffusers == (module.native,) and not module.pieces:
-        yield module.native, Target(base, module, module.layers, SHARED, module.halves_swapped)
-        return
     yield module.native, Target(base, module, module.layers, NATIVE)
     if module.pieces:
         for name, layer in zip(module.diffusers, module.layers, strict=True):

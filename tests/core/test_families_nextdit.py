@@ -151,7 +151,7 @@ def test_the_host_makes_of_a_file_what_it_is(tmp_path: Path, base: str, kind: st
 LEFT_ALONE = {
     "z_image": {
         ("fused", "kohya"), ("fused", "split_qkv"), ("fused", "dotted native"), ("split", "ai-toolkit"),
-        ("split", "diffusers PEFT"), ("split", "diffusers without prefix"),
+        ("split", "diffusers PEFT"),
     },
     "lumina_2": {("fused", "kohya"), ("fused", "split_qkv"), ("fused", "dotted native")},
 }  # fmt: skip

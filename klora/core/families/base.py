@@ -12,7 +12,6 @@ from klora.core.topology import Module
 NATIVE, DIFFUSERS, OLD_PROCESSOR, XLABS = "native", "diffusers", "old processor", "XLabs"
 DIFFUSERS_FUSED, SHORT = "diffusers, fused", "without text_model"
 HOSTS_OWN = "the WebUI's own names"
-SHARED = "native and diffusers"
 
 
 @dataclass(frozen=True)
