@@ -1,7 +1,8 @@
-"""Pieces of a fused matrix made into the whole matrix, for hosts whose loaders know only that.
+"""Pieces of a fused matrix joined to the whole matrix, for hosts whose loaders know only that.
 
-Of plain LoRAs: the downs stacked and the ups on a block diagonal, as kohya's `split_qkv` saves them, which is the same change exactly; the
-ranks add up. Of any other kind: ΔW itself, float32. Rows of pieces that the file does not have stay zero.
+If all pieces are plain LoRAs, their downs are stacked and their ups are put on a block diagonal, as kohya's
+`split_qkv` saves them. This is exactly the same change, and the ranks add up. Pieces of any other kind are
+written as ΔW in float32. Rows of pieces that the file does not have stay zero.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class FusedTensor:
     source: str
 
     def read(self, lora: LoraFile, tensors: OpenTensors) -> Tensor:
-        """The tensor, in the numbers of the file where they can hold it exactly, else float32."""
+        """The tensor, in the file's number type where that can hold it exactly, otherwise in float32."""
         if self.role == "down":
             return torch.cat(self._factors("down", tensors))
         if self.role == "up":
@@ -99,7 +100,7 @@ class FusedTensor:
         return whole
 
     def _rows(self, tensors: OpenTensors) -> Tensor:
-        """A number a row, PEFT's bias multiplied by the scale as its delta is."""
+        """One number per row. PEFT's bias is multiplied by the scale, as its delta is."""
         whole = torch.zeros(self.height)
         for piece in self.pieces:
             for role, key in piece.module.keys.items():
@@ -113,22 +114,24 @@ def fuse(lora: LoraFile, modules: Sequence[FileModule]) -> Iterator[FusedTensor]
     """The tensors of the fused matrix of which these modules of `lora` hold pieces.
 
     Raises:
-        LoraFileError: their sizes are not those of the network's pieces, or no loader takes what they are for a whole matrix.
+        LoraFileError: their sizes are not those of the network's pieces, or they are of a kind that cannot be
+            applied to the whole matrix.
     """
     source = next(iter(modules[0].keys.values()))
     pieces, height = _pieces(modules)
     if not pieces:
         raise LoraFileError(
-            f'The tensor "{source}" of "{lora.path.name}" is a part of a matrix that WebUIs have in one piece, and the sizes of its parts do '
-            "not fit together: export the LoRA again."
+            f'The tensor "{source}" of "{lora.path.name}" is for one part of a matrix that WebUIs have as a '
+            "whole, and the sizes of its parts do not fit together: export the LoRA again."
         )
     matrices = [piece for piece in pieces if piece.module.kind is not None]
     roles = {_WRITTEN_AS.get(role, role) for piece in pieces for role in piece.module.keys}
     is_low_rank = all(_is_low_rank(piece.module) for piece in matrices)
     if _depends_on_the_whole_weight(pieces) or (MAGNITUDE in roles and not is_low_rank):
         raise LoraFileError(
-            f'The tensor "{source}" of "{lora.path.name}" is of a DoRA or GLoRA of a part of a matrix that WebUIs have in one piece, where it '
-            "would change the other parts too: export the LoRA with the fused names of the original model, or train it without DoRA."
+            f'The tensor "{source}" of "{lora.path.name}" belongs to a DoRA or GLoRA for one part of a '
+            "matrix that WebUIs have as a whole, where it would change the other parts too: train it on the "
+            "fused matrices of the original model, or as a LoRA without DoRA."
         )
     made = ["diff"]
     if is_low_rank:
@@ -164,9 +167,10 @@ def _is_low_rank(module: FileModule) -> bool:
 
 
 def _depends_on_the_whole_weight(pieces: Sequence[Piece]) -> bool:
-    """Whether a piece changes the weight in a way that differs where the weight has other rows too.
+    """Whether a piece's change would be another one if it were applied to the whole weight.
 
-    GLoRA multiplies the weight. A magnitude an input is taken over all rows, and a magnitude a row has to stand for every row.
+    GLoRA multiplies the weight. A magnitude per input depends on all rows, and magnitudes per row are needed
+    for every row.
     """
     modules = [piece.module for piece in pieces]
     if any(module.kind is not None and len(module.kind.terms) > 1 for module in modules):

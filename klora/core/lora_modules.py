@@ -278,11 +278,14 @@ def _changes_nothing(module: FileModule, tensors: OpenTensors) -> bool:
 
 
 _ALIKE = 0.01
-"""Of the size of a change: more than rounding to bf16 makes, and far less than two LoRAs differ by."""
+"""Relative to the change: more than the rounding to bf16, and far less than the difference of two LoRAs."""
 
 
 def _change_alike(one: FileModule, other: FileModule, tensors: OpenTensors) -> bool:
-    """Whether two modules add the same to the layers that both hold, but for rounding: what they make of one random vector tells."""
+    """Whether two modules add the same, except for rounding, to the layers that both hold.
+
+    Their products with one random vector are compared.
+    """
     if one.adapter != other.adapter or any(m.magnitude_role or m.bias_role for m in (one, other)):
         return False
     ours, theirs = _changes(one, tensors), _changes(other, tensors)
@@ -296,7 +299,7 @@ def _change_alike(one: FileModule, other: FileModule, tensors: OpenTensors) -> b
 
 
 def _changes(module: FileModule, tensors: OpenTensors) -> dict[str, Tensor]:
-    """{layer: its delta times a vector that depends on the number of columns alone}, nothing for a module that has none."""
+    """{layer: its delta times a vector that depends only on the number of columns}, empty without a delta."""
     if module.kind is None or module.delta_shape is None:
         return {}
     if any(tensors.whole(key).dtype not in FLOATS for key in module.keys.values()):

@@ -2,8 +2,8 @@
 
 A module is written with kohya's keys and native names. Pieces of a fused module that come as matrices of
 their own are written with diffusers' names and PEFT's lora_A / lora_B instead. One file may contain both, as
-Forge reads such files. Tensors are copied byte for byte. Where the host has no
-correct names for such pieces, they are joined to the fused module (see `fused_pieces`).
+Forge reads such files. Tensors are copied byte for byte. Where the host has no correct names for such
+pieces, they are joined to the fused module (see `fused_pieces`).
 """
 
 from __future__ import annotations

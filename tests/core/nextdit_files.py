@@ -1,4 +1,4 @@
-"""LoRAs for Z-Image and Lumina 2 in every dialect, and what Forge Neo's loader makes of a file: by names set down by hand."""
+"""LoRAs for Z-Image and Lumina 2 in every dialect, and Forge Neo's reading of them: names set by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of the network: its native name, diffusers' names of its pieces from the top, their heights, and its columns."""
+    """A matrix of the network: its native name, diffusers' names and the heights of its pieces, columns."""
 
     native: str
     diffusers: tuple[str, ...]
@@ -158,10 +158,11 @@ def save(path: Path, tensors: Tensors) -> Path:
 
 
 class Neo:
-    """Forge Neo's reading of a LoRA for one of the two (modules_forge/packages/comfy/lora.py, utils.py, weight_adapter/lora.py).
+    """Forge Neo's reading of a LoRA for one of the two models.
 
-    It knows native names after "lora_unet_" and "diffusion_model.", and Z-Image's diffusers names, for Lumina 2 too, after
-    "diffusion_model.", "transformer.", "lycoris_" and nothing. It takes q, k and v for three pieces as high as the matrix is wide.
+    It knows native names after "lora_unet_" and "diffusion_model.", and Z-Image's diffusers names, also for
+    Lumina 2, after "diffusion_model.", "transformer.", "lycoris_" and nothing. It takes q, k and v for three
+    square pieces (modules_forge/packages/comfy/lora.py, utils.py and weight_adapter/lora.py).
     """
 
     def __init__(self, base: str) -> None:

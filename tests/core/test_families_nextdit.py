@@ -1,4 +1,4 @@
-"""Z-Image and Lumina 2: their names against diffusers' own, one plan in every dialect, what the host makes of a file, and which file is whose."""
+"""Z-Image and Lumina 2: their names, one plan in every dialect, the host's reading, and whose a file is."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ IMPOSSIBLE: dict[str, Tensors] = {
 def test_what_would_change_other_pieces_too_is_refused(tmp_path: Path, case: str) -> None:
     lora = read(tmp_path, IMPOSSIBLE[case] | out_projection())
     with pytest.raises(
-        LoraFileError, match=r'of "lora\.safetensors" is of a DoRA or GLoRA of a part of a matrix'
+        LoraFileError, match=r'of "lora\.safetensors" belongs to a DoRA or GLoRA for one part'
     ):
         for_the_host(lora)
 
@@ -292,7 +292,7 @@ def test_pieces_of_sizes_that_no_network_has_are_refused(tmp_path: Path) -> None
 
 
 def twice(gain: float = 1.0) -> Tensors:
-    """As a trainer of Z-Image saves it: qkv and out for ComfyUI, to_q … to_out.0 for diffusers (diffusers' issue 13203)."""
+    """Every change with fused names and with split names, as a real file has it (diffusers' issue 13203)."""
     factors = files.factors_of("z_image")
     fused = files.tensors_of("z_image", "fused", "kohya", factors)
     split = files.tensors_of("z_image", "split", "musubi-tuner", factors)

@@ -1,4 +1,4 @@
-"""Z-Image's and Lumina 2's own pipelines of diffusers: each LoRA alone as diffusers fuses it, every method, and nothing left behind."""
+"""diffusers' own pipelines of Z-Image and Lumina 2: each LoRA alone, every method, nothing left behind."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Z-Image (base and Turbo) and Lumina 2 (Lumina-Image 2.0, Neta Lumina, NetaYume), which are one network, NextDiT, in two sizes.
+"""Z-Image (base and Turbo) and Lumina 2 (Lumina-Image 2.0, Neta Lumina, NetaYume): one network in two sizes.
 
-Native names are Alpha-VLLM's (Alpha-VLLM/Lumina-Image-2.0, models/model.py), as ComfyUI and Forge Neo have them for both (backend/nn/lumina.py).
-The others are diffusers', which calls the parts of Lumina 2 otherwise than those of Z-Image. Lumina 2 has 24 heads of queries and 8 of keys and
-values, so its k and v are a third as high as its q; Z-Image has 30 of each.
+The network is called NextDiT. Native names are those of Alpha-VLLM/Lumina-Image-2.0 (models/model.py).
+ComfyUI and Forge Neo use them for both models (backend/nn/lumina.py). The other names are from diffusers,
+which has different ones for the two models. Lumina 2 has 24 query heads and 8 key and value heads, so its
+k and v have a third of the rows of its q. Z-Image has 30 heads of each.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ class _Build(NamedTuple):
 
     Attributes:
         layers: number of blocks after the refiners.
-        modulation: name of a block's modulation; Lumina 2 has an activation before it.
+        modulation: name of the projection in a block's modulation.
         ends: {native: diffusers} of the modules around the blocks.
         in_block: {native: diffusers} inside a block with modulation, without q, k and v.
-        in_context: the names that differ in a block of the context refiner, which has no modulation.
+        in_context: {native: diffusers} where names differ in the context refiner, which has no modulation.
         attention: diffusers' name of the attention.
         square, widths: of `qkv`, see `Module`.
     """
@@ -129,7 +130,10 @@ def lumina_2_modules() -> Iterator[Module]:
 
 
 def _aliases(family: Family, build: _Build) -> Iterator[Alias]:
-    """diffusers' fused projection (`fuse_qkv_projections`); and the host's map has Z-Image's names of attention for Lumina 2 too."""
+    """diffusers' fused projection (`fuse_qkv_projections`), and Z-Image's names of attention for Lumina 2.
+
+    The host's key map has the latter, so files may have them too.
+    """
     for module in family.modules:
         block, dot, name = module.native.rpartition(".attention.")
         if not dot or name not in ("qkv", "out"):
@@ -150,7 +154,10 @@ _NAMES = {2304: "Lumina 2", 2520: "OmniGen2", 3840: "Z-Image"}
 
 
 def _by_size(name: str, rows: int, columns: int) -> str | None:
-    """The model that has a layer of this size, by its width and by the heights of k, v and the feed-forward in widths; None if both may."""
+    """The model that has a layer of this size; None if both may have it.
+
+    Its width shows it; in small checkpoints, the heights of k, v and the feed-forward in widths do.
+    """
     if name.endswith((":k", ":v")):
         if rows == columns:
             return "Z-Image"
@@ -170,7 +177,10 @@ def _by_size(name: str, rows: int, columns: int) -> str | None:
 
 
 def _other_than(own: str, name: str, rows: int, columns: int) -> str | None:
-    """`_by_size`, where it is another one. A fused matrix of the other's is cut here into a q that is not as high as it is wide."""
+    """The model found by `_by_size`, None if it is `own`.
+
+    If a fused matrix of the other model is cut as if it were this one's, its q is not square.
+    """
     if name.endswith(":q") and rows != columns:
         return "Lumina 2" if own == "Z-Image" else "Z-Image"
     found = _by_size(name, rows, columns)
@@ -178,7 +188,10 @@ def _other_than(own: str, name: str, rows: int, columns: int) -> str | None:
 
 
 def _modulation_length(denoiser: Any) -> int | None:
-    """How many modules the modulation of a NextDiT has: Z-Image's is the projection alone, Lumina 2's has an activation before it."""
+    """The number of modules in a NextDiT's modulation, None for another network.
+
+    It is 1 in Z-Image, a projection, and 2 in Lumina 2, an activation and a projection.
+    """
     if not all(len(getattr(denoiser, part, ())) for part in ("noise_refiner", "context_refiner", "layers")):
         return None
     return len(getattr(denoiser.layers[0], "adaLN_modulation", ()))
