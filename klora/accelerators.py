@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from klora.core.families import FAMILIES
 
-AMBIGUOUS = frozenset(("lightning", "turbo", "flash", "hyper", "schnell"))
+AMBIGUOUS = frozenset(("lightning", "turbo", "flash", "hyper", "schnell", "distill"))
 """Words that can also name characters, cars and styles."""
 
 ACCELERATORS = (
@@ -25,6 +25,9 @@ ACCELERATORS = (
     "tdd",
     "pcm",
     "perflow",
+    "distill",
+    "distillpatch",
+    "training adapter",
 )
 """Words in the name of an accelerator or of its file."""
 
@@ -32,11 +35,15 @@ _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_]+")
 _LORA = re.compile("lora", re.IGNORECASE)
 _STEPS = ("step", "steps")
 _MODELS = {word for family in FAMILIES.values() for word in family.words}
+_CHECKPOINTS = [
+    (name.split(), family.words[0]) for family in FAMILIES.values() for name in family.accelerated_names
+]
 _VERSIONS = {"v", "version", "alpha", "beta"}
 _COUNTED = {"rank", "r", "dim", "fp", "bf"}
 _NEUTRAL = {
     *AMBIGUOUS, "lora", "loras", "weights", "unet", "model", "adapter", "base", "to", "cfg", "converted",
-    "comfyui", "diffusers", "pytorch", "safetensors", "ckpt", "pt", "b", "heun", "low", "step", "steps",
+    "patch", "image", "comfyui", "diffusers", "pytorch", "safetensors", "ckpt", "pt", "b", "heun", "low",
+    "step", "steps",
 }  # fmt: skip
 
 
@@ -45,15 +52,21 @@ def is_accelerator(name: str, words: Sequence[str] = ACCELERATORS) -> bool:
 
     Only whole words count, in upper or lower case: "hyper" is not in "hyperrealism". A word in `AMBIGUOUS`
     counts only if the name has a number of steps, or otherwise says nothing but a base model, a version or a
-    rank: "sdxl_lightning_4step" and "FLUX.1-Turbo-Alpha", but not "porsche_911_turbo".
+    rank: "sdxl_lightning_4step" and "FLUX.1-Turbo-Alpha", but not "porsche_911_turbo". In the name of a
+    checkpoint, such as Z-Image-Turbo, it does not count.
 
     Args:
         words: each may have several parts, such as "dmd" or "my words".
     """
     parts = _parts(name)
-    found = [wanted for word in words if (wanted := _parts(word)) and _holds(parts, wanted)]
+    told = _without_checkpoints(parts)
+    found = [
+        wanted
+        for word in words
+        if (wanted := _parts(word)) and _holds(parts if len(wanted) > 1 else told, wanted)
+    ]
     return any(len(word) > 1 or word[0] not in AMBIGUOUS for word in found) or (
-        bool(found) and (_says_steps(parts) or _is_technical(parts))
+        bool(found) and (_says_steps(told) or _is_technical(told))
     )
 
 
@@ -64,6 +77,15 @@ def _parts(name: str) -> list[str]:
 
 def _holds(parts: list[str], wanted: list[str]) -> bool:
     return any(parts[i : i + len(wanted)] == wanted for i in range(len(parts)))
+
+
+def _without_checkpoints(parts: list[str]) -> list[str]:
+    """The words of a name, of a checkpoint's name its family's first word alone."""
+    for name, word in _CHECKPOINTS:
+        for start in reversed(range(len(parts) - len(name) + 1)):
+            if parts[start : start + len(name)] == name:
+                parts = [*parts[:start], word, *parts[start + len(name) :]]
+    return parts
 
 
 def _says_steps(parts: list[str]) -> bool:

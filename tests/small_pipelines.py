@@ -102,7 +102,7 @@ def flux_pipeline() -> FluxPipeline:
             text_encoder=CLIPTextModel(_clip_config(12)),
             tokenizer=_clip_tokenizer(),
             text_encoder_2=_t5(),
-            tokenizer_2=_letter_tokenizer(),
+            tokenizer_2=letter_tokenizer(),
         )
     )
 
@@ -127,7 +127,7 @@ def chroma_pipeline() -> ChromaPipeline:
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(),
             text_encoder=_t5(),
-            tokenizer=_letter_tokenizer(),
+            tokenizer=letter_tokenizer(),
         )
     )
 
@@ -170,7 +170,7 @@ def klein_pipeline() -> Flux2KleinPipeline:
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(),
             text_encoder=encoder,
-            tokenizer=_letter_tokenizer(
+            tokenizer=letter_tokenizer(
                 chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}"
             ),
             is_distilled=True,
@@ -301,7 +301,7 @@ def _clip_config(layers: int) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _letter_tokenizer(**more: Any) -> PreTrainedTokenizerFast:
+def letter_tokenizer(**more: Any) -> PreTrainedTokenizerFast:
     vocabulary = {
         word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])
     }

@@ -9,6 +9,8 @@ Hyper-FLUX.1-dev-8steps-lora Hyper-SDXL-8steps-CFG-lora Hyper-SD15-1step-lora Hy
 hypersd_lora sdxl_lightning_8step_lora lcm-lora-sdxl LCM_LoRA_Weights lcmLoraXL FLUX.1-Turbo-Alpha
 sd_xl_turbo_lora_v1 SDXL-Turbo FluxDevTurbo8Steps FLUX.1-dev_tdd_lora_weights TDD-adv_lora flash-sdxl
 SDXL_Flash_LoRA pcm_sdxl_smallcfg_4step_converted dmd2_sdxl_4step_lora_fp16 flux_schnell_lora
+Z-Image-Fun-Lora-Distill-8-Steps-2602 Z-Image-Fun-Lora-Distill-4-Steps Z-Image-Turbo-DistillPatch
+zimage_turbo_training_adapter_v2 zimage_turbo_distill_lora z_image_lightning_4steps
 flux1-dev-to-schnell-4step-lora schnell-lora-rank64 flux-schnell-lora-r128 TCD-SDXL-LoRA
 chroma-flash-heun_r256-fp32 Hyper-Chroma-low-step-LoRA Hyper-Chroma-Turbo-Alpha-16steps-lora
 Flux_2-Turbo-LoRA_comfyui flux2-klein-base-9b-turbo
@@ -24,6 +26,8 @@ turbo_granny turbografx_xl the_flash Flash_Gordon_SDXL flash_photography flashli
 Hyper-Realistic_SDXL hyper_detailed_sdxl HyperDimensionNeptunia style_schnell schnellzug michael_schnell_v2
 turbo lightning 8_steps_of_ink pcmcia sdxl_v1 chroma_v2 FLUX.2-klein-4B turbo_b hyper_chroma_low_poly
 sd15_v2 stable_diffusion_style turbo_diffusion_art
+Z-Image-Turbo z_image_turbo_lora_v1 zImageTurbo_rank16
+zimage_turbo Z-Image-Turbo-Pixel-Art z-image-turbo-2000-steps spirits_distill_whisky turbo_image
 """
 
 

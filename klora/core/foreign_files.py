@@ -34,7 +34,11 @@ _OTHER_BASES = tuple(
         (_BLOCKS + r"(self_attn|cross_attn)[._][qkv]_proj", "Anima or Cosmos"),
         (_BLOCKS + r"((self_attn|cross_attn)[._]|attn1[._]to_)", "Wan"),
         (_BLOCKS + r"attn[._](w[qkvo]|gate)[._]", "Krea 2"),
-        (r"(^|[._])layers[._]\d+[._](attention|feed_forward)[._]", "Lumina or Z-Image"),
+        (
+            r"clip_text_pooled_proj|(^|\.|lora_unet_|lycoris_)layers[._]3[0-5][._](attention|feed_forward)[._]",
+            "NewBie",
+        ),
+        (r"(^|\.|lora_unet_|lycoris_)ref_image_refiner[._]", "OmniGen2"),
         (r"(^|[._])layers[._]\d+[._]self_attention[._]", "Ernie-Image"),
         (r"adaln_single|caption_projection", "PixArt or LTX"),
         (r"lora_prior_unet", "Stable Cascade"),

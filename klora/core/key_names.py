@@ -286,7 +286,8 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
     if family is None:
         plain, naming = TEXT_ENCODERS[target.base].diffusers_is_read, ""
     else:
-        own = (prefix.text, target.naming) == (f"{family.component}.", DIFFUSERS)
+        in_diffusers = target.naming == DIFFUSERS or target.module.diffusers == (target.module.native,)
+        own = prefix.text == f"{family.component}." and in_diffusers
         plain = own or not family.diffusers_is_read
         naming = target.naming
     return "diffusers PEFT" if plain else f"diffusers PEFT ({prefix.text}{naming})"

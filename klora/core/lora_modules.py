@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import prod
 
+import torch
+from torch import Tensor
+
 from klora.core.adapter_config import AdapterConfig
 from klora.core.adapters import Adapter, adapter_of, dora
 from klora.core.adapters.base import DeltaShape, Shape, ShapeMismatch
+from klora.core.deltas import LowRank
 from klora.core.families.base import Family
 from klora.core.key_names import ParsedKey, Target
 from klora.core.tensor_file import FLOATS, OpenTensors, TensorFile
@@ -225,10 +229,12 @@ def _scalar(file: TensorFile, tensors: OpenTensors, key: str | None) -> float | 
 def _leave_out_unused(file: TensorFile, gathered: Gathered, tensors: OpenTensors) -> None:
     """Of several modules for one layer, keeps the one that changes it.
 
-    SimpleTuner trains a fused projection and saves the unused single projections beside it.
+    If several change it alike, the one that holds the most layers is kept. SimpleTuner trains a fused
+    projection and saves the unused single projections beside it. Some LoRAs for Z-Image contain every change
+    twice, once with fused and once with split names.
 
     Raises:
-        LoraFileError: two of them change the layer.
+        LoraFileError: two of them change the layer in different ways.
     """
     claims: dict[str, list[FileModule]] = {}
     for module in gathered.modules:
@@ -242,8 +248,10 @@ def _leave_out_unused(file: TensorFile, gathered: Gathered, tensors: OpenTensors
     unused: set[int] = set()
     for modules in contested:
         used = [module for module in modules if not empty[id(module)]] or modules[:1]
-        if len(used) > 1:
-            raise _two_modules(file, *used[:2])
+        used.sort(key=lambda module: -len(module.target.layers))
+        for other in used[1:]:
+            if not _change_alike(used[0], other, tensors):
+                raise _two_modules(file, used[0], other)
         unused.update(id(module) for module in modules if module is not used[0])
     gathered.unused = [
         key for module in gathered.modules if id(module) in unused for key in module.keys.values()
@@ -267,6 +275,49 @@ def _changes_nothing(module: FileModule, tensors: OpenTensors) -> bool:
         module.scale == 0 or any(is_zero(role) for role in term if role in module.keys)
         for term in (module.kind.terms if module.kind else ())
     )
+
+
+_ALIKE = 0.01
+"""Relative to the change: more than the rounding to bf16, and far less than the difference of two LoRAs."""
+
+
+def _change_alike(one: FileModule, other: FileModule, tensors: OpenTensors) -> bool:
+    """Whether two modules add the same, except for rounding, to the layers that both hold.
+
+    Their products with one random vector are compared.
+    """
+    if one.adapter != other.adapter or any(m.magnitude_role or m.bias_role for m in (one, other)):
+        return False
+    ours, theirs = _changes(one, tensors), _changes(other, tensors)
+    shared = ours.keys() & theirs.keys()
+    return bool(shared) and all(
+        ours[layer].shape == theirs[layer].shape
+        and float(torch.linalg.vector_norm(ours[layer] - theirs[layer]))
+        <= _ALIKE * float(torch.linalg.vector_norm(ours[layer]))
+        for layer in shared
+    )
+
+
+def _changes(module: FileModule, tensors: OpenTensors) -> dict[str, Tensor]:
+    """{layer: its delta times a vector that depends only on the number of columns}, empty without a delta."""
+    if module.kind is None or module.delta_shape is None:
+        return {}
+    if any(tensors.whole(key).dtype not in FLOATS for key in module.keys.values()):
+        return {}
+
+    def get(role: str) -> Tensor:
+        return tensors.whole(module.keys[role]).float()
+
+    delta = module.kind.delta(get, module.shapes, module.scale, module.delta_shape.rank)
+    if module.target.halves_swapped:
+        delta = delta.with_halves_swapped()
+    vector = torch.randn(delta.shape[1], generator=torch.Generator().manual_seed(0))
+    changed = (
+        delta.left @ (delta.right @ vector)
+        if isinstance(delta, LowRank)
+        else delta.rows(0, delta.shape[0]) @ vector
+    )
+    return {layer: changed[start:stop] * delta.scale for layer, start, stop in module.pieces()}
 
 
 def _two_modules(file: TensorFile, one: FileModule, other: FileModule) -> LoraFileError:

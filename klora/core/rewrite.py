@@ -2,7 +2,8 @@
 
 A module is written with kohya's keys and native names. Pieces of a fused module that come as matrices of
 their own are written with diffusers' names and PEFT's lora_A / lora_B instead. One file may contain both, as
-Forge reads such files. Tensors are copied byte for byte.
+Forge reads such files. Tensors are copied byte for byte. Where the host has no correct names for such
+pieces, they are joined to the fused module (see `fused_pieces`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from klora.core.adapters import dora
 from klora.core.families.base import DIFFUSERS, Family
+from klora.core.fused_pieces import FusedTensor, fuse
 from klora.core.key_names import SUFFIXES
 from klora.core.lora_file import LoraFile
 from klora.core.lora_modules import FileModule
@@ -90,7 +92,7 @@ def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, .
             into the layers that they load.
         OSError: the destination cannot be written.
     """
-    entries = {key: entry for module in lora.modules for key, entry in _entries(lora, module)}
+    entries: dict[str, _Entry | FusedTensor] = dict(_all_entries(lora))
     entries.update({key: _Entry(key) for key in lora.embeddings})
     metadata = {name: text for name, text in lora.metadata.items() if name not in _HASHES_OF_THE_ORIGINAL}
     with lora.tensor_file.open() as opened:
@@ -100,6 +102,21 @@ def rewrite(lora: LoraFile, destination: str | os.PathLike[str]) -> tuple[str, .
         except SafetensorError as error:
             raise _system_error(error, os.fspath(destination)) from error
     return lora.unknown_keys
+
+
+def _all_entries(lora: LoraFile) -> Iterator[tuple[str, _Entry | FusedTensor]]:
+    by_the_whole = lora.family.find is None and not lora.family.diffusers_is_read
+    pieces: dict[str, list[FileModule]] = {}
+    for module in lora.modules:
+        network = module.target.module
+        if by_the_whole and module.target.base == lora.base and module.target.layers != network.layers:
+            pieces.setdefault(network.native, []).append(module)
+        else:
+            yield from _entries(lora, module)
+    for native, modules in pieces.items():
+        for tensor in fuse(lora, modules):
+            suffix = _KOHYA.get(tensor.role) or _OTHER[tensor.role]
+            yield f"lora_unet_{_flat(native)}{suffix}", tensor
 
 
 def _entries(lora: LoraFile, module: FileModule) -> Iterator[tuple[str, _Entry]]:
@@ -159,12 +176,14 @@ def _magnitude_shape(module: FileModule, rows: slice | None) -> tuple[int, ...]:
     return (height, *[1] * (len(module.shapes["down"]) - 1))
 
 
-def _tensors(entries: Mapping[str, _Entry], opened: OpenTensors, lora: LoraFile) -> dict[str, Tensor]:
+def _tensors(
+    entries: Mapping[str, _Entry | FusedTensor], opened: OpenTensors, lora: LoraFile
+) -> dict[str, Tensor]:
     """{key: tensor to write}, memory-mapped from the file where a whole tensor is copied unchanged."""
     found: dict[str, Tensor] = {}
     places = set()
     for key, entry in entries.items():
-        tensor = _tensor(entry, opened)
+        tensor = entry.read(lora, opened) if isinstance(entry, FusedTensor) else _tensor(entry, opened)
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in _DTYPES:
             raise LoraFileError(

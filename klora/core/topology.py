@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 LINEAR, CONV, NORM = "linear", "conv", "norm"
 
@@ -22,8 +23,8 @@ class Module:
         pieces: names of the stacked pieces, empty for a module that is one layer.
         square: how many pieces at the top have as many rows as the matrix has columns; the others share the
             remaining rows equally.
-        widths: rows of the matrix divided by its columns in checkpoints. It is needed to cut a bias, whose
-            matrix is not known, where only some pieces are square.
+        widths: rows of the matrix divided by its columns in checkpoints. It is needed where only some
+            pieces are square, to cut a bias, whose matrix is not known, and to join pieces to a whole matrix.
         halves_swapped: diffusers stores the two halves of the rows (shift, scale) in the opposite order.
         rows: the heights of the pieces, top first, where they are known; otherwise the matrix tells them.
         unread: the WebUIs' loaders do not know its path in diffusers.
@@ -34,7 +35,7 @@ class Module:
     kind: str = LINEAR
     pieces: tuple[str, ...] = ()
     square: int = 0
-    widths: int = 1
+    widths: int | Fraction = 1
     halves_swapped: bool = False
     rows: tuple[int, ...] = ()
     unread: bool = False

@@ -534,7 +534,7 @@ def test_an_unused_module_beside_a_used_one_is_left_out(tmp_path: Path, case: st
 
 
 CHANGES: dict[str, dict[str, Tensor]] = {
-    "a delta": low_rank(Q_STEM, 12),
+    "a delta": low_rank(Q_STEM, 12, 2.0),
     "a bias": {**low_rank(Q_STEM, 12, 0.0), f"{Q_STEM}.diff_b": torch.ones(12)},
     "a magnitude": {**low_rank(Q_STEM, 12, 0.0), f"{Q_STEM}.dora_scale": torch.ones(12, 1)},
     "NaN": low_rank(Q_STEM, 12, float("nan")),

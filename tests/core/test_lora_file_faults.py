@@ -70,7 +70,7 @@ TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
         GOOD
         | {
             "unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 8),
-            "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(8, 2),
+            "unet.mid_block.attentions.0.proj_in.lora_B.weight": 2 * torch.ones(8, 2),
         },
         "two tensors for one place",
     ),
@@ -114,7 +114,7 @@ TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
         {"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": torch.ones(2, 2)},
         "HunyuanVideo",
     ),
-    "Z-Image": ({"diffusion_model.layers.0.attention.to_q.lora_A.weight": torch.ones(2, 2)}, "Z-Image"),
+    "NewBie": ({"diffusion_model.layers.35.attention.qkv.lora_A.weight": torch.ones(2, 2)}, "NewBie"),
     "a checkpoint": (
         {
             "model.diffusion_model.out.2.weight": torch.ones(2, 2),

@@ -47,7 +47,7 @@ ON_SD15 = (
     "test_text_encoders",
     "test_weights",
 )
-"""What is promised of images and depends on the base model. All else is tested on SDXL alone, to save time."""
+"""What is promised of images and depends on the base model. All else is tested on SDXL alone, for time."""
 
 
 def pytest_generate_tests(metafunc):

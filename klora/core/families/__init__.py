@@ -9,11 +9,12 @@ from klora.core.families.base import Family
 from klora.core.families.chroma import CHROMA
 from klora.core.families.flux import FLUX
 from klora.core.families.flux2 import KLEIN_4B, KLEIN_9B
+from klora.core.families.nextdit import LUMINA_2, Z_IMAGE
 from klora.core.families.sd15 import SD15
 from klora.core.families.sdxl import SDXL
 
 FAMILIES: Mapping[str, Family] = {
-    family.key: family for family in (SDXL, SD15, FLUX, CHROMA, KLEIN_4B, KLEIN_9B)
+    family.key: family for family in (SDXL, SD15, FLUX, CHROMA, KLEIN_4B, KLEIN_9B, Z_IMAGE, LUMINA_2)
 }
 
 

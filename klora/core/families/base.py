@@ -101,6 +101,7 @@ class Family:
         name: its exact name for people.
         short_name: its usual name, for places where it cannot be confused with a similar model.
         words: parts of its name as they occur in file names, in lower case.
+        accelerated_names: names of its checkpoints, in lower case, that contain a word for accelerators.
         list_modules: makes all modules of its denoiser.
         list_aliases: makes their further names.
         blocks: {first part of a canonical layer's name: its block}, in the order of the forward pass.
@@ -137,6 +138,7 @@ class Family:
     single_file: str | None = None
     side: int = 1024
     readable: tuple[str, ...] = ("kohya",)
+    accelerated_names: tuple[str, ...] = ()
     list_aliases: Callable[[], Iterator[Alias]] = lambda: iter(())
     other_by_size: Callable[[str, int, int], str | None] = lambda _name, _rows, _columns: None
     namesakes: tuple[tuple[str, str], ...] = ()
