@@ -223,7 +223,8 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
     if target.naming in (DIFFUSERS_FUSED, SHORT):
         return f"{prefix.dialect}, {_ODD_NAMES[target.naming]}"
     if prefix.dialect == "dotted":
-        return _DIALECT_OF_DOTTED.get(target.naming, target.naming)
+        dialect = _DIALECT_OF_DOTTED.get(target.naming, target.naming)
+        return dialect if prefix.text == "diffusion_model." else f"{dialect} ({prefix.text})"
     if prefix.dialect in ("bare", "diffusers") and suffix.startswith(".lora."):
         return "diffusers, lora.up keys"
     if prefix.dialect == "bare":
@@ -233,7 +234,8 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
     if family is None:
         plain, naming = TEXT_ENCODERS[target.base].diffusers_is_read, ""
     else:
-        own = (prefix.text, target.naming) == (f"{family.component}.", DIFFUSERS)
+        in_diffusers = target.naming == DIFFUSERS or target.module.diffusers == (target.module.native,)
+        own = prefix.text == f"{family.component}." and in_diffusers
         plain = own or not family.diffusers_is_read
         naming = target.naming
     return "diffusers PEFT" if plain else f"diffusers PEFT ({prefix.text}{naming})"

@@ -21,6 +21,7 @@ from torch import Tensor
 from wild_files import STEPS, Maker, Wild
 
 from klora.analysis import Analysis, analyze
+from klora.core.families import listed
 from klora.core.key_names import parse_key
 from klora.core.lora_file import LoraFile, read_lora
 from klora.core.methods import FULL
@@ -179,35 +180,10 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "AuraFlow, attention": (wild.aura_flow, "AuraFlow (Pony V7)"),
     "Chroma by OneTrainer": (lambda: wild.chroma("transformer"), "Chroma"),
     "Chroma by ai-toolkit": (lambda: wild.chroma("diffusion_model"), "Chroma"),
-    "Anima by LyCORIS": (
-        lambda: wild.some_lora(
-            *(
-                f"lora_unet_blocks_{n}_{a}_{x}_proj"
-                for n in range(28)
-                for a in ("self_attn", "cross_attn")
-                for x in "qkv"
-            ),
-            style="kohya",
-        ),
-        "Anima",
-    ),
-    "Anima in dotted names": (
-        lambda: wild.some_lora(
-            *(f"diffusion_model.blocks.{n}.self_attn.{x}_proj" for n in range(28) for x in "qkv")
-        ),
-        "Anima",
-    ),
     "HiDream by OneTrainer": (
         lambda: wild.some_lora("transformer.double_stream_blocks.0.block.attn1.to_q", style="kohya"),
         "HiDream",
     ),
-    "Wan in diffusers' names": (
-        lambda: wild.some_lora(
-            *(f"transformer.blocks.{n}.attn{a}.to_{x}" for n in range(30) for a in (1, 2) for x in "qkv")
-        ),
-        "Wan",
-    ),
-    "Wan in native names": (lambda: wild.some_lora("diffusion_model.blocks.0.cross_attn.k_img"), "Wan"),
     "LTX-Video": (
         lambda: wild.some_lora(
             *(f"diffusion_model.transformer_blocks.{n}.attn{a}.to_q" for n in range(28) for a in (1, 2))
@@ -230,12 +206,26 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         ),
         "Stable Diffusion 3",
     ),
-    "Qwen-Image, attention": (
-        lambda: wild.some_lora(*(f"transformer.transformer_blocks.{n}.attn.to_q" for n in range(60))),
-        "Qwen-Image",
+    "LTX-Video in diffusers' names, by its text": (
+        lambda: wild.some_lora(*(f"transformer.transformer_blocks.0.attn{a}.to_{x}" for a in (1, 2) for x in "qkv")),
+        "LTX-Video",
     ),
-    "Krea 2": (lambda: wild.some_lora("diffusion_model.blocks.0.attn.wq"), "Krea 2"),
-    "Ernie-Image": (lambda: wild.some_lora("transformer.layers.0.self_attention.to_q"), "Ernie-Image"),
+    "SD 3.5 Large, attention, by width": (
+        lambda: wild.peft("transformer.transformer_blocks.30.attn.to_q", torch.ones(2432, 1), torch.ones(1, 2432)),
+        "Stable Diffusion 3.5 Large",
+    ),
+    "SD 3.5 Large, by a block that FLUX.1 does not have": (
+        lambda: wild.some_lora(*(f"transformer.transformer_blocks.30.{x}" for x in ("attn.to_q", "ff_context.net.2"))),
+        "Stable Diffusion 3.5",
+    ),
+    "Cosmos-Predict2 14B by width": (
+        lambda: wild.peft("diffusion_model.blocks.0.self_attn.q_proj", torch.ones(5120, 1), torch.ones(1, 5120)),
+        "Cosmos-Predict2 14B",
+    ),
+    "FLUX.2 in diffusers' names, by width": (
+        lambda: wild.peft("transformer.transformer_blocks.0.attn.to_k", torch.ones(6144, 1), torch.ones(1, 6144)),
+        "FLUX.2",
+    ),
     "SD 1.5 on a few blocks, by its context": (
         lambda: wild.peft(
             "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
@@ -367,7 +357,7 @@ def test_an_adapter_that_is_no_lora_for_a_webui_is_said_as_it_is(tmp_path: Path,
 @pytest.mark.parametrize("style", ["peft", "kohya"])
 def test_a_lora_is_never_called_a_models_weights(tmp_path: Path, stem: str, style: str) -> None:
     sentence = refusal_of(Wild(wild.some_lora(stem, style=style)).save(tmp_path / "odd.safetensors"))
-    assert "is not a LoRA for SDXL or FLUX.1 in any key names that K-LoRA knows" in sentence
+    assert f"is not a LoRA for {listed('or')} in any key names that K-LoRA knows" in sentence
     assert "weights," not in sentence
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from klora.core.families.anima import ANIMA
 from klora.core.families.base import Family
+from klora.core.families.ernie import ERNIE
 from klora.core.families.flux import FLUX
+from klora.core.families.krea import KREA
+from klora.core.families.qwen import QWEN
 from klora.core.families.sdxl import SDXL
+from klora.core.families.wan import WAN
 
-FAMILIES: Mapping[str, Family] = {family.key: family for family in (SDXL, FLUX)}
+FAMILIES: Mapping[str, Family] = {
+    family.key: family for family in (SDXL, FLUX, ANIMA, QWEN, KREA, WAN, ERNIE)
+}
 
 
 def listed(word: str, short: bool = False) -> str:
