@@ -25,6 +25,20 @@ ACCELERATORS = (
     "tdd",
     "pcm",
     "perflow",
+    "rcm",
+    "r cm",
+    "lightx2v",
+    "causvid",
+    "caus vid",
+    "accvid",
+    "acc vid",
+    "acc video",
+    "fastwan",
+    "fast wan",
+    "self forcing",
+    "step distill",
+    "fusionx",
+    "fusion x",
 )
 """Words in the name of an accelerator or of its file."""
 
@@ -35,8 +49,8 @@ _MODELS = {"sd", *(word for family in FAMILIES.values() for word in family.words
 _VERSIONS = {"v", "version", "alpha", "beta"}
 _COUNTED = {"rank", "r", "dim", "fp", "bf"}
 _NEUTRAL = {
-    *AMBIGUOUS, "lora", "loras", "weights", "unet", "model", "adapter", "base", "to", "cfg", "converted",
-    "comfyui", "diffusers", "pytorch", "safetensors", "ckpt", "pt",
+    *AMBIGUOUS, "image", "edit", "lora", "loras", "weights", "unet", "model", "adapter", "base", "to", "cfg",
+    "converted", "comfyui", "diffusers", "pytorch", "safetensors", "ckpt", "pt",
 }  # fmt: skip
 
 

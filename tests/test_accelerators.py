@@ -10,6 +10,11 @@ hypersd_lora sdxl_lightning_8step_lora lcm-lora-sdxl LCM_LoRA_Weights lcmLoraXL 
 sd_xl_turbo_lora_v1 SDXL-Turbo FluxDevTurbo8Steps FLUX.1-dev_tdd_lora_weights TDD-adv_lora flash-sdxl
 SDXL_Flash_LoRA pcm_sdxl_smallcfg_4step_converted dmd2_sdxl_4step_lora_fp16 flux_schnell_lora
 flux1-dev-to-schnell-4step-lora schnell-lora-rank64 flux-schnell-lora-r128 TCD-SDXL-LoRA
+Qwen-Image-Lightning-4steps-V1.0-bf16 Qwen-Image-Edit-2509-Lightning-8steps-V1.0 Qwen-Image-Edit-Lightning
+Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32 Wan2.2-Lightning_T2V-A14B-4steps-lora_HIGH_fp16
+wan2.2_i2v_A14b_low_noise_lora_rank64_lightx2v_4step_1022 Wan21_CausVid_14B_T2V_lora_rank32_v2
+Wan21_AccVid_T2V_14B_lora_rank32_fp16 Wan2.1_T2V_14B_FusionX_LoRA Wan14BT2VFusioniX_self_forcing
+Wan_2_1_T2V_14B_rCM_lora FastWan_T2V_14B_480p_lora_rank_128 anima_turbo_lora
 """
 """Names of files that people download, or close to them."""
 
@@ -17,7 +22,8 @@ OTHERS = """
 lightning_mcqueen Lightning_FFXIII black_lightning raiden_lightning porsche_911_turbo 911-turbo-flux
 turbo_granny turbografx_xl the_flash Flash_Gordon_SDXL flash_photography flashlight hyperrealism
 Hyper-Realistic_SDXL hyper_detailed_sdxl HyperDimensionNeptunia style_schnell schnellzug michael_schnell_v2
-turbo lightning 8_steps_of_ink pcmcia sdxl_v1
+turbo lightning 8_steps_of_ink pcmcia sdxl_v1 image_turbo qwen_image_lightning_mcqueen wan_fusion_cuisine
+krea_2_style_turbofan obi_wan ernie_and_bert anima_lightning_mage_style my_edit
 """
 
 

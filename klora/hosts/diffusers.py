@@ -32,8 +32,13 @@ def base_of(pipeline: Any) -> str:
     """The key of the pipeline's family.
 
     Raises:
-        HostError: it belongs to none that K-LoRA knows.
+        HostError: it belongs to none that K-LoRA knows, or has two denoisers.
     """
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise HostError(
+            f"{type(pipeline).__name__} has two transformers that take turns, as those of Wan 2.2 14B do, and LoRAs "
+            "for one are not for the other: choose a model with one, such as Wan 2.1."
+        )
     base = of_pipeline(pipeline)
     if base is None:
         raise HostError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from klora.core import foreign_files
 from klora.core.deltas import dense
 from klora.core.families import FAMILIES, of_checkpoint
 from klora.core.families.base import Row, modules_of
@@ -78,6 +79,21 @@ def test_a_file_of_one_layer_of_a_family_is_no_other_family_s(tmp_path, base):
             )  # 19 blocks are FLUX.1's in diffusers' names
         else:
             assert read_lora(tmp_path / "one.safetensors").base == base
+
+
+@pytest.mark.parametrize("base", PLAIN)
+def test_no_name_of_a_family_is_taken_for_another_model(base):
+    modules = FAMILIES[base].modules
+    for module in modules:
+        flat = module.native.replace(".", "_")
+        for opening in ("lora_unet_", "lycoris_", "lora_transformer_"):
+            assert foreign_files.other_base([f"{opening}{flat}.alpha"]) is None
+        for opening in ("diffusion_model.", "base_model.model.", "transformer.", ""):
+            assert foreign_files.other_base([f"{opening}{module.native}.alpha"]) is None
+    for opening in ("transformer.", "lycoris_", "base_model.model.", ""):
+        names = [module.diffusers[0] for module in modules]
+        written = [name.replace(".", "_") if opening == "lycoris_" else name for name in names]
+        assert foreign_files.other_base(f"{opening}{name}.alpha" for name in written) is None
 
 
 @pytest.mark.parametrize("norm", ["weight", "bias"])
