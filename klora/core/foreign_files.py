@@ -43,7 +43,10 @@ _OTHER_BASES_WITHOUT = tuple(
         (_BLOCK + r"attn2[._]", _BLOCK + r"attn1[._]", "Stable Diffusion 3"),
     )
 )
-"""Models told by a key where another one is missing. The keys and values of a text, half as wide as its image, are Anima's in diffusers' names."""
+"""(a key of the model, a key that it lacks, its name).
+
+A text's keys and values beside `attn1` may be Anima's in diffusers' names: sizes tell it from LTX-Video.
+"""
 
 _NUMBERED = re.compile(
     r"(?:^|[._])(double_blocks|single_blocks|single_transformer_blocks|transformer_blocks)[._](\d+)[._]",

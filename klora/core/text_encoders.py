@@ -169,6 +169,6 @@ TEXT_ENCODERS: Mapping[str, TextEncoder] = {
 }
 """{key: CLIP-L, OpenCLIP bigG, T5-XXL's encoder, and Anima's Qwen3 0.6B and adapter to T5's tokens}.
 
-Forge reads T5 under the prefixes of all three CLIP and T5 encoders; diffusers calls FLUX's T5 text_encoder_2.
+Forge reads T5 under the prefixes of all three of the first; diffusers calls FLUX's T5 text_encoder_2.
 Anima's adapter is part of the denoiser in checkpoints and LoRA files, and of the text encoder in Forge Neo.
 """

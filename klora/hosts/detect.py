@@ -15,9 +15,7 @@ from klora.hosts.patchers import PatcherSwitch
 from klora.hosts.sizes import Sizes, native_sizes
 
 ENGINES = {
-    "Anima": "Anima", "Chroma": "Chroma", "ErnieImage": "ERNIE-Image", "Flux2": "FLUX.2 Klein",
-    "Krea2": "Krea 2", "Lumina2": "Lumina 2", "PiD": "PiD", "QwenImage": "Qwen-Image", "Wan": "Wan",
-    "ZImage": "Z-Image",
+    "Chroma": "Chroma", "Flux2": "FLUX.2 Klein", "Lumina2": "Lumina 2", "PiD": "PiD", "ZImage": "Z-Image",
 }  # fmt: skip
 """{class of a loaded checkpoint in Forge and Forge Neo: what people call its base model}"""
 

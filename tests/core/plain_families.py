@@ -1,6 +1,7 @@
-"""LoRAs of the base models in which nothing is fused, by names and sizes set down by hand, apart from the tables that the reader uses.
+"""LoRAs of the base models in which nothing is fused, by names and sizes set down by hand.
 
-Sizes keep what tells models apart: Krea 2's keys are a quarter as high as wide, Anima's text is half as wide as its image.
+No table of the reader has a part in them. Sizes keep what tells models apart: Krea 2's keys are a quarter as
+high as wide, and Anima's text is half as wide as its image.
 """
 
 from __future__ import annotations
@@ -38,56 +39,87 @@ def _same(parts: Mapping[str, Size]) -> Mapping[tuple[str, str], Size]:
 _QWEN = {
     **dict.fromkeys(
         (
-            "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-            "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+            "attn.to_q",
+            "attn.to_k",
+            "attn.to_v",
+            "attn.to_out.0",
+            "attn.add_q_proj",
+            "attn.add_k_proj",
+            "attn.add_v_proj",
+            "attn.to_add_out",
         ),
         (16, 16),
     ),
-    "img_mlp.net.0.proj": (64, 16), "img_mlp.net.2": (16, 64), "txt_mlp.net.0.proj": (64, 16), "txt_mlp.net.2": (16, 64),
-    "img_mod.1": (96, 16), "txt_mod.1": (96, 16),
-}  # fmt: skip
+    "img_mlp.net.0.proj": (64, 16),
+    "img_mlp.net.2": (16, 64),
+    "txt_mlp.net.0.proj": (64, 16),
+    "txt_mlp.net.2": (16, 64),
+    "img_mod.1": (96, 16),
+    "txt_mod.1": (96, 16),
+}
 _QWEN_ENDS = {
-    "img_in": (16, 8), "txt_in": (16, 24), "proj_out": (8, 16), "norm_out.linear": (32, 16),
-    "time_text_embed.timestep_embedder.linear_1": (16, 12), "time_text_embed.timestep_embedder.linear_2": (16, 16),
-}  # fmt: skip
+    "img_in": (16, 8),
+    "txt_in": (16, 24),
+    "proj_out": (8, 16),
+    "norm_out.linear": (32, 16),
+    "time_text_embed.timestep_embedder.linear_1": (16, 12),
+    "time_text_embed.timestep_embedder.linear_2": (16, 16),
+}
 _KREA = {
-    ("attn.wq", "attn.to_q"): (16, 16), ("attn.wk", "attn.to_k"): (4, 16), ("attn.wv", "attn.to_v"): (4, 16),
-    ("attn.gate", "attn.to_gate"): (16, 16), ("attn.wo", "attn.to_out.0"): (16, 16),
-    ("mlp.gate", "ff.gate"): (40, 16), ("mlp.up", "ff.up"): (40, 16), ("mlp.down", "ff.down"): (16, 40),
-}  # fmt: skip
+    ("attn.wq", "attn.to_q"): (16, 16),
+    ("attn.wk", "attn.to_k"): (4, 16),
+    ("attn.wv", "attn.to_v"): (4, 16),
+    ("attn.gate", "attn.to_gate"): (16, 16),
+    ("attn.wo", "attn.to_out.0"): (16, 16),
+    ("mlp.gate", "ff.gate"): (40, 16),
+    ("mlp.up", "ff.up"): (40, 16),
+    ("mlp.down", "ff.down"): (16, 40),
+}
 _KREA_TEXT = {**_KREA, ("attn.wk", "attn.to_k"): (16, 16), ("attn.wv", "attn.to_v"): (16, 16)}
 _KREA_ENDS = {
-    ("first", "img_in"): (16, 8), ("last.linear", "final_layer.linear"): (8, 16),
-    ("tmlp.0", "time_embed.linear_1"): (16, 12), ("tmlp.2", "time_embed.linear_2"): (16, 16), ("tproj.1", "time_mod_proj"): (96, 16),
-    ("txtmlp.1", "txt_in.linear_1"): (16, 10), ("txtmlp.3", "txt_in.linear_2"): (16, 16),
+    ("first", "img_in"): (16, 8),
+    ("last.linear", "final_layer.linear"): (8, 16),
+    ("tmlp.0", "time_embed.linear_1"): (16, 12),
+    ("tmlp.2", "time_embed.linear_2"): (16, 16),
+    ("tproj.1", "time_mod_proj"): (96, 16),
+    ("txtmlp.1", "txt_in.linear_1"): (16, 10),
+    ("txtmlp.3", "txt_in.linear_2"): (16, 16),
     ("txtfusion.projector", "text_fusion.projector"): (1, 12),
-}  # fmt: skip
+}
 _ANIMA = {
     **{
         (f"{a}_attn.{x}", f"{b}.{y}"): (16, 8) if a == "cross" and x in ("k_proj", "v_proj") else (16, 16)
         for a, b in (("self", "attn1"), ("cross", "attn2"))
         for x, y in (("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("output_proj", "to_out.0"))
     },
-    ("mlp.layer1", "ff.net.0.proj"): (64, 16), ("mlp.layer2", "ff.net.2"): (16, 64),
-    ("adaln_modulation_self_attn.1", "norm1.linear_1"): (6, 16), ("adaln_modulation_self_attn.2", "norm1.linear_2"): (48, 6),
-    ("adaln_modulation_cross_attn.1", "norm2.linear_1"): (6, 16), ("adaln_modulation_cross_attn.2", "norm2.linear_2"): (48, 6),
-    ("adaln_modulation_mlp.1", "norm3.linear_1"): (6, 16), ("adaln_modulation_mlp.2", "norm3.linear_2"): (48, 6),
-}  # fmt: skip
+    ("mlp.layer1", "ff.net.0.proj"): (64, 16),
+    ("mlp.layer2", "ff.net.2"): (16, 64),
+    ("adaln_modulation_self_attn.1", "norm1.linear_1"): (6, 16),
+    ("adaln_modulation_self_attn.2", "norm1.linear_2"): (48, 6),
+    ("adaln_modulation_cross_attn.1", "norm2.linear_1"): (6, 16),
+    ("adaln_modulation_cross_attn.2", "norm2.linear_2"): (48, 6),
+    ("adaln_modulation_mlp.1", "norm3.linear_1"): (6, 16),
+    ("adaln_modulation_mlp.2", "norm3.linear_2"): (48, 6),
+}
 _ANIMA_ENDS = {
-    ("x_embedder.proj.1", "patch_embed.proj"): (16, 17), ("final_layer.linear", "proj_out"): (8, 16),
+    ("x_embedder.proj.1", "patch_embed.proj"): (16, 17),
+    ("final_layer.linear", "proj_out"): (8, 16),
     ("t_embedder.1.linear_1", "time_embed.t_embedder.linear_1"): (16, 16),
     ("t_embedder.1.linear_2", "time_embed.t_embedder.linear_2"): (48, 16),
-    ("final_layer.adaln_modulation.1", "norm_out.linear_1"): (6, 16), ("final_layer.adaln_modulation.2", "norm_out.linear_2"): (32, 6),
-}  # fmt: skip
+    ("final_layer.adaln_modulation.1", "norm_out.linear_1"): (6, 16),
+    ("final_layer.adaln_modulation.2", "norm_out.linear_2"): (32, 6),
+}
 _WAN = {
     **{
         (f"{a}_attn.{x}", f"{b}.{y}"): (16, 16)
         for a, b in (("self", "attn1"), ("cross", "attn2"))
         for x, y in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
     },
-    ("cross_attn.k_img", "attn2.add_k_proj"): (16, 16), ("cross_attn.v_img", "attn2.add_v_proj"): (16, 16),
-    ("ffn.0", "ffn.net.0.proj"): (40, 16), ("ffn.2", "ffn.net.2"): (16, 40),
-}  # fmt: skip
+    ("cross_attn.k_img", "attn2.add_k_proj"): (16, 16),
+    ("cross_attn.v_img", "attn2.add_v_proj"): (16, 16),
+    ("ffn.0", "ffn.net.0.proj"): (40, 16),
+    ("ffn.2", "ffn.net.2"): (16, 40),
+}
 _WAN_ENDS = {
     ("text_embedding.0", "condition_embedder.text_embedder.linear_1"): (16, 20),
     ("text_embedding.2", "condition_embedder.text_embedder.linear_2"): (16, 16),
@@ -97,15 +129,21 @@ _WAN_ENDS = {
     ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"): (10, 10),
     ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"): (16, 10),
     ("head.head", "proj_out"): (8, 16),
-}  # fmt: skip
+}
 _ERNIE = {
     **{f"self_attention.{name}": (16, 16) for name in ("to_q", "to_k", "to_v", "to_out.0")},
-    "mlp.gate_proj": (48, 16), "mlp.up_proj": (48, 16), "mlp.linear_fc2": (16, 48),
-}  # fmt: skip
+    "mlp.gate_proj": (48, 16),
+    "mlp.up_proj": (48, 16),
+    "mlp.linear_fc2": (16, 48),
+}
 _ERNIE_ENDS = {
-    "text_proj": (16, 12), "time_embedding.linear_1": (16, 16), "time_embedding.linear_2": (16, 16),
-    "adaLN_modulation.1": (96, 16), "final_norm.linear": (32, 16), "final_linear": (8, 16),
-}  # fmt: skip
+    "text_proj": (16, 12),
+    "time_embedding.linear_1": (16, 16),
+    "time_embedding.linear_2": (16, 16),
+    "adaLN_modulation.1": (96, 16),
+    "final_norm.linear": (32, 16),
+    "final_linear": (8, 16),
+}
 
 LAYERS: Mapping[str, list[Layer]] = {
     "qwen": [
@@ -130,7 +168,7 @@ LAYERS: Mapping[str, list[Layer]] = {
         *(layer for n in (0, 35) for layer in _layers(*[f"layers.{n}."] * 2, _same(_ERNIE))),
         *_layers("", "", _same(_ERNIE_ENDS)),
     ],
-}  # fmt: skip
+}
 
 
 def _flat(name: str) -> str:
@@ -167,11 +205,14 @@ READ_BY_NEO = {
     "wan": {"kohya", "native after diffusion_model."},
     "ernie": {"kohya", "native after diffusion_model.", "diffusers"},
 }
-"""Of the dialects, those that Forge Neo's key map has (modules_forge/packages/comfy/lora.py) and K-LoRA leaves to it, whatever their suffixes."""
+"""The dialects in Forge Neo's key map (modules_forge/packages/comfy/lora.py) that K-LoRA leaves to it."""
 
 
 def write(path: Path, base: str, dialect: str, seed: int = 0) -> Path:
-    """One LoRA of a family, the same numbers in every dialect; without an alpha key the scale of 0.5 is in `up`, which is exact."""
+    """One LoRA of a family, the same numbers in every dialect.
+
+    Without an alpha key the scale of 0.5 is in `up`, which is exact.
+    """
     stem_of, (up_key, down_key, alpha_key) = DIALECTS[dialect]
     generator = torch.Generator().manual_seed(seed)
     file: dict[str, Tensor] = {}

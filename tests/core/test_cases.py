@@ -207,23 +207,33 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         "Stable Diffusion 3",
     ),
     "LTX-Video in diffusers' names, by its text": (
-        lambda: wild.some_lora(*(f"transformer.transformer_blocks.0.attn{a}.to_{x}" for a in (1, 2) for x in "qkv")),
+        lambda: wild.some_lora(
+            *(f"transformer.transformer_blocks.0.attn{a}.to_{x}" for a in (1, 2) for x in "qkv")
+        ),
         "LTX-Video",
     ),
     "SD 3.5 Large, attention, by width": (
-        lambda: wild.peft("transformer.transformer_blocks.30.attn.to_q", torch.ones(2432, 1), torch.ones(1, 2432)),
+        lambda: wild.peft(
+            "transformer.transformer_blocks.30.attn.to_q", torch.ones(2432, 1), torch.ones(1, 2432)
+        ),
         "Stable Diffusion 3.5 Large",
     ),
     "SD 3.5 Large, by a block that FLUX.1 does not have": (
-        lambda: wild.some_lora(*(f"transformer.transformer_blocks.30.{x}" for x in ("attn.to_q", "ff_context.net.2"))),
+        lambda: wild.some_lora(
+            *(f"transformer.transformer_blocks.30.{x}" for x in ("attn.to_q", "ff_context.net.2"))
+        ),
         "Stable Diffusion 3.5",
     ),
     "Cosmos-Predict2 14B by width": (
-        lambda: wild.peft("diffusion_model.blocks.0.self_attn.q_proj", torch.ones(5120, 1), torch.ones(1, 5120)),
+        lambda: wild.peft(
+            "diffusion_model.blocks.0.self_attn.q_proj", torch.ones(5120, 1), torch.ones(1, 5120)
+        ),
         "Cosmos-Predict2 14B",
     ),
     "FLUX.2 in diffusers' names, by width": (
-        lambda: wild.peft("transformer.transformer_blocks.0.attn.to_k", torch.ones(6144, 1), torch.ones(1, 6144)),
+        lambda: wild.peft(
+            "transformer.transformer_blocks.0.attn.to_k", torch.ones(6144, 1), torch.ones(1, 6144)
+        ),
         "FLUX.2",
     ),
     "SD 1.5 on a few blocks, by its context": (

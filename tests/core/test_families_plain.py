@@ -16,7 +16,7 @@ from klora.core.families.base import Row, modules_of
 from klora.core.lora_file import read_lora
 from klora.core.rewrite import is_in, rewrite
 from klora.core.scores import score_pair
-from klora.core.topology import NORM
+from klora.core.topology import LINEAR, NORM
 
 PLAIN = tuple(plain.LAYERS)
 
@@ -108,7 +108,7 @@ def test_no_name_of_a_family_is_taken_for_another_model(base):
         ("ernie", "layers.3.adaLN_sa_ln", "layers.3.adaLN_sa_ln"),
     ],
 )
-def test_norms_are_carried(tmp_path, base, native, diffusers, norm):
+def test_norms_go_with_the_lora(tmp_path, base, native, diffusers, norm):
     role = {"weight": "diff", "bias": "diff_b"}[norm]
     for number, (dialect, name) in enumerate(
         (
@@ -118,7 +118,7 @@ def test_norms_are_carried(tmp_path, base, native, diffusers, norm):
     ):
         path = tmp_path / f"{number}.safetensors"
         save_file(load_file(plain.write(path, base, dialect)) | {f"{name}.{role}": torch.ones(4)}, path)
-        assert read_lora(path).carried == (native,)
+        assert read_lora(path).unscored == (native,)
 
 
 def test_wan_s_patches_of_video_are_read(tmp_path):
@@ -155,7 +155,7 @@ TEXT_READ_BY_NEO = {
 
 @pytest.mark.parametrize("stem", TEXT)
 def test_anima_s_text_goes_where_forge_neo_has_it(tmp_path, stem):
-    """The adapter is in the denoiser's checkpoint, and its keys open so; the host moves it to the text encoder."""
+    """The adapter's keys may open as the denoiser's do, whose checkpoints hold it; the host moves it."""
     tensors = load_file(plain.write(tmp_path / "plain.safetensors", "anima", "kohya"))
     tensors |= {f"{stem}.lora_up.weight": torch.ones(8, 2), f"{stem}.lora_down.weight": torch.ones(2, 8)}
     save_file(tensors, tmp_path / "old.safetensors")
@@ -198,11 +198,12 @@ def test_a_checkpoint_is_known_by_what_its_denoiser_holds(base):
 
 def test_a_row_of_a_table_is_written_out_side_by_side_with_diffusers_names():
     rows = (Row("a.#.{x,y}_{1,2}", "b.#.{v,w}{p,q}", NORM), Row("end.{0,2}"))
-    assert [(module.native, *module.diffusers, module.kind) for module in modules_of(rows, 2)] == [
-        ("a.0.x_1", "b.0.vp", NORM), ("a.0.x_2", "b.0.vq", NORM), ("a.0.y_1", "b.0.wp", NORM), ("a.0.y_2", "b.0.wq", NORM),
-        ("a.1.x_1", "b.1.vp", NORM), ("a.1.x_2", "b.1.vq", NORM), ("a.1.y_1", "b.1.wp", NORM), ("a.1.y_2", "b.1.wq", NORM),
-        ("end.0", "end.0", "linear"), ("end.2", "end.2", "linear"),
-    ]  # fmt: skip
+    assert [(module.native, *module.diffusers) for module in modules_of(rows, 2)] == [
+        *(("a.0.x_1", "b.0.vp"), ("a.0.x_2", "b.0.vq"), ("a.0.y_1", "b.0.wp"), ("a.0.y_2", "b.0.wq")),
+        *(("a.1.x_1", "b.1.vp"), ("a.1.x_2", "b.1.vq"), ("a.1.y_1", "b.1.wp"), ("a.1.y_2", "b.1.wq")),
+        *(("end.0", "end.0"), ("end.2", "end.2")),
+    ]
+    assert [module.kind for module in modules_of(rows, 1)] == [NORM] * 4 + [LINEAR] * 2
 
 
 def test_a_row_with_fewer_names_in_diffusers_is_a_mistake():

@@ -1,4 +1,4 @@
-"""The names of Qwen-Image, Krea 2, ERNIE-Image, Anima and Wan against diffusers' own classes and its conversion of LoRAs."""
+"""Names of the families in which nothing is fused, against diffusers' classes and its conversion of LoRAs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers' pipelines of Qwen-Image, Krea 2, ERNIE-Image and Wan: what is applied, and that nothing stays behind."""
+"""diffusers' pipelines of Qwen-Image, Krea 2, ERNIE-Image and Wan: what is applied, and what stays behind."""
 
 from __future__ import annotations
 

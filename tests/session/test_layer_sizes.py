@@ -191,7 +191,7 @@ def test_nunchaku_is_refused_before_its_packed_weights_are_looked_at():
 @pytest.mark.parametrize(
     ("engine", "flags", "name"),
     [
-        ("Chroma", {}, "Chroma"), ("Flux2", {}, "FLUX.2 Klein"), ("QwenImage", {}, "Qwen-Image"),
+        ("Chroma", {}, "Chroma"), ("Flux2", {}, "FLUX.2 Klein"), ("PiD", {}, "PiD"),
         ("LatentDiffusion", {"is_sd1": True}, "Stable Diffusion 1.x"),
         ("StableDiffusion", {"is_sd1": False, "is_sd2": True}, "Stable Diffusion 2.x"),
         ("OfNextYear", {}, None),

@@ -18,6 +18,7 @@ from klora.analysis import analyze
 from klora.core import scores as scored
 from klora.core.blocks import block_of, forward_order
 from klora.core.changes import as_changes
+from klora.core.families import listed
 from klora.core.lora_file import read_lora
 from klora.core.methods import LARGEST, METHODS
 from klora.hosts.webui import HOST
@@ -153,7 +154,9 @@ def test_a_file_that_cannot_be_used_has_its_sentence_and_the_other_its_card(name
 
 def test_a_checkpoint_of_an_unsupported_base_model_gets_a_sentence(host):
     host.models.model_data.sd_model = model(base="sd1")
-    assert "SDXL and FLUX.1, and the loaded one is Stable Diffusion 1.x. " in the_card(**NAMES)["problems"][0]
+    assert (
+        f"{listed('and')}, and the loaded one is Stable Diffusion 1.x. " in the_card(**NAMES)["problems"][0]
+    )
 
 
 class Chroma:
@@ -174,7 +177,7 @@ def test_loras_with_the_keys_of_flux_may_be_for_the_loaded_checkpoint(host, tmp_
     found = the_card(subject="flux")
     assert found["checkpoint"] == {"name": "chroma", "base": None}
     assert found["problems"] == [
-        "K-LoRA works on checkpoints of SDXL and FLUX.1, and the loaded one is Chroma. The LoRA "
+        f"K-LoRA works on checkpoints of {listed('and')}, and the loaded one is Chroma. The LoRA "
         "style.safetensors has the keys of FLUX.1: load a checkpoint of FLUX.1 if that is what it was made "
         "for; otherwise use it in the prompt, with K-LoRA off."
     ]

@@ -1,6 +1,7 @@
 """Anima, which is built as NVIDIA's Cosmos-Predict2 2B.
 
-Native names are Cosmos' (as ComfyUI and Forge Neo have them); the others are those of diffusers' conversion of LoRAs.
+Native names are those of Cosmos, as ComfyUI and Forge Neo have them; the others are those of
+diffusers' conversion of LoRAs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def anima_modules() -> Iterator[Module]:
 
 
 def _other_by_size(name: str, rows: int, columns: int) -> str | None:
-    """By the text, half as wide as the image here, and by the width of the larger Cosmos."""
+    """By the text, which is half as wide as the image here, and by the width of the larger Cosmos."""
     if name.endswith((".cross_attn.k_proj", ".cross_attn.v_proj")) and rows == columns:
         return "LTX-Video or PixArt"
     return "Cosmos-Predict2 14B" if columns == 5120 and "_attn." in name else None

@@ -65,7 +65,9 @@ class Alias(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Modules that are one layer each, as one row of a table: "blocks.#.ffn.{0,2}" are two modules of every block.
+    """Modules that are one layer each, as one row of a table.
+
+    "blocks.#.ffn.{0,2}" are two modules of every block.
 
     Attributes:
         native: dotted; "#" stands for the number of a block, "{a,b}" for each of its parts.

@@ -1,6 +1,7 @@
 """Krea 2, Raw and Turbo. (Krea 1, FLUX.1 Krea, is a FLUX.1.)
 
-Native names are Krea's (krea-ai/krea-2, as ComfyUI and Forge Neo have them); the others are those of diffusers' conversion of LoRAs.
+Native names are Krea's (krea-ai/krea-2), as ComfyUI and Forge Neo have them; the others are those of
+diffusers' conversion of LoRAs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ _ROWS = (
             ("blocks.#", "transformer_blocks.#"),
         )
         for row in (
-            Row(f"{native}.attn.{{wq,wk,wv,gate,wo}}", f"{diffusers}.attn.{{to_q,to_k,to_v,to_gate,to_out.0}}"),
+            Row(
+                f"{native}.attn.{{wq,wk,wv,gate,wo}}",
+                f"{diffusers}.attn.{{to_q,to_k,to_v,to_gate,to_out.0}}",
+            ),
             Row(f"{native}.attn.qknorm.{{q,k}}norm", f"{diffusers}.attn.norm_{{q,k}}", NORM),
             Row(f"{native}.mlp.{{gate,up,down}}", f"{diffusers}.ff.{{gate,up,down}}"),
             Row(f"{native}.{{prenorm,postnorm}}", f"{diffusers}.{{norm1,norm2}}", NORM),
@@ -38,7 +42,10 @@ _ROWS = (
 
 
 def krea_modules() -> Iterator[Module]:
-    """All modules of Krea 2's transformer: 28 blocks, 6144 wide with 1536 for keys and values, and 4 blocks that fuse the text's layers."""
+    """All modules of Krea 2's transformer.
+
+    Its 28 blocks are 6144 wide, with 1536 rows for keys and values; 4 before them fuse the text's layers.
+    """
     return modules_of(_ROWS, BLOCKS)
 
 

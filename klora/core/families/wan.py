@@ -1,6 +1,7 @@
-"""Wan 2.1 and 2.2 with one video or image stream: 1.3B, 5B and 14B, from text and from images.
+"""Wan 2.1 and 2.2: 1.3B, 5B and 14B, from text and from images.
 
-Native names are Alibaba's (Wan-Video/Wan2.1, wan/modules/model.py); the others are those of diffusers' conversion script.
+Native names are Alibaba's (Wan-Video/Wan2.1, wan/modules/model.py); the others are those of
+diffusers' conversion script.
 """
 
 from __future__ import annotations
