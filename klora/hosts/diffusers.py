@@ -36,8 +36,8 @@ def base_of(pipeline: Any) -> str:
     """
     if getattr(pipeline, "transformer_2", None) is not None:
         raise HostError(
-            f"{type(pipeline).__name__} has two transformers that take turns, as in Wan 2.2 14B, and LoRAs for one "
-            "are not for the other: choose a model with one, such as Wan 2.1."
+            f"{type(pipeline).__name__} has two transformers that take turns, as in Wan 2.2 14B, and LoRAs "
+            "for one are not for the other: choose a model with one, such as Wan 2.1."
         )
     base = of_pipeline(pipeline)
     if base is None:
