@@ -28,6 +28,20 @@ ACCELERATORS = (
     "distill",
     "distillpatch",
     "training adapter",
+    "rcm",
+    "r cm",
+    "lightx2v",
+    "causvid",
+    "caus vid",
+    "accvid",
+    "acc vid",
+    "acc video",
+    "fastwan",
+    "fast wan",
+    "self forcing",
+    "step distill",
+    "fusionx",
+    "fusion x",
 )
 """Words in the name of an accelerator or of its file."""
 
@@ -42,8 +56,8 @@ _VERSIONS = {"v", "version", "alpha", "beta"}
 _COUNTED = {"rank", "r", "dim", "fp", "bf"}
 _NEUTRAL = {
     *AMBIGUOUS, "lora", "loras", "weights", "unet", "model", "adapter", "base", "to", "cfg", "converted",
-    "patch", "image", "comfyui", "diffusers", "pytorch", "safetensors", "ckpt", "pt", "b", "heun", "low",
-    "step", "steps",
+    "patch", "image", "edit", "comfyui", "diffusers", "pytorch", "safetensors", "ckpt", "pt", "b", "heun",
+    "low", "step", "steps",
 }  # fmt: skip
 
 

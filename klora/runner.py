@@ -45,7 +45,7 @@ def fused_image(pipeline: Any, analysis: Analysis, settings: Settings, request: 
     """Make one image. The pipeline's weights are the same bit for bit when this returns or raises.
 
     Args:
-        pipeline: diffusers' of one of the families.
+        pipeline: one of diffusers' for a family, which makes images or videos from text with one denoiser.
         analysis: has a plan for `request.steps` steps.
 
     Raises:
@@ -75,7 +75,8 @@ def fused_images(
             session.step(_step_of(pipe.scheduler, call + 1))
             return values
 
-        return pipeline(**_arguments(pipeline, request, count), callback_on_step_end=at_step_end).images
+        result = pipeline(**_arguments(pipeline, request, count), callback_on_step_end=at_step_end)
+    return result.images if hasattr(result, "images") else [frames[0] for frames in result.frames]
 
 
 def _step_of(scheduler: Any, call: int) -> int:
@@ -101,17 +102,21 @@ def _switch(pipeline: Any, subject: Lora, style: Lora) -> DiffusersSwitch:
 
 
 def _arguments(pipeline: Any, request: Request, count: int) -> dict[str, Any]:
+    """What to call the pipeline with; a pipeline of videos makes some of one frame."""
     accepted = inspect.signature(pipeline.__call__).parameters
     width, height = request.size
     arguments: dict[str, Any] = {
         "prompt": request.prompt, "width": width, "height": height, "num_inference_steps": request.steps,
-        "num_images_per_prompt": count,
+        "num_images_per_prompt" if "num_images_per_prompt" in accepted else "num_videos_per_prompt": count,
+        "output_type": "pil",
         "generator": [torch.Generator().manual_seed(request.seed + index) for index in range(count)],
     }  # fmt: skip
+    if "num_frames" in accepted:
+        arguments["num_frames"] = 1
     if request.negative and "negative_prompt" in accepted:
         arguments["negative_prompt"] = request.negative
     if request.guidance is not None:
-        arguments["guidance_scale"] = request.guidance
+        arguments[family_of(pipeline).guidance] = request.guidance
     return arguments
 
 

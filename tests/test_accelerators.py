@@ -17,6 +17,11 @@ Flux_2-Turbo-LoRA_comfyui flux2-klein-base-9b-turbo
 lcm-lora-sdv1-5 LCM_LoRA_Weights_SD15 Hyper-SD15-8steps-CFG-lora pcm_sd15_smallcfg_2step_converted
 TCD-SD15-LoRA AnimateLCM_sd15_t2v_lora perflow-sd15-lora sd15_turbo_lora flash-sd
 Stable-Diffusion-v1-5-Turbo-LoRA
+Qwen-Image-Lightning-4steps-V1.0-bf16 Qwen-Image-Edit-2509-Lightning-8steps-V1.0 Qwen-Image-Edit-Lightning
+Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32 Wan2.2-Lightning_T2V-A14B-4steps-lora_HIGH_fp16
+wan2.2_i2v_A14b_low_noise_lora_rank64_lightx2v_4step_1022 Wan21_CausVid_14B_T2V_lora_rank32_v2
+Wan21_AccVid_T2V_14B_lora_rank32_fp16 Wan2.1_T2V_14B_FusionX_LoRA Wan14BT2VFusioniX_self_forcing
+Wan_2_1_T2V_14B_rCM_lora FastWan_T2V_14B_480p_lora_rank_128 anima_turbo_lora
 """
 """Names of files that people download, or close to them."""
 
@@ -28,6 +33,8 @@ turbo lightning 8_steps_of_ink pcmcia sdxl_v1 chroma_v2 FLUX.2-klein-4B turbo_b 
 sd15_v2 stable_diffusion_style turbo_diffusion_art
 Z-Image-Turbo z_image_turbo_lora_v1 zImageTurbo_rank16
 zimage_turbo Z-Image-Turbo-Pixel-Art z-image-turbo-2000-steps spirits_distill_whisky turbo_image
+image_turbo qwen_image_lightning_mcqueen wan_fusion_cuisine
+krea_2_style_turbofan obi_wan ernie_and_bert anima_lightning_mage_style my_edit
 """
 
 

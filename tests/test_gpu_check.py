@@ -14,6 +14,7 @@ PAIR = [
     for role in ("subject", "style")
 ]
 GOLDEN = ["--device", "cpu", "--golden", check.NO_SWITCH]
+PAIRS = len(list((check.TESTS / "data" / "golden").glob("*/expected.json")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -24,7 +25,7 @@ def test_without_a_gpu_it_says_so_and_has_checked_nothing(capsys):
 
 def test_golden_pairs_are_right(capsys):
     assert check.main(GOLDEN) == 0
-    assert capsys.readouterr().out.startswith("ok    7 of 7 golden pairs")
+    assert capsys.readouterr().out.startswith(f"ok    {PAIRS} of {PAIRS} golden pairs")
 
 
 @pytest.mark.parametrize("change", [{"subject_score": 1.0}, {"k": 5}, {"style_abs_sum": float("nan")}])
@@ -38,7 +39,7 @@ def test_a_wrong_score_is_seen(monkeypatch, capsys, change):
 
     monkeypatch.setattr(check, "score_pair", wrong)
     assert check.main(GOLDEN) == 1
-    assert "WRONG 0 of 7 golden pairs" in capsys.readouterr().out
+    assert f"WRONG 0 of {PAIRS} golden pairs" in capsys.readouterr().out
 
 
 def test_a_precision_left_changed_is_seen(monkeypatch, capsys):

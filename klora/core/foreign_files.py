@@ -9,41 +9,45 @@ from itertools import islice
 from klora.core.families import FAMILIES
 from klora.core.families.base import Family
 
-_BLOCKS = r"(^|\.|lora_unet_|lycoris_)blocks[._]\d+[._]"
 _OTHER_BASES = tuple(
     (re.compile(pattern, re.MULTILINE), name)
     for pattern, name in (
         (r"joint_transformer_blocks[._]\d|(^|[._])(double|single)_layers[._]\d", "AuraFlow (Pony V7)"),
         (r"(double|single)_stream_blocks[._]\d", "HiDream"),
         (r"diffusion_model[._]transformer_blocks[._]\d+[._](audio_)?attn1[._]", "LTX-Video"),
+        (r"joint_blocks[._]\d", "Stable Diffusion 3"),
         (
-            r"(^|lycoris_|base_model\.model\.|transformer[._])transformer_blocks[._]\d+[._]attn1[._]",
-            "LTX-Video, PixArt or CogVideoX",
+            r"(^|[._])transformer_blocks[._](19|[2-9]\d)[._](ff|norm1)_context[._]",
+            "Stable Diffusion 3.5 or another transformer",
         ),
-        (
-            r"joint_blocks[._]\d|(^|lycoris_|transformer[._])transformer_blocks[._]\d+[._]attn2[._]",
-            "Stable Diffusion 3",
-        ),
-        (r"transformer_blocks[._]\d+[._]img_m", "Qwen-Image"),
         (
             r"(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear"
             r"|single_blocks[._]\d+[._]modulation[._]linear|token_refiner",
             "HunyuanVideo",
         ),
         (r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)", "HunyuanVideo"),
-        (_BLOCKS + r"(self_attn|cross_attn)[._][qkv]_proj", "Anima or Cosmos"),
-        (_BLOCKS + r"((self_attn|cross_attn)[._]|attn1[._]to_)", "Wan"),
-        (_BLOCKS + r"attn[._](w[qkvo]|gate)[._]", "Krea 2"),
         (
             r"clip_text_pooled_proj|(^|\.|lora_unet_|lycoris_)layers[._]3[0-5][._](attention|feed_forward)[._]",
             "NewBie",
         ),
         (r"(^|\.|lora_unet_|lycoris_)ref_image_refiner[._]", "OmniGen2"),
-        (r"(^|[._])layers[._]\d+[._]self_attention[._]", "Ernie-Image"),
         (r"adaln_single|caption_projection", "PixArt or LTX"),
         (r"lora_prior_unet", "Stable Cascade"),
     )
 )
+_BLOCK = r"(^|lora_unet_|lycoris_|base_model\.model\.|transformer[._])transformer_blocks[._]\d+[._]"
+_OTHER_BASES_WITHOUT = tuple(
+    (re.compile(pattern, re.MULTILINE), re.compile(lacking, re.MULTILINE), name)
+    for pattern, lacking, name in (
+        (_BLOCK + r"attn1[._]", _BLOCK + r"attn2[._]to_[kv][._]", "LTX-Video, PixArt or CogVideoX"),
+        (_BLOCK + r"attn2[._]", _BLOCK + r"attn1[._]", "Stable Diffusion 3"),
+    )
+)
+"""(a key of the model, a key that it lacks, its name).
+
+A text's keys and values beside `attn1` may be Anima's in diffusers' names: sizes tell it from LTX-Video.
+"""
+
 _NUMBERED = re.compile(
     r"(?:^|[._])(double_blocks|single_blocks|single_transformer_blocks|transformer_blocks)[._](\d+)[._]",
     re.MULTILINE,
@@ -91,9 +95,18 @@ _NOT_LORAS = tuple(
 def other_base(keys: Iterable[str]) -> str | None:
     """The base model outside `FAMILIES` that a LoRA with these keys was made for; None if no key shows it."""
     lines = _lines(keys)
-    name = _first(_OTHER_BASES, lines) or _by_number_of_blocks(lines)
+    name = _first(_OTHER_BASES, lines) or _by_what_is_missing(lines) or _by_number_of_blocks(lines)
     ours = {family.name for family in FAMILIES.values()}
     return None if name is None or not ours.isdisjoint(re.split(", | or ", name)) else name
+
+
+def _by_what_is_missing(lines: str) -> str | None:
+    found = (
+        name
+        for pattern, lacking, name in _OTHER_BASES_WITHOUT
+        if pattern.search(lines) and not lacking.search(lines)
+    )
+    return next(found, None)
 
 
 def _by_number_of_blocks(lines: str) -> str | None:
@@ -107,9 +120,7 @@ def _by_number_of_blocks(lines: str) -> str | None:
         return "HunyuanVideo"
     if single >= 38:
         return "FLUX.2 dev" if single >= 40 else "FLUX.2 dev or HunyuanVideo"
-    if blocks >= 38:
-        return "Qwen-Image"
-    return "Stable Diffusion 3.5 or another transformer" if blocks >= 19 else None
+    return None
 
 
 def other_base_by_metadata(family: Family, metadata: Mapping[str, str]) -> str | None:

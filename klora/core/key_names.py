@@ -276,7 +276,8 @@ def _dialect(prefix: Prefix, target: Target, suffix: str) -> str:
     if target.naming in (DIFFUSERS_FUSED, SHORT):
         return f"{prefix.dialect}, {_ODD_NAMES[target.naming]}"
     if prefix.dialect == "dotted":
-        return _DIALECT_OF_DOTTED.get(target.naming, target.naming)
+        dialect = _DIALECT_OF_DOTTED.get(target.naming, target.naming)
+        return dialect if prefix.text == "diffusion_model." else f"{dialect} ({prefix.text})"
     if prefix.dialect in ("bare", "diffusers") and suffix.startswith(".lora."):
         return "diffusers, lora.up keys"
     if prefix.dialect == "bare":

@@ -71,6 +71,33 @@ def _t5() -> _Names:
     yield "encoder.final_layer_norm", NORM
 
 
+def _qwen3() -> _Names:
+    for layer in range(28):
+        path = f"layers.{layer}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"{path}.self_attn.{name}", LINEAR
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            yield f"{path}.mlp.{name}", LINEAR
+        for name in ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm"):
+            yield f"{path}.{name}", NORM
+
+
+def _llm_adapter() -> _Names:
+    for block in range(6):
+        path = f"blocks.{block}"
+        for attention in ("self_attn", "cross_attn"):
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                yield f"{path}.{attention}.{name}", LINEAR
+            for name in ("q_norm", "k_norm"):
+                yield f"{path}.{attention}.{name}", NORM
+        for name in ("mlp.0", "mlp.2"):
+            yield f"{path}.{name}", LINEAR
+        for name in ("norm_self_attn", "norm_cross_attn", "norm_mlp"):
+            yield f"{path}.{name}", NORM
+    yield "out_proj", LINEAR
+    yield "norm", NORM
+
+
 CLIP_L = TextEncoder(
     "te1",
     lambda: _clip(12),
@@ -107,8 +134,41 @@ T5 = TextEncoder(
     diffusers_is_read=False,
 )
 
-TEXT_ENCODERS: Mapping[str, TextEncoder] = {encoder.key: encoder for encoder in (CLIP_L, CLIP_G, T5)}
-"""{key: CLIP-L, OpenCLIP bigG and T5-XXL's encoder}.
+QWEN3 = TextEncoder(
+    "qwen3",
+    _qwen3,
+    (
+        Prefix("lora_te_", "_", "kohya"),
+        Prefix("lora_te1_", "_", "kohya (lora_te1_)"),
+        Prefix("text_encoders.qwen3_06b.transformer.model.", ".", "ComfyUI"),
+        Prefix("text_encoders.qwen3_06b.model.", ".", "Forge Neo"),
+        Prefix("text_encoder.qwen3.", ".", "sd-scripts' for ComfyUI"),
+    ),
+    ("text_encoder",),
+    diffusers_is_read=False,
+)
+LLM_ADAPTER = TextEncoder(
+    "llm_adapter",
+    _llm_adapter,
+    (
+        Prefix("lora_te_llm_adapter_", "_", "kohya"),
+        Prefix("lora_unet_llm_adapter_", "_", "kohya"),
+        Prefix("lycoris_llm_adapter_", "_", "SimpleTuner LyCORIS"),
+        Prefix("diffusion_model.llm_adapter.", ".", "dotted native"),
+        Prefix("text_encoders.qwen3_06b.llm_adapter.", ".", "Forge Neo"),
+        Prefix("base_model.model.llm_adapter.", ".", "raw PEFT"),
+        Prefix("llm_adapter.", ".", "dotted native without prefix"),
+        Prefix("text_conditioner.", ".", "diffusers"),
+    ),
+    ("text_conditioner",),
+    diffusers_is_read=False,
+)
 
-Forge reads T5 under the prefixes of all three; diffusers calls FLUX's T5 text_encoder_2.
+TEXT_ENCODERS: Mapping[str, TextEncoder] = {
+    encoder.key: encoder for encoder in (CLIP_L, CLIP_G, T5, QWEN3, LLM_ADAPTER)
+}
+"""{key: CLIP-L, OpenCLIP bigG, T5-XXL's encoder, and Anima's Qwen3 0.6B and adapter to T5's tokens}.
+
+Forge reads T5 under the prefixes of all three of the first; diffusers calls FLUX's T5 text_encoder_2.
+Anima's adapter is part of the denoiser in checkpoints and LoRA files, and of the text encoder in Forge Neo.
 """

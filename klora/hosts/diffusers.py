@@ -35,8 +35,13 @@ def family_of(pipeline: Any) -> Family:
     """The pipeline's family.
 
     Raises:
-        HostError: it belongs to none that K-LoRA knows.
+        HostError: it belongs to none that K-LoRA knows, or has two denoisers.
     """
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise HostError(
+            f"{type(pipeline).__name__} has two transformers that take turns, as in Wan 2.2 14B, and LoRAs "
+            "for one are not for the other: choose a model with one, such as Wan 2.1."
+        )
     family = of_pipeline(pipeline)
     if family is None:
         raise HostError(

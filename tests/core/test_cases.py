@@ -195,35 +195,10 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         "FLUX.2 dev",
     ),
     "AuraFlow, attention": (wild.aura_flow, "AuraFlow (Pony V7)"),
-    "Anima by LyCORIS": (
-        lambda: wild.some_lora(
-            *(
-                f"lora_unet_blocks_{n}_{a}_{x}_proj"
-                for n in range(28)
-                for a in ("self_attn", "cross_attn")
-                for x in "qkv"
-            ),
-            style="kohya",
-        ),
-        "Anima",
-    ),
-    "Anima in dotted names": (
-        lambda: wild.some_lora(
-            *(f"diffusion_model.blocks.{n}.self_attn.{x}_proj" for n in range(28) for x in "qkv")
-        ),
-        "Anima",
-    ),
     "HiDream by OneTrainer": (
         lambda: wild.some_lora("transformer.double_stream_blocks.0.block.attn1.to_q", style="kohya"),
         "HiDream",
     ),
-    "Wan in diffusers' names": (
-        lambda: wild.some_lora(
-            *(f"transformer.blocks.{n}.attn{a}.to_{x}" for n in range(30) for a in (1, 2) for x in "qkv")
-        ),
-        "Wan",
-    ),
-    "Wan in native names": (lambda: wild.some_lora("diffusion_model.blocks.0.cross_attn.k_img"), "Wan"),
     "LTX-Video": (
         lambda: wild.some_lora(
             *(f"diffusion_model.transformer_blocks.{n}.attn{a}.to_q" for n in range(28) for a in (1, 2))
@@ -246,12 +221,36 @@ OTHER_MODELS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         ),
         "Stable Diffusion 3",
     ),
-    "Qwen-Image, attention": (
-        lambda: wild.some_lora(*(f"transformer.transformer_blocks.{n}.attn.to_q" for n in range(60))),
-        "Qwen-Image",
+    "LTX-Video in diffusers' names, by its text": (
+        lambda: wild.some_lora(
+            *(f"transformer.transformer_blocks.0.attn{a}.to_{x}" for a in (1, 2) for x in "qkv")
+        ),
+        "LTX-Video",
     ),
-    "Krea 2": (lambda: wild.some_lora("diffusion_model.blocks.0.attn.wq"), "Krea 2"),
-    "Ernie-Image": (lambda: wild.some_lora("transformer.layers.0.self_attention.to_q"), "Ernie-Image"),
+    "SD 3.5 Large, attention, by width": (
+        lambda: wild.peft(
+            "transformer.transformer_blocks.30.attn.to_q", torch.ones(2432, 1), torch.ones(1, 2432)
+        ),
+        "Stable Diffusion 3.5 Large",
+    ),
+    "SD 3.5 Large, by a block that FLUX.1 does not have": (
+        lambda: wild.some_lora(
+            *(f"transformer.transformer_blocks.30.{x}" for x in ("attn.to_q", "ff_context.net.2"))
+        ),
+        "Stable Diffusion 3.5",
+    ),
+    "Cosmos-Predict2 14B by width": (
+        lambda: wild.peft(
+            "diffusion_model.blocks.0.self_attn.q_proj", torch.ones(5120, 1), torch.ones(1, 5120)
+        ),
+        "Cosmos-Predict2 14B",
+    ),
+    "FLUX.2 in diffusers' names, by width": (
+        lambda: wild.peft(
+            "transformer.transformer_blocks.0.attn.to_k", torch.ones(6144, 1), torch.ones(1, 6144)
+        ),
+        "FLUX.2",
+    ),
     "SD 2.x on a few blocks, by its context": (
         lambda: wild.peft(
             "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",

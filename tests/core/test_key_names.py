@@ -198,7 +198,7 @@ def test_names_as_trainers_write_them(key: str, layers: str, role: str) -> None:
         "lora_unet_",
         "lora_unet_input_blocks_10_1_proj_in.alpha",
         "lora_unet_input_blocks_4_1_proj_in.lora_sideways.weight",
-        "transformer.transformer_blocks.19.attn.to_q.lora_A.weight",
+        "transformer.transformer_blocks.60.attn.to_q.lora_A.weight",
         "model.diffusion_model.out.2.weight",
         "bundle_emb.cat.clip_l",
     ],

@@ -108,8 +108,6 @@ TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
         {"transformer.single_transformer_blocks.40.attn.to_out.lora_A.weight": torch.ones(2, 2)},
         "FLUX.2",
     ),
-    "Wan": ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 2)}, "Wan"),
-    "Qwen-Image": ({"transformer_blocks.0.img_mlp.net.2.lora_A.weight": torch.ones(2, 2)}, "Qwen-Image"),
     "HunyuanVideo": (
         {"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": torch.ones(2, 2)},
         "HunyuanVideo",

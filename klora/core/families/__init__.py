@@ -5,16 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from klora.core.families.anima import ANIMA
 from klora.core.families.base import Family
 from klora.core.families.chroma import CHROMA
+from klora.core.families.ernie import ERNIE
 from klora.core.families.flux import FLUX
 from klora.core.families.flux2 import KLEIN_4B, KLEIN_9B
+from klora.core.families.krea import KREA
 from klora.core.families.nextdit import LUMINA_2, Z_IMAGE
+from klora.core.families.qwen import QWEN
 from klora.core.families.sd15 import SD15
 from klora.core.families.sdxl import SDXL
+from klora.core.families.wan import WAN
 
 FAMILIES: Mapping[str, Family] = {
-    family.key: family for family in (SDXL, SD15, FLUX, CHROMA, KLEIN_4B, KLEIN_9B, Z_IMAGE, LUMINA_2)
+    family.key: family
+    for family in (
+        SDXL,
+        SD15,
+        FLUX,
+        CHROMA,
+        KLEIN_4B,
+        KLEIN_9B,
+        Z_IMAGE,
+        LUMINA_2,
+        ANIMA,
+        QWEN,
+        KREA,
+        WAN,
+        ERNIE,
+    )
 }
 
 

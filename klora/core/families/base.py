@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, NamedTuple
 
-from klora.core.topology import Module
+from klora.core.topology import LINEAR, Module
 
 NATIVE, DIFFUSERS, OLD_PROCESSOR, XLABS = "native", "diffusers", "old processor", "XLabs"
 DIFFUSERS_FUSED, SHORT = "diffusers, fused", "without text_model"
@@ -64,6 +66,36 @@ class Alias(NamedTuple):
     naming: str
 
 
+class Row(NamedTuple):
+    """Modules that are one layer each, as one row of a table.
+
+    "blocks.#.ffn.{0,2}" are two modules of every block.
+
+    Attributes:
+        native: dotted; "#" stands for the number of a block, "{a,b}" for each of its parts.
+        diffusers: the same in diffusers, with as many parts; "" where the names are the native ones.
+        kind: LINEAR, CONV or NORM.
+    """
+
+    native: str
+    diffusers: str = ""
+    kind: str = LINEAR
+
+
+def modules_of(rows: Iterable[Row], blocks: int) -> Iterator[Module]:
+    """All modules of a table, for a network of so many blocks."""
+    for row in rows:
+        names = list(zip(_written_out(row.native), _written_out(row.diffusers or row.native), strict=True))
+        for number in map(str, range(blocks if "#" in row.native else 1)):
+            for native, diffusers in names:
+                yield Module(native.replace("#", number), (diffusers.replace("#", number),), row.kind)
+
+
+def _written_out(pattern: str) -> list[str]:
+    parts = [part.split(",") for part in re.split(r"[{}]", pattern)]
+    return ["".join(chosen) for chosen in product(*parts)]
+
+
 class Block(NamedTuple):
     """What the selection map calls the blocks of one part of the network.
 
@@ -87,6 +119,15 @@ class Found(NamedTuple):
     module: Module
     layers: tuple[str, ...]
 
+
+ATTENTION_WIDTHS = {
+    1536: "Stable Diffusion 3 Medium",
+    2432: "Stable Diffusion 3.5 Large",
+    3072: "FLUX.1 or Qwen-Image",
+    4096: "FLUX.2 Klein 9B",
+    6144: "Krea 2 or FLUX.2",
+}
+"""Columns of `transformer_blocks.N.attn.to_q`, by which models that diffusers names alike are told apart."""
 
 LayerShapes = Mapping[str, tuple[int, int]]
 """{canonical layer: (rows, columns)}"""
@@ -113,6 +154,7 @@ class Family:
         is_pipeline: (diffusers pipeline) -> whether it is of this family.
         single_file: the diffusers pipeline class that opens its checkpoints stored in one file; None if one
             file does not hold a whole model.
+        guidance: what diffusers' pipelines call the guidance scale.
         other_by_size: (layer, rows, columns) -> the other model with the same module names in which the layer
             has this size; None if it may be this family's.
         namesakes: (pattern, name) of models with the same module names; the pattern, in lower case, matches
@@ -144,6 +186,7 @@ class Family:
     namesakes: tuple[tuple[str, str], ...] = ()
     is_control: Callable[[Collection[str], LayerShapes], bool] = lambda _unknown, _shapes: False
     schedule: str = "s"
+    guidance: str = "guidance_scale"
     prefixes: tuple[Prefix, ...] = DENOISER_PREFIXES
     find: Callable[[str], Found | None] | None = None
 
