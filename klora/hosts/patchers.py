@@ -92,8 +92,11 @@ class PatcherSwitch(ABC):
         """Change the hash by which the host sees that a prompt has the same LoRAs as the last one.
 
         It would then load nothing, and the patchers that the pair is added to would lack the prompt's LoRAs.
+        Another checkpoint, which a hires pass of the batch before may have put in this one's place, has none.
         """
-        self._model.current_lora_hash = f"K-LoRA {uuid4()}"
+        model = self._loaded_model()
+        if model is not None:
+            model.current_lora_hash = f"K-LoRA {uuid4()}"
 
     def tags(self) -> Sequence[tuple[str, float]]:
         """Nothing: `networks_loaded` itself adds the pair to what the host has loaded."""

@@ -191,7 +191,7 @@ DENOISERS = {
 
 @pytest.mark.parametrize("base", DENOISERS)
 def test_a_checkpoint_is_known_by_what_its_denoiser_holds(base):
-    denoiser = SimpleNamespace(**dict.fromkeys(DENOISERS[base]))
+    denoiser = SimpleNamespace(**dict.fromkeys(DENOISERS[base], ()))
     found = of_checkpoint(SimpleNamespace(is_sdxl=False), denoiser)
     assert found is FAMILIES[base] if base else (found is None or found.key not in PLAIN)
 

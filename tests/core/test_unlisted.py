@@ -113,11 +113,8 @@ def test_a_copy_for_the_host_has_names_that_it_knows(novel, tmp_path):
 
 
 def test_the_map_groups_its_layers_by_the_first_parts_of_their_names():
-    assert [block_of(name) for name in ("stages.2.qkv:0", "stem.conv", "head")] == [
-        "stages 2",
-        "stem",
-        "head",
-    ]
+    names = ["stages.2.qkv:0", "stem.conv", "tail"]
+    assert [block_of(name) for name in names] == ["stages 2", "stem", "tail"]
 
 
 def test_without_that_model_loaded_its_files_are_refused(novel):

@@ -4,6 +4,7 @@ KLORA_PATCHER_FOLDER=/path/to/webui adds the real patcher of a forge-classic or 
 running host.
 """
 
+import gc
 import os
 import sys
 from dataclasses import replace
@@ -299,6 +300,15 @@ def test_after_expiring_the_host_loads_the_loras_of_the_same_prompt_again(host):
     host.switch.expire_loaded()
     host.activate()
     assert host.model.forge_objects_after_applying_lora is not before
+
+
+def test_of_a_checkpoint_that_the_host_has_unloaded_there_is_nothing_to_expire(host):
+    host.activate()
+    del host.model
+    gc.collect()
+    host.switch.expire_loaded()
+    with pytest.raises(HostError, match="unloaded the checkpoint"):
+        host.switch.attach()
 
 
 def test_telling_the_tags_makes_the_host_load_nothing(host):
