@@ -10,7 +10,7 @@ import diffusers
 import torch
 import transformers
 from safetensors.torch import save_file
-from small_pipelines import _factors, _letter_tokenizer, _linear_shapes, _ready
+from small_pipelines import _factors, _ready, _shapes, letter_tokenizer
 from torch import Tensor
 
 from klora.core.families import FAMILIES
@@ -114,7 +114,7 @@ def _pipeline(kind: Any, transformer: torch.nn.Module, **parts: Any) -> Any:
         if (parameter.dim() > 1 and not parameter.any()) or name.endswith("scale_shift_table"):
             parameter.data.normal_()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return _ready(kind(transformer=transformer, scheduler=scheduler, tokenizer=_letter_tokenizer(), **parts))
+    return _ready(kind(transformer=transformer, scheduler=scheduler, tokenizer=letter_tokenizer(), **parts))
 
 
 PIPELINES: Mapping[str, Callable[[], Any]] = {
@@ -127,7 +127,7 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
 
 def write_pair(folder: Path, base: str, denoiser: torch.nn.Module) -> tuple[Path, Path]:
     """Random LoRAs on all blocks, the subject in kohya's keys, the style in those of diffusers."""
-    shapes = _linear_shapes(denoiser)
+    shapes = _shapes(denoiser)
     names = {
         module.diffusers[0]: module.native
         for module in FAMILIES[base].modules

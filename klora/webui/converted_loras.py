@@ -24,7 +24,7 @@ IN_USE_SECONDS = 60.0
 The host opens it right away, and once it is open or mapped it stays readable even if it is deleted.
 """
 
-_NAME = re.compile(rf"[0-9a-f]{{64}}\.{FORMAT}\.safetensors")
+_NAME = re.compile(rf"[0-9a-f]{{64}}\.[\w-]+\.{re.escape(FORMAT)}\.safetensors")
 
 
 def readable_copy(lora: LoraFile) -> Path:

@@ -13,7 +13,7 @@ from webui_host import NetworkOnDisk, module
 from klora.analysis import analyze
 from klora.lettering import own_font
 from klora.settings import Settings
-from klora.webui import api, paths
+from klora.webui import api, loras, paths
 from klora.webui.selection_record import FIRST, AppliedMaps, AppliedPass
 
 SIZES = {12, 13, 18}
@@ -30,6 +30,7 @@ def asked(shared, monkeypatch):
 
 def test_the_map_of_the_http_api(asked, networks, monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(loras, "loaded_family", lambda: None)
     networks.put(*(NetworkOnDisk(name, folder=PAIR) for name in ("subject", "style")))
     app = FastAPI()
     api.register(app)

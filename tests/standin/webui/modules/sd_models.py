@@ -238,6 +238,17 @@ def list_models():
             checkpoints.update({info.name: info, info.title: info})
 
 
+class ModelData:
+    """What has the loaded checkpoint."""
+
+    @property
+    def sd_model(self):
+        return shared.sd_model
+
+
+model_data = ModelData()
+
+
 def get_closet_checkpoint_match(name):
     return checkpoints.get(name)
 
