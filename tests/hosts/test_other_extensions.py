@@ -117,6 +117,14 @@ def on(request, host, plain):
     return {"prompt": "a cat", **ON[request.param](host, plain)}
 
 
+@pytest.fixture
+def switched_off(request, host, plain, on):
+    """The same request with the extension off: what it does shows by the difference alone."""
+    name = request.node.callspec.params["on"]
+    make = next(make for opening, make in OFF.items() if name.startswith(opening))
+    return {**on, **make(host, plain)}
+
+
 def adding(fields, text):
     return {**fields, "prompt": fields["prompt"] + text}
 
@@ -134,12 +142,12 @@ def test_installed_and_off_it_changes_nothing(host, off, plain, fused):
     assert same(host.image(host.pair, **off), fused)
 
 
-def test_it_does_beside_the_pair_what_it_does_beside_the_hosts_own_tag(host, on, plain):
+def test_it_does_beside_the_pair_what_it_does_beside_the_hosts_own_tag(host, on, switched_off):
     alone, _ = host.images(**on)
     expected, _ = host.images(**adding(on, tag(host.subject)))
     seen, _ = host.images({**host.pair, "method": "Subject only"}, **on)
     assert all_same(seen, expected)
-    assert not same(alone[0], plain)
+    assert not same(alone[0], host.image(**switched_off))
     assert not same(alone[0], expected[0])
     assert all_same(host.images(**on)[0], alone)
 
