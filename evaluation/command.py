@@ -8,7 +8,7 @@ from pathlib import Path
 from evaluation.demo import demo
 from evaluation.evaluate import evaluate
 from evaluation.tables import GROUPS
-from klora.__main__ import RESEARCH, positive, size
+from klora.arguments import RESEARCH, positive, size
 from klora.core.families import models_taken
 
 

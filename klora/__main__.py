@@ -12,18 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from klora.analysis import Analysis, analyze
+from klora.arguments import RESEARCH, positive, size
 from klora.core.families import models_taken
 from klora.core.score_cache import ScoreCache
 from klora.errors import Cancelled, KLoraError
 from klora.report import preflight
 from klora.selection_map import draw_map
 from klora.settings import PLAN_FIELDS, SPECS, Settings, as_text, markdown_table
-
-RESEARCH = {
-    "evaluate": "make images of many pairs and seeds by every method, and measure them",
-    "demo": "compare the methods on pairs of the miniature, in two minutes",
-}
-"""Commands of the folder `evaluation`, which is optional: klora itself never needs it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,21 +128,6 @@ def _add_settings(command: argparse.ArgumentParser, names: list[str] | tuple[str
 def _settings(options: argparse.Namespace) -> Settings:
     given = {name: getattr(options, name, None) for name in SPECS}
     return Settings.parse({name: str(value) for name, value in given.items() if value is not None})
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
-def size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    try:
-        return int(width), int(height or width)
-    except ValueError:
-        raise argparse.ArgumentTypeError("must be WIDTHxHEIGHT, such as 1024x1024") from None
 
 
 def _analyze(options: argparse.Namespace) -> None:
