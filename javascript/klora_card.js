@@ -90,11 +90,10 @@
         ];
     }
 
-    function offer(base, preset) {
+    function offer(advice, preset) {
         const title = "Sets the schedule to S* and β to auto";
         const button = element("button", {type: "button", class: "klora-choice", title}, "use S*");
         button.addEventListener("click", preset);
-        const advice = `For ${base} the paper's authors recommend the schedule S*.`;
         return element("p", {class: "klora-offer"}, advice, button);
     }
 
@@ -112,7 +111,7 @@
         return element("div", {class: "klora-card"},
             element("div", {class: "klora-files"}, ...panes),
             element("div", {class: "klora-tiles"}, ...tiles(card, more.gamma, more.share)),
-            more.offered ? offer(card.subject.base, preset) : null,
+            more.offered ? offer(card.subject.advice, preset) : null,
             ...problems.map(sentence => element("p", {class: "klora-problem", role: "alert"}, sentence)),
             ...more.warnings.map(sentence => element("p", {class: "klora-warning"}, sentence)));
     }

@@ -105,15 +105,25 @@ def plan_for(scores: PairScores, settings: Settings, *, steps: int, seed: int) -
 
 
 def check_pair(subject: LoraFile, style: LoraFile) -> None:
-    """Refuse two files for different base models, before any work is done.
+    """Refuse two files for different base models or inputs, before any work is done.
 
     Raises:
-        PairError: names both files and their base models.
+        PairError: names both files, and their base models or the sizes of their inputs.
     """
     if subject.family is not style.family:
         raise PairError(
             f"The subject LoRA {subject.path.name} is made for {subject.family.short_name} but the style "
             f"LoRA {style.path.name} for {style.family.short_name}: choose two LoRAs of the same base model."
+        )
+    name = subject.family.image_input
+    shapes = [lora.layers[name].shape for lora in (subject, style) if name in lora.layers]
+    if len(shapes) == 2 and shapes[0] != shapes[1] and shapes[0][0] == shapes[1][0]:
+        one, other = (f"{rows}×{columns}" for rows, columns in shapes)
+        raise PairError(
+            f"The subject LoRA {subject.path.name} and the style LoRA {style.path.name} were made for "
+            f"different inputs ({name} is {one} in the first and {other} in the second): one of them is a "
+            "control LoRA, or one for a checkpoint that takes a second image, as for inpainting. Choose "
+            "another LoRA in its place."
         )
 
 
@@ -130,11 +140,11 @@ def pair_warnings(
                 "has neither a subject nor a style: put it into the prompt and choose another LoRA here."
             )
         family = lora.family
-        if family.is_control(lora.unknown_keys, {layer: info.shape for layer, info in lora.layers.items()}):
+        shapes = {layer: info.shape for layer, info in lora.layers.items()}
+        if (control := family.control_of(lora.unknown_keys, shapes)) is not None:
             warnings.append(
-                f"The {role} LoRA {name} is a control LoRA (FLUX.1 Depth or Canny, or for FLUX.1 Fill), "
-                "which follows an image given with the prompt and has neither a subject nor a style: choose "
-                "another LoRA here."
+                f"The {role} LoRA {name} is {control}, which follows an image given with the prompt and has "
+                "neither a subject nor a style: choose another LoRA here."
             )
         elif (other := other_base_by_metadata(family, lora.metadata)) is not None:
             warnings.append(

@@ -300,13 +300,6 @@ def _shared_layers(subject: LoraSource, style: LoraSource) -> list[str]:
         )
     for name in shared:
         ours, theirs = subject.layers[name].shape, style.layers[name].shape
-        if name == "img_in" and ours != theirs:
-            raise PairError(
-                f'"{subject.path.name}" and "{style.path.name}" were made for different inputs (img_in is '
-                f"{ours[0]}×{ours[1]} in the first and {theirs[0]}×{theirs[1]} in the second): one of them "
-                "is a control LoRA (FLUX.1 Depth or Canny) or was made for FLUX.1 Fill. Take another LoRA in "
-                "its place."
-            )
         if ours != theirs:
             raise PairError(
                 f'"{subject.path.name}" and "{style.path.name}" were made for different base models: layer '

@@ -43,7 +43,7 @@ class ForgeSwitch(PatcherSwitch):
     def padded(shape: tuple[int, ...]) -> Padded:
         """Forge pads a LoRA of a linear layer with zeros for missing inputs.
 
-        FLUX LoRAs need that on Fill and Control checkpoints, whose `img_in` is wider.
+        LoRAs of FLUX.1 need that on Fill and Control checkpoints, whose `img_in` is wider.
         """
         return {"LoRA": range(1, shape[1])} if len(shape) == 2 else padded_convolution(shape)
 

@@ -214,6 +214,7 @@ def _file(lora: HostLora, file: LoraFile) -> dict[str, Any]:
         "name": printable(lora.name),
         "base": base_name(file.family),
         "schedule": file.family.schedule,
+        "advice": _advice(file.family),
         "trainedOn": trained_on(file.metadata),
         "dialect": file.dialect,
         "kinds": ", ".join(
@@ -233,6 +234,18 @@ def base_name(family: Family) -> str:
     """What the panel calls a base model."""
     own = "" if family.find is None else " (listed by the WebUI's own names)"
     return f"{family.short_name}{own}"
+
+
+def _advice(family: Family) -> str:
+    """Why the panel offers S* for a base model; empty where it does not."""
+    if family.schedule == "s":
+        return ""
+    if family.in_paper:
+        return f"For {family.short_name} the paper's authors recommend the schedule S*."
+    return (
+        f"{family.short_name} is a flow-matching model like FLUX, for which the paper's authors recommend "
+        "the schedule S*."
+    )
 
 
 def _words(path: Path, file: LoraFile) -> list[str]:

@@ -15,8 +15,8 @@ from klora.settings import DEFAULTS, SPECS
 from klora.webui import infotext, options, preflight
 
 SWAPPED = ("subject", "style", "subject_weight", "style_weight")
-FLUX_PRESET = {"schedule": "s*", "beta": "auto"}
-"""What the paper's authors recommend for FLUX. The card's button presses a hidden one, which sets it."""
+S_STAR = {"schedule": "s*", "beta": "auto"}
+"""What the card offers where a family's schedule is S*. Its button presses a hidden one, which sets this."""
 OFFERED_NUMBERS = 11
 NONE = "None"
 """What the hosts' own lists show for no LoRA.
@@ -76,9 +76,9 @@ def build(is_img2img: bool, tab: str) -> Controls:
         component.change(fn=None, _js=_tell_page(tab), inputs=components, outputs=[], show_progress=False)
     preset.click(
         fn=None,
-        _js=f"() => {json.dumps(list(FLUX_PRESET.values()))}",
+        _js=f"() => {json.dumps(list(S_STAR.values()))}",
         inputs=[],
-        outputs=[made[name] for name in FLUX_PRESET],
+        outputs=[made[name] for name in S_STAR],
     )
     swapped = [made[name] for name in SWAPPED]
     swap.click(fn=lambda a, b, c, d: (b, a, d, c), inputs=swapped, outputs=swapped, show_progress=False)

@@ -225,11 +225,13 @@ def test_a_trigger_word_goes_into_the_prompt_once(page):
 
 
 def test_s_star_is_offered_for_flux_and_one_press_sets_it(page):
+    told = {"base": "FLUX", "schedule": "s*", "advice": "For FLUX the schedule S* is recommended."}
+
     def for_flux(route):
         answer = route.fetch()
         card = answer.json()
         for role in ("subject", "style"):
-            card[role] = card[role] and {**card[role], "base": "FLUX", "schedule": "s*"}
+            card[role] = card[role] and {**card[role], **told}
         route.fulfill(response=answer, json=card)
 
     page.route("**/klora/internal/card", for_flux)

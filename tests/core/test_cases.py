@@ -668,6 +668,15 @@ def test_an_img_in_of_another_width_is_that_of_a_control_lora(tmp_path: Path) ->
     assert "img_in is 12×8 in the first and 12×16 in the second" in str(caught.value)
 
 
+def test_an_image_input_of_another_width_is_that_of_an_inpainting_checkpoint(tmp_path: Path) -> None:
+    subject, style = (
+        wild.with_first_convolution(wild.sdxl_partner(seed), channels) for seed, channels in ((1, 4), (2, 9))
+    )
+    with pytest.raises(PairError, match="as for inpainting") as caught:
+        analysis_of(tmp_path, subject, style)
+    assert "input_blocks.0.0 is 12×36 in the first and 12×81 in the second" in str(caught.value)
+
+
 # Containers
 
 

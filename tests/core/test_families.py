@@ -149,3 +149,8 @@ def test_the_map_has_a_name_for_every_layer_of_a_family(family):
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_the_text_encoders_of_a_family_are_known(family):
     assert family.text_encoders.keys() <= TEXT_ENCODERS.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_layer_that_reads_the_image_is_one_of_the_family(family):
+    assert family.image_input in {module.native for module in family.modules}

@@ -259,6 +259,13 @@ def with_img_in(wild: Wild, columns: int) -> Wild:
     return Wild(wild.tensors | kohya(stem, make.matrix(WIDTH, RANK), make.matrix(RANK, columns)), wild.deltas)
 
 
+def with_first_convolution(wild: Wild, channels: int) -> Wild:
+    make = Maker(4)
+    up, down = make.matrix(WIDTH, RANK)[..., None, None], make.matrix(RANK, 9 * channels)
+    factors = kohya("lora_unet_input_blocks_0_0", up, down.reshape(RANK, channels, 3, 3))
+    return Wild(wild.tensors | factors, wild.deltas)
+
+
 def alphas_in_the_header(alpha: int) -> Wild:
     """diffusers' save_lora_adapter: PEFT's settings as JSON in the header, with a pattern for one module."""
     odd = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

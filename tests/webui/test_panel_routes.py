@@ -167,6 +167,25 @@ def test_a_lora_that_such_a_checkpoint_does_not_know_gets_a_sentence(host):
     ]
 
 
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("flux_fused_split", "For FLUX the paper's authors recommend the schedule S*."),
+        (
+            "z_image_fused_musubi",
+            "Z-Image is a flow-matching model like FLUX, for which the paper's authors recommend the "
+            "schedule S*.",
+        ),
+        ("sdxl_layers_missing", ""),
+    ],
+)
+def test_the_card_says_why_it_offers_s_star(networks, pair, said):
+    file = NetworkOnDisk("another")
+    file.filename = str(GOLDEN / pair / "subject.safetensors")
+    networks.put(file)
+    assert the_card(subject="another")["subject"]["advice"] == said
+
+
 def test_a_pair_that_does_not_fit_the_checkpoint_gets_a_sentence(host):
     layer, (rows, columns) = layers_of("style")[-1]
     host.models.model_data.sd_model = model(higher=[layer])

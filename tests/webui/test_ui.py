@@ -61,8 +61,8 @@ def test_swap_exchanges_names_and_weights(ui, networks, monkeypatch):
     assert clicked.fn("dog", "ink", 1.0, 0.7) == ("ink", "dog", 0.7, 1.0)
 
 
-def test_what_is_recommended_for_flux_are_values_of_the_controls_it_sets(ui):
-    for name, value in ui.FLUX_PRESET.items():
+def test_what_the_card_offers_are_values_of_the_controls_it_sets(ui):
+    for name, value in ui.S_STAR.items():
         assert value in SPECS[name].choices
         assert Settings.parse({name: value})
 

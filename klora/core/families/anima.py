@@ -66,5 +66,6 @@ ANIMA = Family(
     is_pipeline=lambda _: False,  # diffusers has modular blocks for it, which tell nobody when a step ends
     other_by_size=_other_by_size,
     namesakes=((r"cosmos", "Cosmos-Predict2"),),
+    image_input="x_embedder.proj.1",
     schedule="s*",
 )

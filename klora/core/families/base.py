@@ -120,6 +120,11 @@ class Found(NamedTuple):
     layers: tuple[str, ...]
 
 
+def has_transformer(name: str) -> Callable[[Any], bool]:
+    """`Family.is_pipeline` of a model whose pipelines in diffusers have a transformer of this class."""
+    return lambda pipeline: type(getattr(pipeline, "transformer", None)).__name__ == name
+
+
 ATTENTION_WIDTHS = {
     1536: "Stable Diffusion 3 Medium",
     2432: "Stable Diffusion 3.5 Large",
@@ -159,9 +164,12 @@ class Family:
             has this size; None if it may be this family's.
         namesakes: (pattern, name) of models with the same module names; the pattern, in lower case, matches
             what a file's header says of its base model.
-        is_control: (keys of a file that belong to no dialect, shapes of its layers) -> whether it is a
-            control LoRA.
-        schedule: the schedule that the paper's authors recommend for it.
+        control_of: (keys of a file that belong to no dialect, shapes of its layers) -> what kind of control
+            LoRA it is, for a sentence; None if it is none.
+        image_input: the layer that reads the image. It has more columns in checkpoints that take a second
+            image as well.
+        in_paper: whether the paper's authors used it.
+        schedule: the schedule that they recommend for it, or for the model of its kind that they used.
         prefixes: what the keys of its denoiser start with in each dialect.
         find: for a model known only by a WebUI's own names: (key without its suffix) -> what it stands for,
             None if the WebUI does not know it.
@@ -184,7 +192,9 @@ class Family:
     list_aliases: Callable[[], Iterator[Alias]] = lambda: iter(())
     other_by_size: Callable[[str, int, int], str | None] = lambda _name, _rows, _columns: None
     namesakes: tuple[tuple[str, str], ...] = ()
-    is_control: Callable[[Collection[str], LayerShapes], bool] = lambda _unknown, _shapes: False
+    control_of: Callable[[Collection[str], LayerShapes], str | None] = lambda _unknown, _shapes: None
+    image_input: str = ""
+    in_paper: bool = False
     schedule: str = "s"
     guidance: str = "guidance_scale"
     prefixes: tuple[Prefix, ...] = DENOISER_PREFIXES

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from klora.core.families.base import Alias, Block, Family
+from klora.core.families.base import Alias, Block, Family, has_transformer
 from klora.core.families.flux import DOUBLE_BLOCKS, SINGLE_BLOCKS
 from klora.core.families.flux_blocks import (
     BLOCKS,
@@ -49,10 +49,6 @@ def _is_checkpoint(model: Any, denoiser: Any) -> bool:
     return depths(denoiser) == (DOUBLE_BLOCKS, SINGLE_BLOCKS) and hasattr(denoiser, _GUIDANCE)
 
 
-def _is_pipeline(pipeline: Any) -> bool:
-    return type(getattr(pipeline, "transformer", None)).__name__ == "ChromaTransformer2DModel"
-
-
 CHROMA = Family(
     key="chroma",
     name="Chroma",
@@ -69,8 +65,9 @@ CHROMA = Family(
     text_encoders={"t5": "text_encoder"},
     readable=("kohya", "diffusers PEFT"),
     is_checkpoint=_is_checkpoint,
-    is_pipeline=_is_pipeline,
+    is_pipeline=has_transformer("ChromaTransformer2DModel"),
     other_by_size=partial(other_by_size, 3072, False),
     namesakes=namesakes("Chroma"),
+    image_input="img_in",
     schedule="s*",
 )

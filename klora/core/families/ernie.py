@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from klora.core.families.base import Block, Family, Row, modules_of
+from klora.core.families.base import Block, Family, Row, has_transformer, modules_of
 from klora.core.topology import CONV, NORM, Module
 
 BLOCKS = 36
@@ -35,10 +35,6 @@ def _is_checkpoint(model: Any, denoiser: Any) -> bool:
     return all(hasattr(denoiser, name) for name in ("layers", "final_norm", "final_linear"))
 
 
-def _is_pipeline(pipeline: Any) -> bool:
-    return type(getattr(pipeline, "transformer", None)).__name__ == "ErnieImageTransformer2DModel"
-
-
 ERNIE = Family(
     key="ernie",
     name="ERNIE-Image",
@@ -54,6 +50,7 @@ ERNIE = Family(
     text_encoders={},
     readable=("kohya", "dotted native", "diffusers PEFT"),
     is_checkpoint=_is_checkpoint,
-    is_pipeline=_is_pipeline,
+    is_pipeline=has_transformer("ErnieImageTransformer2DModel"),
+    image_input="x_embedder.proj",
     schedule="s*",
 )

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
-from klora.core.families.base import XLABS, Alias, Block, Family, LayerShapes
+from klora.core.families.base import XLABS, Alias, Block, Family, LayerShapes, has_transformer
 from klora.core.families.flux_blocks import (
     BLOCKS,
     depths,
@@ -62,19 +62,16 @@ def _aliases() -> Iterator[Alias]:
                 yield Alias(f"{block}.processor.{processor}", module, module.layers[:3], XLABS)
 
 
-def _is_control(unknown_keys: Collection[str], shapes: LayerShapes) -> bool:
+def _control_of(unknown_keys: Collection[str], shapes: LayerShapes) -> str | None:
     """Black Forest Labs' Depth and Canny replace norms and widen the image input, as LoRAs for Fill do."""
-    return any(key.endswith("_norm.scale") for key in unknown_keys) or (
+    is_control = any(key.endswith("_norm.scale") for key in unknown_keys) or (
         "img_in" in shapes and shapes["img_in"][1] in (128, 384)
     )
+    return "a control LoRA (FLUX.1 Depth or Canny, or for FLUX.1 Fill)" if is_control else None
 
 
 def _is_checkpoint(model: Any, denoiser: Any) -> bool:
     return depths(denoiser) == (DOUBLE_BLOCKS, SINGLE_BLOCKS) and hasattr(denoiser, "vector_in")
-
-
-def _is_pipeline(pipeline: Any) -> bool:
-    return type(getattr(pipeline, "transformer", None)).__name__ == "FluxTransformer2DModel"
 
 
 FLUX = Family(
@@ -92,9 +89,11 @@ FLUX = Family(
     text_encoders={"te1": "text_encoder", "t5": "text_encoder_2"},
     readable=("kohya", "diffusers PEFT"),
     is_checkpoint=_is_checkpoint,
-    is_pipeline=_is_pipeline,
+    is_pipeline=has_transformer("FluxTransformer2DModel"),
     other_by_size=partial(other_by_size, 3072, False),
     namesakes=namesakes("FLUX.1"),
-    is_control=_is_control,
+    control_of=_control_of,
+    image_input="img_in",
+    in_paper=True,
     schedule="s*",
 )

@@ -93,6 +93,7 @@ def _klein(size: str, doubles: int, singles: int, width: int) -> Family:
         is_pipeline=is_pipeline,
         other_by_size=partial(other_by_size, width, True),
         namesakes=namesakes(name),
+        image_input="img_in",
         schedule="s*",
     )
     return family

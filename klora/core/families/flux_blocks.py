@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from klora.core.families.base import DIFFUSERS_FUSED, Alias, Block
+from klora.core.families.base import ATTENTION_WIDTHS, DIFFUSERS_FUSED, Alias, Block
 from klora.core.topology import NORM, Module
 
 _STREAMS = (
@@ -99,14 +99,8 @@ def depths(denoiser: Any) -> tuple[int, int]:
     return double, single
 
 
-_WIDTHS = {
-    1536: "Stable Diffusion 3 Medium",
-    2432: "Stable Diffusion 3.5 Large",
-    3072: "FLUX.2 Klein 4B",
-    4096: "FLUX.2 Klein 9B",
-    6144: "FLUX.2 dev",
-}
-"""Of the models whose modules have names of these blocks."""
+_WIDTHS = {**ATTENTION_WIDTHS, 3072: "FLUX.2 Klein 4B", 6144: "FLUX.2 dev"}
+"""{hidden size: model}, of those whose modules have names of these blocks."""
 
 
 def other_by_size(width: int, gated: bool, name: str, rows: int, columns: int) -> str | None:

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from klora.core.families.base import ATTENTION_WIDTHS, DIFFUSERS, Alias, Block, Family, Row, modules_of
+from klora.core.families.base import (
+    ATTENTION_WIDTHS,
+    DIFFUSERS,
+    Alias,
+    Block,
+    Family,
+    Row,
+    has_transformer,
+    modules_of,
+)
 from klora.core.topology import NORM, Module
 
 BLOCKS = 28
@@ -70,10 +79,6 @@ def _is_checkpoint(model: Any, denoiser: Any) -> bool:
     return hasattr(denoiser, "blocks") and hasattr(denoiser, "txtfusion")
 
 
-def _is_pipeline(pipeline: Any) -> bool:
-    return type(getattr(pipeline, "transformer", None)).__name__ == "Krea2Transformer2DModel"
-
-
 KREA = Family(
     key="krea",
     name="Krea 2",
@@ -91,7 +96,8 @@ KREA = Family(
     text_encoders={},
     readable=("kohya", "dotted native", "diffusers PEFT"),
     is_checkpoint=_is_checkpoint,
-    is_pipeline=_is_pipeline,
+    is_pipeline=has_transformer("Krea2Transformer2DModel"),
     other_by_size=_other_by_size,
+    image_input="first",
     schedule="s*",
 )

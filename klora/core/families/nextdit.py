@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from klora.core.families.base import DIFFUSERS, DIFFUSERS_FUSED, Alias, Block, Family
+from klora.core.families.base import DIFFUSERS, DIFFUSERS_FUSED, Alias, Block, Family, has_transformer
 from klora.core.topology import LINEAR, NORM, Module
 
 _QKV = ("q", "k", "v")
@@ -197,10 +197,6 @@ def _modulation_length(denoiser: Any) -> int | None:
     return len(getattr(denoiser.layers[0], "adaLN_modulation", ()))
 
 
-def _is_pipeline_of(pipeline: Any, transformer: str) -> bool:
-    return type(getattr(pipeline, "transformer", None)).__name__ == transformer
-
-
 _BLOCKS = {
     **dict.fromkeys(("x_embedder", "t_embedder", "cap_embedder"), Block("in")),
     "context_refiner": Block("context", numbered=True),
@@ -222,9 +218,10 @@ Z_IMAGE: Family = Family(
     text_encoders={},
     readable=("kohya", "dotted native", "diffusers names after diffusion_model.", "diffusers PEFT"),
     is_checkpoint=lambda _model, denoiser: _modulation_length(denoiser) == 1,
-    is_pipeline=lambda pipeline: _is_pipeline_of(pipeline, "ZImageTransformer2DModel"),
+    is_pipeline=has_transformer("ZImageTransformer2DModel"),
     other_by_size=lambda name, rows, columns: _other_than("Z-Image", name, rows, columns),
     namesakes=((r"newbie", "NewBie"), (r"lumina|neta", "Lumina 2")),
+    image_input="x_embedder",
     schedule="s*",
 )
 
@@ -241,8 +238,9 @@ LUMINA_2: Family = Family(
     # The host cuts q, k and v into three equal parts, so only the names of whole matrices are right there.
     readable=("kohya", "dotted native"),
     is_checkpoint=lambda _model, denoiser: _modulation_length(denoiser) == 2,
-    is_pipeline=lambda pipeline: _is_pipeline_of(pipeline, "Lumina2Transformer2DModel"),
+    is_pipeline=has_transformer("Lumina2Transformer2DModel"),
     other_by_size=lambda name, rows, columns: _other_than("Lumina 2", name, rows, columns),
     namesakes=((r"newbie", "NewBie"), (r"z[-_. ]?image", "Z-Image")),
+    image_input="x_embedder",
     schedule="s*",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from klora.core.families.base import ATTENTION_WIDTHS, Block, Family, Row, modules_of
+from klora.core.families.base import ATTENTION_WIDTHS, Block, Family, Row, has_transformer, modules_of
 from klora.core.topology import NORM, Module
 
 BLOCKS = 60
@@ -43,10 +43,6 @@ def _is_checkpoint(model: Any, denoiser: Any) -> bool:
     return hasattr(denoiser, "transformer_blocks") and hasattr(denoiser, "txt_norm")
 
 
-def _is_pipeline(pipeline: Any) -> bool:
-    return type(getattr(pipeline, "transformer", None)).__name__ == "QwenImageTransformer2DModel"
-
-
 QWEN = Family(
     key="qwen",
     name="Qwen-Image",
@@ -62,9 +58,10 @@ QWEN = Family(
     text_encoders={},
     readable=("kohya", "dotted native", "diffusers PEFT"),
     is_checkpoint=_is_checkpoint,
-    is_pipeline=_is_pipeline,
+    is_pipeline=has_transformer("QwenImageTransformer2DModel"),
     other_by_size=_other_by_size,
     namesakes=((r"flux[-_. ]?1|^flux$", "FLUX.1"), (r"^(stable-diffusion-3|sd_?3)", "Stable Diffusion 3")),
+    image_input="img_in",
     schedule="s*",
     guidance="true_cfg_scale",
 )

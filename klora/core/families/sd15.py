@@ -6,16 +6,11 @@ Native names are CompVis' (ldm/modules/diffusionmodules/openaimodel.py with v1-i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from klora.core.families.base import Alias, Family
-from klora.core.families.unet import (
-    BLOCKS,
-    attention_aliases,
-    narrower_in_sdxl,
-    reads_context,
-    unet_modules,
-)
+from klora.core.families.unet import BLOCKS, attention_aliases, namesakes, other_by_size, unet_modules
 from klora.core.topology import CONV, Module
 
 
@@ -28,16 +23,6 @@ def sd15_modules() -> Iterator[Module]:
 
 def _aliases() -> Iterator[Alias]:
     return attention_aliases(SD15.modules)
-
-
-_CONTEXTS = {1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
-"""{columns of a key projection in cross-attention: model}; SD 1.5 has 768."""
-
-
-def _other_by_size(name: str, rows: int, columns: int) -> str | None:
-    if narrower_in_sdxl(name) and rows == 640:
-        return "SDXL"
-    return _CONTEXTS.get(columns) if reads_context(name) else None
 
 
 def _is_checkpoint(model: Any, denoiser: Any) -> bool:
@@ -66,10 +51,8 @@ SD15 = Family(
     is_checkpoint=_is_checkpoint,
     is_pipeline=_is_pipeline,
     single_file="StableDiffusionPipeline",
+    image_input="input_blocks.0.0",
     side=512,
-    other_by_size=_other_by_size,
-    namesakes=(
-        (r"^(stable-diffusion-v2|sd_v2)", "Stable Diffusion 2.x"),
-        (r"^(stable-diffusion-xl|sdxl)", "SDXL"),
-    ),
+    other_by_size=partial(other_by_size, "SD 1.5"),
+    namesakes=namesakes("SD 1.5"),
 )

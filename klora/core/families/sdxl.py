@@ -6,16 +6,11 @@ Native names are SGM's (sgm/modules/diffusionmodules/openaimodel.py with sd_xl_b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from klora.core.families.base import Alias, Family
-from klora.core.families.unet import (
-    BLOCKS,
-    attention_aliases,
-    narrower_in_sdxl,
-    reads_context,
-    unet_modules,
-)
+from klora.core.families.unet import BLOCKS, attention_aliases, namesakes, other_by_size, unet_modules
 from klora.core.topology import LINEAR, Module
 
 
@@ -28,16 +23,6 @@ def sdxl_modules() -> Iterator[Module]:
 
 def _aliases() -> Iterator[Alias]:
     return attention_aliases(SDXL.modules)
-
-
-_CONTEXTS = {768: "SD 1.5", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner"}
-"""{columns of a key projection in cross-attention: model}; SDXL has 2048."""
-
-
-def _other_by_size(name: str, rows: int, columns: int) -> str | None:
-    if narrower_in_sdxl(name) and rows == 1280:
-        return "SD 1.5"
-    return _CONTEXTS.get(columns) if reads_context(name) else None
 
 
 def _is_checkpoint(model: Any, denoiser: Any) -> bool:
@@ -62,9 +47,8 @@ SDXL = Family(
     is_checkpoint=_is_checkpoint,
     is_pipeline=_is_pipeline,
     single_file="StableDiffusionXLPipeline",
-    other_by_size=_other_by_size,
-    namesakes=(
-        (r"^(stable-diffusion-v1|sd_v1)", "SD 1.5"),
-        (r"^(stable-diffusion-v2|sd_v2)", "Stable Diffusion 2.x"),
-    ),
+    image_input="input_blocks.0.0",
+    in_paper=True,
+    other_by_size=partial(other_by_size, "SDXL"),
+    namesakes=namesakes("SDXL"),
 )

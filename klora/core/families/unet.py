@@ -126,11 +126,27 @@ def attention_aliases(modules: Iterable[Module]) -> Iterator[Alias]:
                 yield Alias(f"{block}.to_{short}", module, module.layers, naming)
 
 
-def reads_context(layer: str) -> bool:
-    """Whether a layer reads the text encoders' output: its columns are that output's width."""
-    return layer.endswith((".attn2.to_k", ".attn2.to_v"))
+_CONTEXTS = {768: "SD 1.5", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
+"""{width of the text encoders' output: model}"""
+
+_NARROWER_IN_SDXL = ("output_blocks.3.1.", "output_blocks.4.1.", "output_blocks.5.1.")
+"""Transformers that are 640 channels wide in SDXL and 1280 in SD 1.5 and 2.x."""
+
+_HEADERS = (
+    (r"^(stable-diffusion-v1|sd_v1)", "SD 1.5"),
+    (r"^(stable-diffusion-v2|sd_v2)", "Stable Diffusion 2.x"),
+    (r"^(stable-diffusion-xl|sdxl)", "SDXL"),
+)
 
 
-def narrower_in_sdxl(layer: str) -> bool:
-    """Whether a layer belongs to a transformer that is 640 channels wide in SDXL and 1280 in SD 1 and 2."""
-    return layer.startswith(("output_blocks.3.1.", "output_blocks.4.1.", "output_blocks.5.1."))
+def other_by_size(own: str, name: str, rows: int, columns: int) -> str | None:
+    """`Family.other_by_size` of the UNet of this name."""
+    found = _CONTEXTS.get(columns) if name.endswith((".attn2.to_k", ".attn2.to_v")) else None
+    if found is None and name.startswith(_NARROWER_IN_SDXL):
+        found = {640: "SDXL", 1280: "SD 1.5"}.get(rows)
+    return None if found == own else found
+
+
+def namesakes(own: str) -> tuple[tuple[str, str], ...]:
+    """`Family.namesakes` of the UNet of this name."""
+    return tuple((pattern, other) for pattern, other in _HEADERS if other != own)

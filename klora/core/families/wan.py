@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from klora.core.families.base import Block, Family, Row, modules_of
+from klora.core.families.base import Block, Family, Row, has_transformer, modules_of
 from klora.core.topology import CONV, NORM, Module
 
 BLOCKS = 40
@@ -39,10 +39,6 @@ def _is_checkpoint(model: Any, denoiser: Any) -> bool:
     return all(hasattr(denoiser, name) for name in ("blocks", "time_projection", "text_embedding"))
 
 
-def _is_pipeline(pipeline: Any) -> bool:
-    return type(getattr(pipeline, "transformer", None)).__name__ == "WanTransformer3DModel"
-
-
 WAN = Family(
     key="wan",
     name="Wan",
@@ -60,6 +56,7 @@ WAN = Family(
     text_encoders={},
     readable=("kohya", "dotted native"),
     is_checkpoint=_is_checkpoint,
-    is_pipeline=_is_pipeline,
+    is_pipeline=has_transformer("WanTransformer3DModel"),
+    image_input="patch_embedding",
     schedule="s*",
 )
