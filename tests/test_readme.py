@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from klora.core.schedule import Schedule
 from klora.settings import markdown_table
 
 HOUSE = Path(__file__).parents[1]
@@ -26,6 +27,17 @@ def test_the_table_of_settings_is_the_declaration():
     assert markdown_table() in text(HOUSE / "docs" / "api.md"), (
         "put what `python -m klora settings` prints under the heading Settings of docs/api.md"
     )
+
+
+@pytest.mark.parametrize("steps", [4, 8, 9])
+def test_the_values_of_few_steps_are_those_of_the_schedules(steps):
+    s, s_star = (
+        ", ".join(
+            f"{value + 1e-9:.2f}".rstrip("0").rstrip(".") for value in Schedule.named(name).values(steps)
+        )
+        for name in ("s", "s*")
+    )
+    assert f"| {steps} | {s} | {s_star} |" in text(HOUSE / "docs" / "methods.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
