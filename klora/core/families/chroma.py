@@ -63,7 +63,8 @@ CHROMA = Family(
     },
     component="transformer",
     text_encoders={"t5": "text_encoder"},
-    readable=("kohya", "diffusers PEFT"),
+    # Forge Neo reads diffusers' names of it too, but Forge only those of FLUX.1 (model_lora_keys_unet).
+    readable=("kohya",),
     is_checkpoint=_is_checkpoint,
     is_pipeline=has_transformer("ChromaTransformer2DModel"),
     other_by_size=partial(other_by_size, 3072, False),

@@ -43,6 +43,7 @@ def double_blocks(
                 f"{native}_attn.qkv",
                 tuple(f"{diffusers}.attn.{name}" for name in qkv),
                 pieces=("q", "k", "v"),
+                widths=3,
             )
             yield Module(f"{native}_attn.proj", (f"{diffusers}.attn.{out}",))
             yield Module(f"{native}_mlp.0", (f"{diffusers}.{feed_forward}.{mlp[0]}",))
