@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from klora.core.blocks import leader_of
 from klora.core.deltas import dense
-from klora.core.families import listed, of_pipeline
+from klora.core.families import of_pipeline, with_pipelines
 from klora.core.families.base import Family
 from klora.core.lora_file import LoraFile
 from klora.core.lora_reader import LoraReader
@@ -45,7 +45,7 @@ def family_of(pipeline: Any) -> Family:
     family = of_pipeline(pipeline)
     if family is None:
         raise HostError(
-            f"K-LoRA knows {listed('and', short=True)} pipelines, not {type(pipeline).__name__}: choose a "
+            f"K-LoRA knows {with_pipelines('and')} pipelines, not {type(pipeline).__name__}: choose a "
             "model of one of these kinds."
         )
     return family

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from klora.core import foreign_files
 from klora.core.blocks import block_of
-from klora.core.families import FAMILIES, listed
+from klora.core.families import FAMILIES, listed, models_taken, with_pipelines
 from klora.core.families.flux import FLUX
 from klora.core.lora_file import for_one_base, read_lora
 from klora.core.text_encoders import TEXT_ENCODERS
@@ -76,7 +76,12 @@ def test_sentences_list_every_family(monkeypatch):
     three = {key: FAMILIES[key] for key in ("sdxl", "flux", "chroma")}
     monkeypatch.setattr("klora.core.families.FAMILIES", three)
     assert listed("or") == "SDXL, FLUX.1 or Chroma"
-    assert listed("and", short=True) == "SDXL, FLUX and Chroma"
+    assert with_pipelines("and") == "SDXL, FLUX and Chroma"
+
+
+def test_a_family_without_a_pipeline_is_not_one_that_diffusers_opens():
+    assert "Anima" not in models_taken()
+    assert "Anima" in listed("or")
 
 
 def test_a_model_is_foreign_only_while_no_family_has_its_name(monkeypatch):

@@ -38,16 +38,27 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def listed(word: str, short: bool = False) -> str:
+def listed(word: str) -> str:
     """The names of all families as part of a sentence, with `word` before the last: "SDXL and FLUX.1"."""
-    *names, last = [family.short_name if short else family.name for family in FAMILIES.values()]
+    return _joined([family.name for family in FAMILIES.values()], word)
+
+
+def _joined(all_names: list[str], word: str) -> str:
+    *names, last = all_names
     return f"{', '.join(names)} {word} {last}" if names else last
+
+
+def with_pipelines(word: str) -> str:
+    """The names of the families that diffusers has a pipeline for, as part of a sentence."""
+    return _joined(
+        [family.short_name for family in FAMILIES.values() if family.is_pipeline is not None], word
+    )
 
 
 def models_taken() -> str:
     """What diffusers opens a model of these from, for a sentence."""
     files = [family.short_name for family in FAMILIES.values() if family.single_file]
-    return f"a diffusers folder of {listed('or', short=True)}, or a single file of {' or '.join(files)}"
+    return f"a diffusers folder of {with_pipelines('or')}, or a single file of {_joined(files, 'or')}"
 
 
 def of_checkpoint(model: Any, denoiser: Any) -> Family | None:
@@ -62,4 +73,7 @@ def of_checkpoint(model: Any, denoiser: Any) -> Family | None:
 
 def of_pipeline(pipeline: Any) -> Family | None:
     """A diffusers pipeline's family, None if it belongs to none."""
-    return next((family for family in FAMILIES.values() if family.is_pipeline(pipeline)), None)
+    for family in FAMILIES.values():
+        if family.is_pipeline is not None and family.is_pipeline(pipeline):
+            return family
+    return None

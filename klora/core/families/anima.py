@@ -1,7 +1,8 @@
 """Anima, which is built as NVIDIA's Cosmos-Predict2 2B.
 
 Native names are those of Cosmos, as ComfyUI and Forge Neo have them; the others are those of
-diffusers' conversion of LoRAs.
+diffusers' conversion of LoRAs. Of pipelines, diffusers has only modular blocks for it, and they tell nobody
+when a step ends.
 """
 
 from __future__ import annotations
@@ -63,7 +64,6 @@ ANIMA = Family(
     text_encoders={"qwen3": "text_encoder", "llm_adapter": "text_conditioner"},
     readable=("kohya", "dotted native"),
     is_checkpoint=_is_checkpoint,
-    is_pipeline=lambda _: False,  # diffusers has modular blocks for it, which tell nobody when a step ends
     other_by_size=_other_by_size,
     namesakes=((r"cosmos", "Cosmos-Predict2"),),
     image_input="x_embedder.proj.1",

@@ -156,7 +156,8 @@ class Family:
         side: width and height in pixels of the square images that it was trained on.
         readable: the dialects that the loaders of Forge and its relatives read as they are.
         is_checkpoint: (WebUI's record of a loaded checkpoint, its denoiser) -> whether it is of this family.
-        is_pipeline: (diffusers pipeline) -> whether it is of this family.
+        is_pipeline: (diffusers pipeline) -> whether it is of this family; None if diffusers has no pipeline
+            for it that can be stopped between steps.
         single_file: the diffusers pipeline class that opens its checkpoints stored in one file; None if one
             file does not hold a whole model.
         guidance: what diffusers' pipelines call the guidance scale.
@@ -184,7 +185,7 @@ class Family:
     component: str
     text_encoders: Mapping[str, str]
     is_checkpoint: Callable[[Any, Any], bool]
-    is_pipeline: Callable[[Any], bool]
+    is_pipeline: Callable[[Any], bool] | None = None
     single_file: str | None = None
     side: int = 1024
     readable: tuple[str, ...] = ("kohya",)

@@ -60,7 +60,6 @@ def unlisted(
         component="transformer",
         text_encoders={},
         is_checkpoint=lambda _model, _denoiser: False,
-        is_pipeline=lambda _pipeline: False,
         readable=(HOSTS_OWN,),
         prefixes=(),
         find=find,
