@@ -94,7 +94,7 @@ def _holds(parts: list[str], wanted: list[str]) -> bool:
 
 
 def _without_checkpoints(parts: list[str]) -> list[str]:
-    """The words of a name, of a checkpoint's name its family's first word alone."""
+    """The words of a name, with its family's first word in place of a checkpoint's name."""
     for name, word in _CHECKPOINTS:
         for start in reversed(range(len(parts) - len(name) + 1)):
             if parts[start : start + len(name)] == name:

@@ -1,4 +1,4 @@
-"""What the hosts' ways of listing a model that K-LoRA has no record of share."""
+"""What all hosts do alike to list a model that K-LoRA has no record of."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def name_of_checkpoint(model: Any) -> str:
 def kept(model: Any, make: Callable[[Any], Family]) -> Family:
     """The unlisted family of a loaded checkpoint, made only once.
 
-    Files that were read for a family are for that very record, so it is kept on the checkpoint.
+    A LoRA file is read for one particular record, so the record is kept on the checkpoint.
     """
     attributes: dict[str, Any] = model.__dict__
     if "klora_family" not in attributes:

@@ -39,7 +39,7 @@ def anima_modules() -> Iterator[Module]:
 
 
 def _other_by_size(name: str, rows: int, columns: int) -> str | None:
-    """By the text, which is half as wide as the image here, and by the width of the larger Cosmos."""
+    """By the width of the text, which is half that of the image here, and by that of the larger Cosmos."""
     if name.endswith((".cross_attn.k_proj", ".cross_attn.v_proj")) and rows == columns:
         return "LTX-Video or PixArt"
     return "Cosmos-Predict2 14B" if columns == 5120 and "_attn." in name else None

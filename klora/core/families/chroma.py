@@ -1,6 +1,7 @@
 """Chroma: FLUX.1's blocks without modulations of their own; a small network makes them for all blocks.
 
-Native names are ComfyUI's and both Forges'; the others are those of diffusers' ChromaTransformer2DModel.
+Native names are those of ComfyUI, Forge and Forge Neo; the others are those of diffusers'
+ChromaTransformer2DModel.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _GUIDANCE = "distilled_guidance_layer"
 
 
 def chroma_modules() -> Iterator[Module]:
-    """All modules of Chroma's transformer, whose blocks have their modulations from the guidance layer."""
+    """All modules of Chroma's transformer, whose blocks get their modulations from the guidance layer."""
     yield Module("img_in", ("x_embedder",))
     yield Module("txt_in", ("context_embedder",))
     yield Module(f"{_GUIDANCE}.in_proj", (f"{_GUIDANCE}.in_proj",))

@@ -91,7 +91,7 @@ BLOCKS = {
     "single_blocks": Block("single", numbered=True),
     "final_layer": Block("out"),
 }
-"""What the map calls the blocks, and all that comes after them."""
+"""What the map calls the blocks and what follows them."""
 
 
 def depths(denoiser: Any) -> tuple[int, int]:

@@ -156,7 +156,8 @@ _NAMES = {2304: "Lumina 2", 2520: "OmniGen2", 3840: "Z-Image"}
 def _by_size(name: str, rows: int, columns: int) -> str | None:
     """The model that has a layer of this size; None if both may have it.
 
-    Its width shows it; in small checkpoints, the heights of k, v and the feed-forward in widths do.
+    Its width shows it. In small checkpoints the heights of k, v and the feed-forward show it, as multiples of
+    the width.
     """
     if name.endswith((":k", ":v")):
         if rows == columns:

@@ -29,7 +29,7 @@ def unlisted(
     place_of: Callable[[str], Place | None],
     pieces: Mapping[str, Place],
 ) -> Family:
-    """The family of a loaded checkpoint that is of none of the listed ones. It does not keep the checkpoint.
+    """The family of a loaded checkpoint that belongs to none of the listed ones. Its weights are not kept.
 
     Args:
         name: of the model, for people.

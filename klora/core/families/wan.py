@@ -31,7 +31,7 @@ _ROWS = (
 
 
 def wan_modules() -> Iterator[Module]:
-    """All modules of the largest Wan, 40 blocks; the others have 30. Their widths are 1536, 3072 and 5120."""
+    """All modules of the largest Wan, of 40 blocks; the others have 30. They are 1536, 3072 or 5120 wide."""
     return modules_of(_ROWS, BLOCKS)
 
 
