@@ -35,6 +35,7 @@ Z-Image-Turbo z_image_turbo_lora_v1 zImageTurbo_rank16
 zimage_turbo Z-Image-Turbo-Pixel-Art z-image-turbo-2000-steps spirits_distill_whisky turbo_image
 image_turbo qwen_image_lightning_mcqueen wan_fusion_cuisine
 krea_2_style_turbofan obi_wan ernie_and_bert anima_lightning_mage_style my_edit
+Krea-2-Turbo krea2_turbo_lora_v1 ERNIE-Image-Turbo ernie_image_turbo_lora
 """
 
 

@@ -40,6 +40,7 @@ ERNIE = Family(
     name="ERNIE-Image",
     short_name="ERNIE-Image",
     words=("ernie",),
+    accelerated_names=("ernie image turbo",),
     list_modules=ernie_modules,
     blocks={
         **dict.fromkeys(("x_embedder", "text_proj", "time_embedding", "adaLN_modulation"), Block("in")),

@@ -84,6 +84,7 @@ KREA = Family(
     name="Krea 2",
     short_name="Krea 2",
     words=("krea",),
+    accelerated_names=("krea 2 turbo",),
     list_modules=krea_modules,
     list_aliases=_aliases,
     blocks={
