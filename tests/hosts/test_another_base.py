@@ -8,7 +8,20 @@ from safetensors.torch import load_file
 from klora.core.families import FAMILIES
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-PAIRS = {"sdxl": "sdxl_attention_same_rank", "sd15": "sd15_kohya_peft", "flux": "flux_fused_split"}
+PAIRS = {
+    "sdxl": "sdxl_attention_same_rank",
+    "sd15": "sd15_kohya_peft",
+    "flux": "flux_fused_split",
+    "chroma": "chroma_kohya_diffusers",
+    "klein4b": "klein_dotted_diffusers",
+    "z_image": "z_image_fused_musubi",
+    "lumina_2": "lumina_2_fused_split",
+    "anima": "anima_with_text",
+    "qwen": "qwen_native_kohya",
+    "krea": "krea_grouped_keys",
+    "wan": "wan_two_kinds",
+    "ernie": "ernie_onetrainer_kohya",
+}
 
 
 @pytest.mark.parametrize("base", PAIRS)
