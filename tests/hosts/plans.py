@@ -21,9 +21,7 @@ def plan_of(host, steps, seed=0, **settings):
 
 @cache
 def planned(subject, style, family, steps, seed, settings):
-    return analyze(
-        subject, style, Settings.parse(dict(settings)), steps=steps, seed=seed, loaded=family
-    ).plan
+    return analyze(subject, style, Settings.parse(dict(settings)), steps=steps, seed=seed, loaded=family).plan
 
 
 def references_of(host, subject=1, style=1):
