@@ -45,6 +45,7 @@ ON_SD15 = (
     "test_promises",
     "test_sizes",
     "test_text_encoders",
+    "test_unlisted",
     "test_weights",
 )
 """What is promised of images and depends on the base model. All else is tested on SDXL alone, for time."""

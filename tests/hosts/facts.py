@@ -12,7 +12,8 @@ class Facts:
     """One kind of host.
 
     Attributes:
-        clocks: {base model: {(sampler, steps asked for): the step of each evaluation of the denoiser}}.
+        clocks: {kind of base model: {(sampler, steps asked for): the step of each evaluation of the
+            denoiser}}.
         upscalers: of the hires pass, with and without a way over pixels where the host has both.
         places: of the probe's faults, with the number of faults in a row that no retry gets over.
         storages: {name: options} of checkpoints kept in fewer bits.
@@ -30,12 +31,19 @@ class Facts:
     configurations: bool = False
 
 
+UNET, FLOW = "UNet", "flow matching"
+"""The kinds of base model, within which samplers and requests are alike."""
+
 FIELDS: Mapping[str, Mapping[str, Any]] = {
-    "sdxl": {"sampler_name": "Euler a", "scheduler": "Automatic"},
-    "sd15": {"sampler_name": "Euler a", "scheduler": "Automatic"},
-    "flux": {"sampler_name": "Euler", "scheduler": "Simple", "cfg_scale": 1, "distilled_cfg_scale": 3.5},
+    UNET: {"sampler_name": "Euler a", "scheduler": "Automatic"},
+    FLOW: {"sampler_name": "Euler", "scheduler": "Simple", "cfg_scale": 1, "distilled_cfg_scale": 3.5},
 }
-"""What a request needs for a base model."""
+"""What a request needs for a kind of base model."""
+
+
+def kind_of(base: str) -> str:
+    """The kind of the base model with this key."""
+    return UNET if base in ("sdxl", "sd15") else FLOW
 
 
 def once(steps: int) -> list[int]:
@@ -54,10 +62,7 @@ LENGTHS = {
 }
 TIMESTEPS = {("PLMS", 4): once(4), ("DDIM", 4): once(3)}
 COMMON = {**FIRST_ORDER, **SECOND_ORDER, **LENGTHS}
-SDXL = {**COMMON, **TIMESTEPS, ("UniPC", 4): once(4), ("DPM2", 3): twice(3), ("Restart", 6): twice(6)}
-UNETS = ("sdxl", "sd15")
-"""Base models that are sampled alike."""
-
+OF_UNET = {**COMMON, **TIMESTEPS, ("UniPC", 4): once(4), ("DPM2", 3): twice(3), ("Restart", 6): twice(6)}
 ANCESTRAL = {("DPM2 a", 3): twice(3)}
 
 HEUNPP2 = {("HeunPP2", 4): [0, 0, 0, 1, 1, 1, 2, 2, 3], ("HeunPP2", 1): [0]}
@@ -66,7 +71,7 @@ OF_FORGE = {
     (name, 4): once(4)
     for name in ("DPM++ 2M SDE Heun", "DPM++ 3M SDE", "DPM fast", "IPNDM", "IPNDM_V", "DEIS", "LCM", "DDPM")
 }
-OF_FORGE_FLUX = {(name, 4): once(4) for name in ("IPNDM", "IPNDM_V", "DEIS", "DPM++ 3M SDE")}
+OF_FORGE_FLOW = {(name, 4): once(4) for name in ("IPNDM", "IPNDM_V", "DEIS", "DPM++ 3M SDE")}
 OF_NEO = {
     (name, 4): once(4)
     for name in (
@@ -89,7 +94,7 @@ FAMILY_STORAGES = {
 """With "(fp16 LoRA)" LoRAs are online, in Forge for weights of 8 bits and fewer only."""
 
 A1111 = Facts(
-    {base: {**SDXL, **ANCESTRAL} for base in UNETS},
+    {UNET: {**OF_UNET, **ANCESTRAL}},
     upscalers=("Latent", "None"),
     places={**FAMILY_PLACES, "load": 3, "apply": 1, "restore": 1},
     storages={
@@ -106,8 +111,8 @@ If it cannot load a LoRA it goes on to the next one, and K-LoRA makes it load th
 
 FORGE = Facts(
     {
-        **{base: {**SDXL, **ANCESTRAL, **HEUNPP2, **OF_FORGE, ("DPM++ 2S a", 4): twice(4)} for base in UNETS},
-        "flux": {**COMMON, **HEUNPP2, **OF_FORGE_FLUX},
+        UNET: {**OF_UNET, **ANCESTRAL, **HEUNPP2, **OF_FORGE, ("DPM++ 2S a", 4): twice(4)},
+        FLOW: {**COMMON, **HEUNPP2, **OF_FORGE_FLOW},
     },
     upscalers=("Latent", "None"),
     places={**FAMILY_PLACES, "merge": 4},
@@ -117,8 +122,8 @@ FORGE = Facts(
 
 NEO = Facts(
     {
-        **{base: {**SDXL, **KOHAKU, **OF_NEO} for base in UNETS},
-        "flux": {**COMMON, **KOHAKU, **OF_NEO, ("DPM++ 2s a RF", 4): twice(4), ("DPM++ 2s a RF", 1): [0]},
+        UNET: {**OF_UNET, **KOHAKU, **OF_NEO},
+        FLOW: {**COMMON, **KOHAKU, **OF_NEO, ("DPM++ 2s a RF", 4): twice(4), ("DPM++ 2s a RF", 1): [0]},
     },
     upscalers=("None",),
     places=FAMILY_PLACES,

@@ -16,7 +16,7 @@ from shutil import copystat
 
 import numpy as np
 import torch
-from facts import FACTS, FIELDS
+from facts import FACTS, FIELDS, kind_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -62,12 +62,12 @@ class Host(ABC):
 
     @cached_property
     def base(self):
-        """The key of the family of its LoRAs and so of its checkpoint."""
+        """The key of its checkpoint's family, found from a LoRA."""
         return read_lora(self.file(self.subject)).base
 
     @property
     def clocks(self):
-        return self.facts.clocks[self.base]
+        return self.facts.clocks[kind_of(self.base)]
 
     @property
     def configuration(self):
@@ -78,7 +78,7 @@ class Host(ABC):
         return next((self.folder / "models" / "Lora").rglob(f"{name}.safetensors"))
 
     def request(self, klora=None, **fields):
-        body = {**SMALL, **FIELDS[self.base], **fields}
+        body = {**SMALL, **FIELDS[kind_of(self.base)], **fields}
         if klora is not None:
             body["alwayson_scripts"] = {
                 **body.get("alwayson_scripts", {}),
@@ -283,6 +283,8 @@ class RunningHost(Host):
             of("KLORA_CHECKPOINT", "tiny_sdxl.safetensors"),
         )
         host.url = os.environ["KLORA_HOST_URL"].rstrip("/")
+        if of("KLORA_BASE"):
+            host.base = os.environ["KLORA_BASE"]
         return host
 
     @contextmanager

@@ -5,6 +5,7 @@ from functools import cache
 from host import tag
 
 from klora.analysis import analyze
+from klora.core.families import FAMILIES
 from klora.core.methods import BOTH, STYLE, SUBJECT
 from klora.settings import Settings
 
@@ -12,12 +13,15 @@ PIECES = {"q": 0, "k": 1, "v": 2, "mlp": 3}
 
 
 def plan_of(host, steps, seed=0, **settings):
-    return planned(host.file(host.subject), host.file(host.style), steps, seed, tuple(settings.items()))
+    family = FAMILIES[host.base]
+    return planned(
+        host.file(host.subject), host.file(host.style), family, steps, seed, tuple(settings.items())
+    )
 
 
 @cache
-def planned(subject, style, steps, seed, settings):
-    return analyze(subject, style, Settings.parse(dict(settings)), steps=steps, seed=seed).plan
+def planned(subject, style, family, steps, seed, settings):
+    return analyze(subject, style, Settings.parse(dict(settings)), steps=steps, seed=seed, loaded=family).plan
 
 
 def references_of(host, subject=1, style=1):

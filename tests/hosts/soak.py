@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
+from facts import FLOW, kind_of  # noqa: E402
 from host import PROBE_MISSING, SAME_MODULES, RunningHost, as_base64, same, tag  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from standin import StandIn  # noqa: E402
@@ -53,7 +54,7 @@ def fused(host, chance):
         settings_of(host, chance),
         steps=steps,
         sampler_name=sampler,
-        cfg_scale=1 if host.base == "flux" else chance.choice([1, 7]),
+        cfg_scale=1 if kind_of(host.base) == FLOW else chance.choice([1, 7]),
     )
 
 

@@ -58,16 +58,25 @@ UNET = {
         anywhere,
     ),
 }
-FLUX = {
+FLOW = {
     "dotted native": (lambda module: f"diffusion_model.{module.native}", PEFT, anywhere),
     "bare native": (lambda module: module.native, PEFT, anywhere),
     "raw PEFT": (lambda module: f"base_model.model.{module.native}", PEFT, anywhere),
-    "XLabs": (lambda module: xlabs(module.native), OLD, in_double_attention),
     "lora_unet__": (lambda module: f"lora_unet__{flat(module.native)}", KOHYA, anywhere),
     "a compiled model": (lambda module: f"diffusion_model._orig_mod.{module.native}", PEFT, anywhere),
     "native names after transformer.": (lambda module: f"transformer.{module.native}", PEFT, anywhere),
 }
-FLUX_SPLIT = {
+FLUX = {**FLOW, "XLabs": (lambda module: xlabs(module.native), OLD, in_double_attention)}
+UNFUSED = {
+    **FLOW,
+    "diffusers PEFT": (lambda module: f"transformer.{module.diffusers[0]}", PEFT, anywhere),
+    "kohya with diffusers names": (
+        lambda module: f"lora_unet_{flat(module.diffusers[0])}",
+        KOHYA,
+        anywhere,
+    ),
+}
+SPLIT = {
     "bare": lambda name: (name, PEFT),
     "raw PEFT": lambda name: (f"base_model.model.transformer.{name}", PEFT),
     "OneTrainer": lambda name: (f"lora_transformer_{flat(name)}", KOHYA),
@@ -76,7 +85,11 @@ FLUX_SPLIT = {
 }
 """Of fused matrices and of their pieces: {dialect: how it names a module}."""
 
-DIALECTS = {"sdxl": UNET, "sd15": UNET, "flux": FLUX}
+
+def dialects_of(base):
+    """{dialect: (how it names a module, its suffixes, which layers it can name)} for the base model."""
+    others = FLOW if FAMILIES[base].fused else UNFUSED
+    return {"sdxl": UNET, "sd15": UNET, "flux": FLUX}.get(base, others)
 
 
 def factors(host):
@@ -100,9 +113,9 @@ def assert_fuse_alike(host, **files):
         assert not same(images[0], host.image({**host.pair, "method": "Style only"}))
 
 
-@pytest.mark.parametrize("dialect", dict.fromkeys([*UNET, *FLUX]))
+@pytest.mark.parametrize("dialect", dict.fromkeys([*UNET, *FLUX, *UNFUSED]))
 def test_other_keys_fuse_as_kohyas(host, dialect):
-    dialects = DIALECTS[host.base]
+    dialects = dialects_of(host.base)
     if dialect not in dialects:
         pytest.skip("a dialect of the other base model")
     name_of, suffixes, includes = dialects[dialect]
@@ -121,18 +134,26 @@ def test_other_keys_fuse_as_kohyas(host, dialect):
     assert_fuse_alike(host, klora_test_kohya=kohya, klora_test_other=other)
 
 
-@pytest.mark.parametrize("dialect", FLUX_SPLIT)
+def pieces(module, rows, width):
+    """Heights of the matrices that diffusers makes of one: q is square, k and v are as high as each other."""
+    if len(module.diffusers) < len(module.layers):
+        return [rows]
+    if module.native.endswith(".qkv"):
+        return [width, (rows - width) // 2, (rows - width) // 2]
+    return [width, width, width, rows - 3 * width] if module.native.endswith(".linear1") else [rows]
+
+
+@pytest.mark.parametrize("dialect", SPLIT)
 def test_other_split_keys_fuse_as_those_of_diffusers(host, dialect):
-    if host.base != "flux":
-        pytest.skip("only FLUX fuses matrices")
+    if not FAMILIES[host.base].fused:
+        pytest.skip("this base model fuses no matrices")
     other, diffusers = {}, {}
     for module, down, up in factors(host):
         if module.halves_swapped:
             continue
-        width = down.shape[1]
-        heights = [width, width, width, len(up) - 3 * width][: len(module.pieces)] or [len(up)]
+        heights = pieces(module, len(up), down.shape[1])
         for name, rows in zip(module.diffusers, torch.split(up, heights), strict=True):
-            stem, suffixes = FLUX_SPLIT[dialect](name)
+            stem, suffixes = SPLIT[dialect](name)
             diffusers.update(
                 {
                     f"transformer.{name}{suffix}": value
@@ -147,7 +168,7 @@ def test_other_split_keys_fuse_as_those_of_diffusers(host, dialect):
 def test_what_is_loaded_is_a_copy_of_the_file_that_is_there(host, in_place, monkeypatch):
     """Another file of the same name, size and time has a copy of its own."""
     monkeypatch.setattr(file_state, "SETTLED_SECONDS", 0)  # where the host is in this process
-    name_of, suffixes, _ = DIALECTS[host.base]["raw PEFT"]
+    name_of, suffixes, _ = dialects_of(host.base)["raw PEFT"]
     before, after = {}, {}
     for module, down, up in factors(host):
         for tensors, sign in ((before, 1), (after, -1)):

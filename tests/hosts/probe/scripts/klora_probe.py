@@ -11,6 +11,8 @@ button "Reload UI". - GET /klora-probe/v1/started: when these scripts were loade
 /klora-probe/v1/applied, on hosts whose layers keep the names of their networks: {"calls": [{layer: [network
   names]}, ...], "applies": number of layers rewritten}, since the last GET. The calls tell which networks
   every layer really has after every evaluation of the denoiser.
+- POST /klora-probe/v1/tables {"off": [keys of families]}: K-LoRA knows none of these base models, until it is
+  called again.
 """
 
 import sys
@@ -30,6 +32,7 @@ LAYERS_KEEP_NAMES = not hasattr(networks, "load_lora_for_models")
 calls = []
 counted = Counter()
 fault = {}
+tables = {}
 undo = []
 
 
@@ -150,10 +153,22 @@ def disarm():
     return answer
 
 
+def switch_tables_off(request: dict = Body(...)):  # noqa: B008
+    """The order of the tables counts, so all are put back before some are taken out."""
+    families = sys.modules["klora.core.families"].FAMILIES
+    every = {**tables} or {**families}
+    families.clear()
+    families.update({key: family for key, family in every.items() if key not in request["off"]})
+    tables.clear()
+    if request["off"]:
+        tables.update(every)
+
+
 def on_app_started(_demo, app):
     app.add_api_route("/klora-probe/v1/fault", arm, methods=["POST"])
     app.add_api_route("/klora-probe/v1/fault", disarm, methods=["GET"])
     app.add_api_route("/klora-probe/v1/counts", counts, methods=["GET"])
+    app.add_api_route("/klora-probe/v1/tables", switch_tables_off, methods=["POST"])
     app.add_api_route("/klora-probe/v1/reload", shared.state.request_restart, methods=["POST"])
     app.add_api_route("/klora-probe/v1/started", lambda: {"started": STARTED}, methods=["GET"])
     if LAYERS_KEEP_NAMES:

@@ -11,7 +11,6 @@ import torch
 from modules import script_callbacks, shared
 
 calls = []
-STACKED = (".qkv", ".linear1")
 
 
 def denoiser():
@@ -39,29 +38,27 @@ def effective(layer):
     return weight
 
 
-def checksums(name, weight, width):
-    heights = (
-        [width, width, width, max(len(weight) - 3 * width, 0)] if name.endswith(STACKED) else [len(weight)]
-    )
-    pieces = (
-        weight.contiguous()
-        .view(torch.uint8)
-        .reshape(len(weight), -1)
-        .split([height for height in heights if height])
-    )
+def heights(name, weight):
+    """Of the pieces of a weight: q is as high as the model is wide, k and v are alike."""
+    rows, width = weight.shape[:2]
+    if name.endswith(".qkv"):
+        return [width, (rows - width) // 2, (rows - width) // 2]
+    return [width, width, width, rows - 3 * width] if name.endswith(".linear1") else [rows]
+
+
+def checksums(name, weight):
+    pieces = weight.contiguous().view(torch.uint8).reshape(len(weight), -1).split(heights(name, weight))
     return [zlib.crc32(piece.numpy().tobytes()) for piece in pieces]
 
 
 @torch.inference_mode()
 def on_cfg_after_cfg(_params):
-    model = denoiser()
-    width = getattr(model, "hidden_size", 0)
     layers = {
         name: layer
-        for name, layer in model.named_modules()
+        for name, layer in denoiser().named_modules()
         if getattr(layer, "weight", None) is not None and layer.weight.dim() > 1
     }
-    calls.append({name: checksums(name, effective(layer), width) for name, layer in layers.items()})
+    calls.append({name: checksums(name, effective(layer)) for name, layer in layers.items()})
 
 
 def on_app_started(_demo, app):
