@@ -337,12 +337,12 @@ class RunningHost(Host):
 
 @contextmanager
 def terminated_as_interrupted():
-    """With SIGTERM and SIGHUP handled like Ctrl-C, after which everything is put back."""
+    """With SIGINT, even if it was ignored, SIGTERM and SIGHUP as Ctrl-C: everything is put back afterwards."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
+    numbers = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
