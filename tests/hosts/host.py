@@ -337,7 +337,7 @@ class RunningHost(Host):
 
 @contextmanager
 def terminated_as_interrupted():
-    """With SIGINT, even if it was ignored, SIGTERM and SIGHUP as Ctrl-C: everything is put back afterwards."""
+    """With SIGINT, even if ignored before, SIGTERM and SIGHUP like Ctrl-C: everything is put back then."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
