@@ -248,24 +248,29 @@ def _families(file: TensorFile, loaded: Family | None) -> list[tuple[Family, dic
         named = foreign_files.named_in_header(fitting, file.metadata)
         fitting.sort(key=lambda family: (family is not loaded, family is not named))
         return [(family, found[family.key]) for family in fitting]
-    if any(found.values()):
-        raise _text_encoders_only(file)
+    raise _not_understood(file, any(found.values()), is_lora)
+
+
+def _not_understood(file: TensorFile, has_text_encoders: bool, is_lora: bool) -> LoraFileError:
+    """The sentence for a file of which no family knows a key of its denoiser."""
+    if has_text_encoders:
+        return _text_encoders_only(file)
     if foreign_files.multiplies(file.shapes):
-        raise _multiplies(file)
-    first = next(iter(file.shapes))
+        return _multiplies(file)
+    name, first = file.path.name, next(iter(file.shapes))
     prefix = foreign_prefix(file.shapes)
     if prefix is not None:
-        raise LoraFileError(
+        return LoraFileError(
             f'The names of the tensors in "{name}" begin with "{prefix}" ("{first}"), which no WebUI knows: '
             f"if it is a LoRA for {listed('or')}, rename them without it or export it again; else choose "
             "another one."
         )
     what = None if is_lora else foreign_files.not_a_lora(file.shapes)
     if what is not None:
-        raise LoraFileError(
+        return LoraFileError(
             f'"{name}" is {what}, not a LoRA for {listed("or")} ("{first}"): choose a LoRA file.'
         )
-    raise LoraFileError(
+    return LoraFileError(
         f'"{name}" is not a LoRA for {listed("or")} in any key names that K-LoRA knows (its first tensor is '
         f'"{first}"): choose a LoRA for one of these, or export it again with the key names of kohya or '
         "diffusers."

@@ -113,12 +113,12 @@ def _read(path: Path, _version: str, loaded: Family | None) -> LoraFile:
 
 
 def loaded_family(host: Host = HOST) -> Family | None:
-    """The family of the loaded checkpoint; None while none is loaded or the WebUI is unknown."""
+    """The family of the loaded checkpoint; None while none is loaded, or if the WebUI does not tell."""
     try:
         checkpoint = host.checkpoint_at_rest()
+        return None if checkpoint is None else checkpoint.family
     except HostError:
         return None
-    return None if checkpoint is None else checkpoint.family
 
 
 def check_pair(subject: LoraFile, style: LoraFile, cache: ScoreCache | None = None) -> None:

@@ -20,6 +20,7 @@ from klora.core.blocks import block_of, forward_order
 from klora.core.changes import as_changes
 from klora.core.lora_file import read_lora
 from klora.core.methods import LARGEST, METHODS
+from klora.errors import HostError
 from klora.hosts.webui import HOST
 from klora.settings import Settings
 from klora.webui import panel_routes, paths, preflight
@@ -157,6 +158,16 @@ def test_a_checkpoint_that_nobody_listed_is_known_by_its_hosts_names(host):
     known_as = "Stable Diffusion 2.x (listed by the WebUI's own names)"
     assert found["checkpoint"]["base"] == found["subject"]["base"] == known_as
     assert found["problems"] == []
+
+
+def test_a_webui_that_does_not_tell_the_names_of_such_a_checkpoint_gets_a_sentence(host, monkeypatch):
+    def cannot_tell(*_):
+        raise HostError("The WebUI gives no list of its layers: load another checkpoint.")
+
+    monkeypatch.setattr("klora.hosts.a1111.A1111.family_of", cannot_tell)
+    found = the_card(subject="subject")
+    assert found["subject"]["base"] == "SDXL"
+    assert found["problems"] == ["The WebUI gives no list of its layers: load another checkpoint."]
 
 
 def test_a_lora_that_such_a_checkpoint_does_not_know_gets_a_sentence(host):
